@@ -1,0 +1,37 @@
+"""Conformance suite for Multi-head Latent Attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mla_spec.harness.check import check_subject as check_subject
+    from mla_spec.harness.parametrize import parametrize_with_checks as parametrize_with_checks
+    from mla_spec.reference.config import MLAConfig as MLAConfig
+    from mla_spec.reference.config import RopeConfig as RopeConfig
+    from mla_spec.reference.config import YarnScaling as YarnScaling
+    from mla_spec.reference.profile import Accumulator as Accumulator
+    from mla_spec.reference.profile import Profile as Profile
+
+_EXPORTS = {
+    "MLAConfig": "mla_spec.reference.config",
+    "RopeConfig": "mla_spec.reference.config",
+    "YarnScaling": "mla_spec.reference.config",
+    "Accumulator": "mla_spec.reference.profile",
+    "Profile": "mla_spec.reference.profile",
+    "Supports": "mla_spec.harness.contract",
+    "check_subject": "mla_spec.harness.check",
+    "parametrize_with_checks": "mla_spec.harness.parametrize",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'mla_spec' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_EXPORTS[name]), name)

@@ -1,0 +1,1 @@
+"""How a subject is driven and judged."""

@@ -1,0 +1,177 @@
+"""Calls a subject: case data to tensors on its device, and what it returns back to plain data."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mla_spec.harness.cases import DecodeInputs
+from mla_spec.harness.contract import supports_of
+from mla_spec.harness.verdict import SubjectCrashed, Violation
+from mla_spec.reference.config import MLAConfig, RopeConfig
+from mla_spec.reference.typing import Array, IntArray
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A tensor that a subject returned, as plain data.
+
+    Attributes:
+        value: float64.
+        bits: the stored bit patterns, as integers.
+        what: what it is, for messages.
+    """
+
+    value: Array
+    bits: IntArray
+    what: str
+
+    def __getitem__(self, index: Any) -> Result:
+        return Result(self.value[index], self.bits[index], self.what)
+
+
+def tensor_bits(x: torch.Tensor) -> IntArray:
+    """The bit patterns of a tensor's elements."""
+    bits: IntArray = x.detach().cpu().contiguous().view(_BITS[x.element_size()]).numpy().copy()
+    return bits
+
+
+class Driver:
+    """One subject on one device with one dtype.
+
+    Every call is checked for what it returns (type, shape, dtype: a wrong one is a violation) and an exception of the
+    subject becomes ``SubjectCrashed``.
+    """
+
+    def __init__(self, subject: Any, dtype: str, device: str = "cpu") -> None:
+        self.subject = subject
+        self.dtype = dtype
+        self.device = device
+        self.supports = supports_of(subject)
+
+    def tensor(self, x: Array) -> torch.Tensor:
+        """float64 data as a tensor of the case's dtype; values are representable, so this is exact."""
+        return torch.from_numpy(np.ascontiguousarray(x)).to(device=self.device, dtype=TORCH_DTYPES[self.dtype])
+
+    def integers(self, x: IntArray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(device=self.device, dtype=dtype)
+
+    def guard(self, call: Callable[[], Any]) -> Any:
+        """Run a call into the subject."""
+        try:
+            with torch.no_grad():
+                return call()
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            text = str(error).strip().splitlines()
+            raise SubjectCrashed(
+                f"{type(error).__name__}: {text[0] if text else ''} ({frame.filename}:{frame.lineno})"
+            ) from error
+
+    def result(
+        self, x: Any, what: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] | None = None
+    ) -> Result:
+        """A returned tensor as plain data; Violation when its type, shape or dtype is not the contract's."""
+        dtypes = dtypes or (TORCH_DTYPES[self.dtype],)
+        if not isinstance(x, torch.Tensor):
+            raise Violation(f"{what} must be a torch tensor, got {type(x).__name__}")
+        if tuple(x.shape) != shape:
+            raise Violation(f"{what} must have shape {list(shape)}, got {list(x.shape)}")
+        if x.dtype not in dtypes:
+            raise Violation(f"{what} must be {' or '.join(str(d) for d in dtypes)}, got {x.dtype}")
+        value: Array = x.detach().to("cpu", torch.float64).numpy().copy()
+        return Result(value, tensor_bits(x), what)
+
+    def rope(self, x: Array, positions: IntArray, rope: RopeConfig) -> Result:
+        out = self.guard(
+            lambda: self.subject.rope(self.tensor(x), self.integers(positions, torch.int64), rope=rope)
+        )
+        return self.result(out, "rope output", x.shape)
+
+    def absorb(self, kv_b_proj: Array, config: MLAConfig) -> tuple[Result, Result]:
+        returned = self.guard(lambda: self.subject.absorb(self.tensor(kv_b_proj), config=config))
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            raise Violation(f"absorb must return (w_uk, w_uv), got {type(returned).__name__}")
+        h, c = config.num_heads, config.kv_lora_rank
+        return (
+            self.result(returned[0], "w_uk", (h, config.qk_nope_head_dim, c)),
+            self.result(returned[1], "w_uv", (h, config.v_head_dim, c)),
+        )
+
+    def decode_tensors(self, inputs: DecodeInputs) -> dict[str, torch.Tensor]:
+        """The tensor arguments of ``decode`` by name."""
+        return {
+            "q": self.tensor(inputs.q),
+            "kv_cache": self.tensor(inputs.kv_cache),
+            "block_table": self.integers(inputs.block_table, torch.int32),
+            "cache_seqlens": self.integers(inputs.cache_seqlens, torch.int32),
+        }
+
+    def decode(
+        self, inputs: DecodeInputs, tensors: dict[str, torch.Tensor] | None = None
+    ) -> tuple[Result, Result | None]:
+        """(out, lse), lse None where the subject declares none. ``tensors`` replace those built from ``inputs``."""
+        out, lse = self.decode_raw(inputs, tensors or self.decode_tensors(inputs))
+        b, s, h = inputs.q.shape[:3]
+        result = self.result(out, "out", (b, s, h, inputs.head_dim_v))
+        if not self.supports.lse:
+            return result, None
+        return result, self.result(lse, "lse", (b, h, s), (torch.float32, torch.float64))
+
+    def decode_raw(self, inputs: DecodeInputs, tensors: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+        """What ``decode`` returned, unread."""
+        returned = self.guard(
+            lambda: self.subject.decode(
+                tensors["q"],
+                tensors["kv_cache"],
+                tensors["block_table"],
+                tensors["cache_seqlens"],
+                head_dim_v=inputs.head_dim_v,
+                softmax_scale=inputs.softmax_scale,
+                causal=inputs.causal,
+            )
+        )
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            raise Violation(f"decode must return (out, lse), got {type(returned).__name__}")
+        return returned
+
+    def layer(self, weights: dict[str, Array], config: MLAConfig) -> LayerDriver:
+        tensors = {name: self.tensor(w) for name, w in weights.items()}
+        return LayerDriver(self, self.guard(lambda: self.subject.layer(tensors, config)), tensors)
+
+
+class LayerDriver:
+    """One layer object of a subject."""
+
+    def __init__(self, driver: Driver, layer: Any, weights: dict[str, torch.Tensor]) -> None:
+        self.driver = driver
+        self.layer = layer
+        self.weights = weights
+
+    def run(self, method: str, hidden: Array, positions: IntArray) -> Result:
+        """``prefill`` or ``decode`` of hidden [b, s, e] at positions [b, s]."""
+        x, at = self.driver.tensor(hidden), self.driver.integers(positions, torch.int64)
+        out = self.driver.guard(lambda: getattr(self.layer, method)(x, at))
+        return self.driver.result(out, f"{method} output", hidden.shape)
+
+    def reset(self) -> None:
+        self.driver.guard(lambda: self.layer.reset())
+
+    def cache_bytes(self) -> int:
+        count = self.driver.guard(lambda: self.layer.cache_bytes())
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise Violation(f"cache_bytes must return an int, got {type(count).__name__}")
+        return count

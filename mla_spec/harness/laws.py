@@ -1,0 +1,243 @@
+"""What a law is, and how one is run on a subject."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import hypothesis
+from hypothesis import Phase, given, settings
+from hypothesis.errors import Flaky
+
+from mla_spec.harness.cases import Case
+from mla_spec.harness.contract import Supports, offers, profile_of, subject_name, supports_of
+from mla_spec.harness.driver import Driver, Result
+from mla_spec.harness.judge import judge_same_bits, judge_within, require_meaningful
+from mla_spec.harness.verdict import Record, SubjectCrashed, VacuousCase, Violation, merge
+from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.reference.profile import Profile
+from mla_spec.reference.typing import Array
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+LAW_MODULES = ("test_rope", "test_absorb", "test_decode", "test_layer")
+"""Modules of ``mla_spec.properties`` that hold laws, in the order of the report."""
+
+
+@dataclass
+class Run:
+    """What a law's function works with: a driver of the subject, and the judge.
+
+    The judge's largest error / bound over the law's cases is kept in ``worst``.
+    """
+
+    driver: Driver
+    profile: Profile
+    supports: Supports
+    worst: float | None = None
+    worst_case: str = ""
+    case_id: str = ""
+
+    def within(self, got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> None:
+        """``judge_within``, recorded."""
+        ratio = judge_within(got, want, bound, gate=gate)
+        if self.worst is None or ratio > self.worst:
+            self.worst, self.worst_case = ratio, self.case_id
+
+    def meaningful(self, want: Array, bound: ErrorBound) -> None:
+        """``require_meaningful`` for a case whose results are judged in parts."""
+        require_meaningful(want, bound.total)
+
+    def same_bits(self, got: Result, want: Result, why: str) -> None:
+        """``judge_same_bits``."""
+        judge_same_bits(got, want, why)
+
+    def same_function(self, got: Result, want: Result, bound: ErrorBound, why: str) -> None:
+        """Two results of the subject for the same exact value, each within ``bound`` of it."""
+        twice = bound.map(lambda term: 2 * term)
+        try:
+            self.within(got, want.value, twice, gate=False)
+        except Violation as violation:
+            raise Violation(f"{violation}\n{why}") from None
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise Violation with ``message`` unless ``condition``."""
+        if not condition:
+            raise Violation(message)
+
+
+CaseSource = Callable[[Supports, Profile], "SearchStrategy[Any]"]
+
+
+@dataclass(frozen=True)
+class Law:
+    """A statement that every subject offering ``needs`` must satisfy.
+
+    Attributes:
+        name: of the test function; part of the public interface.
+        needs: operations the subject must offer.
+        cases: from what the subject supports and its profile for a dtype, a strategy of cases.
+        check: (run, case) -> None; raises Violation.
+        missing: from what the subject supports, why the law does not apply, or "".
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    cases: CaseSource
+    check: Callable[[Run, Any], None] = field(repr=False)
+    missing: Callable[[Supports], str] = field(repr=False)
+
+    @property
+    def statement(self) -> str:
+        """First line of the law's docstring."""
+        return (self.check.__doc__ or "").strip().splitlines()[0]
+
+
+def law(
+    *, needs: tuple[str, ...], cases: CaseSource, missing: Callable[[Supports], str] = lambda _: ""
+) -> Callable[[Callable[[Run, Any], None]], Callable[[Any], None]]:
+    """Make a law of a function (run, case); what remains is a pytest test that takes the fixture ``mla_check``."""
+
+    def decorate(check: Callable[[Run, Any], None]) -> Callable[[Any], None]:
+        made = Law(check.__name__, needs, cases, check, missing)
+
+        def test(mla_check: Callable[[Law], None]) -> None:
+            mla_check(made)
+
+        # Not functools.wraps: pytest would look through it to the parameters of ``check``.
+        test.__name__, test.__qualname__, test.__doc__ = check.__name__, check.__qualname__, check.__doc__
+        test.__module__ = check.__module__
+        test.law = made  # type: ignore[attr-defined]
+        return test
+
+    return decorate
+
+
+@functools.cache
+def all_laws() -> dict[str, Law]:
+    """Every law by name, in the order of the report."""
+    laws: dict[str, Law] = {}
+    for name in LAW_MODULES:
+        module = importlib.import_module(f"mla_spec.properties.{name}")
+        for value in vars(module).values():
+            made = getattr(value, "law", None)
+            if isinstance(made, Law):
+                laws[made.name] = made
+    return laws
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How laws are run.
+
+    Attributes:
+        examples: generated cases per law, spread over the dtypes.
+        seed: of the generation; equal seeds give equal cases.
+        device: torch device of the tensors.
+        dtypes: only these; None for all that the subject supports.
+        case: run this one case instead.
+        spec: the name by which a replay command can find the subject; None where it cannot.
+    """
+
+    examples: int = 100
+    seed: int = 0
+    device: str = "cpu"
+    dtypes: tuple[str, ...] | None = None
+    case: Case | None = None
+    spec: str | None = None
+
+
+def run_law(made: Law, subject: object, options: Options = Options()) -> Record:
+    """Run a law on a subject, over its dtypes, and say what came of it."""
+    supports = supports_of(subject)
+    name = subject_name(subject)
+    absent = [operation for operation in made.needs if not offers(subject, operation)]
+    reason = f"does not offer {', '.join(absent)}" if absent else made.missing(supports)
+    dtypes = [d for d in supports.dtypes if options.dtypes is None or d in options.dtypes]
+    if options.case is not None:
+        dtypes = [options.case.dtype]
+    if not reason and not dtypes:
+        reason = f"supports none of the dtypes {', '.join(options.dtypes or ())}"
+    if reason:
+        return Record(made.name, name, "unsupported", message=reason)
+    share = max(1, -(-options.examples // len(dtypes)))
+    return merge([_run_dtype(made, subject, dtype, share, options) for dtype in dtypes])
+
+
+_VERDICTS = {Violation: "fail", SubjectCrashed: "crashed", VacuousCase: "incomplete"}
+_FLAKY = "the same inputs gave a violation once and none when repeated: the subject is not deterministic"
+
+
+def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: Options) -> Record:
+    run = Run(Driver(subject, dtype, options.device), profile_of(subject, dtype), supports_of(subject))
+    cases = 0
+    failed = False
+    last: Case | None = None
+
+    def attempt(case: Case) -> None:
+        nonlocal cases, failed, last
+        cases += not failed
+        last, run.case_id = case, case.id
+        try:
+            made.check(run, case)
+        except (Violation, SubjectCrashed, VacuousCase):
+            failed = True
+            raise
+
+    name = subject_name(subject)
+    start = time.perf_counter()
+    try:
+        if options.case is not None:
+            attempt(options.case)
+        else:
+            _generate(made, run, examples, options.seed, attempt)
+    except (Violation, SubjectCrashed, VacuousCase, Flaky) as error:
+        assert last is not None
+        verdict = _VERDICTS.get(type(error), "fail")
+        replay = ""
+        if options.spec is not None:
+            replay = f"mla-spec check {shlex.quote(options.spec)} --law {made.name} --case {shlex.quote(last.id)}"
+            if options.device != "cpu":
+                replay += f" --device {options.device}"
+        return Record(
+            made.name,
+            name,
+            verdict,  # type: ignore[arg-type]
+            cases=cases,
+            message=_FLAKY if isinstance(error, Flaky) else str(error),
+            case=last.id,
+            replay=replay,
+            seconds=time.perf_counter() - start,
+        )
+    return Record(
+        made.name, name, "pass", cases, run.worst, run.worst_case, seconds=time.perf_counter() - start
+    )
+
+
+def _generate(made: Law, run: Run, examples: int, seed: int, attempt: Callable[[Case], None]) -> None:
+    """Draw cases with Hypothesis, and on a failure minimise; the last call of ``attempt`` is the smallest failure."""
+
+    @hypothesis.seed(seed)
+    @settings(
+        max_examples=examples,
+        phases=(Phase.generate, Phase.shrink),
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        report_multiple_bugs=False,
+        print_blob=False,
+        verbosity=hypothesis.Verbosity.quiet,
+    )
+    @given(made.cases(run.supports, run.profile))
+    def generated(case: Case) -> None:
+        attempt(case)
+
+    generated()
+
+

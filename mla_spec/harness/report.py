@@ -1,0 +1,63 @@
+"""Prints records as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mla_spec.harness.contract import OPERATIONS, offers, profile_of, subject_name, supports_of
+from mla_spec.harness.verdict import Record
+
+HEADER = ("law", "verdict", "cases", "error/bound", "worst case")
+
+
+def format_table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Rows as left-aligned columns, two spaces apart; the last column is not padded."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows
+    )
+
+
+def record_row(record: Record) -> tuple[str, ...]:
+    """law, verdict, cases, worst error / bound, and the case that gave it or the reason why there is none."""
+    worst = "exact" if record.verdict == "pass" else ""
+    detail = record.worst_case
+    if record.worst is not None:
+        worst = f"{record.worst:.3f}"
+    if record.verdict == "unsupported":
+        detail = record.message
+    elif record.verdict != "pass":
+        detail = "see below"
+    return record.law, record.verdict, str(record.cases), worst, detail
+
+
+def describe_subject(subject: object) -> str:
+    """What is declared: operations, restrictions, and the profile of each dtype where it is not the default."""
+    supports = supports_of(subject)
+    offered = [operation for operation in OPERATIONS if offers(subject, operation)]
+    lines = [f"{subject_name(subject)}: offers {', '.join(offered)}"]
+    restrictions = supports.restrictions()
+    if restrictions:
+        lines.append(f"  supports {restrictions}")
+    for dtype in supports.dtypes:
+        lines.append(f"  profile {profile_of(subject, dtype).describe()}")
+    return "\n".join(lines)
+
+
+def summary(records: list[Record]) -> str:
+    """One line: how many laws hold, fail, and so on."""
+    counts: dict[str, int] = {}
+    for record in records:
+        counts[record.verdict] = counts.get(record.verdict, 0) + 1
+    return ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+
+
+def exit_code(records: Iterable[Record]) -> int:
+    """0 conforms, 1 violates, 3 incomplete (a law could not be judged, or none applied)."""
+    verdicts = {record.verdict for record in records}
+    if verdicts & {"fail", "crashed"}:
+        return 1
+    if "incomplete" in verdicts or "pass" not in verdicts:
+        return 3
+    return 0

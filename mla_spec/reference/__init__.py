@@ -1,0 +1,1 @@
+"""What MLA is: float64, pure functions, numpy only."""

@@ -1,0 +1,126 @@
+"""The paged latent cache: addressing, contents, and exact sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from mla_spec.reference.attention import attention
+from mla_spec.reference.config import MLAConfig
+from mla_spec.reference.formats import format_of
+from mla_spec.reference.typing import Array, IntArray
+
+
+def slot_mapping(block_table: IntArray, tokens: IntArray, page_size: int) -> IntArray:
+    """Where token i of a sequence is stored: page block_table[i // page_size], row i % page_size, as one number.
+
+    Args:
+        block_table: [..., max pages], pages of each sequence in order.
+        tokens: [..., n], indices of tokens in their sequences.
+
+    Returns:
+        [..., n] slots, page · page_size + row.
+    """
+    pages = np.take_along_axis(block_table, tokens // page_size, axis=-1)
+    return pages.astype(np.int64) * page_size + tokens % page_size
+
+
+def write_rows(kv_cache: Array, latent: Array, k_pe: Array, slots: IntArray) -> Array:
+    """The cache with rows [latent | k_pe] stored in ``slots``; slot -1 stores nothing.
+
+    Args:
+        kv_cache: [pages, page_size, 1, c+r].
+        latent, k_pe: [n, c] and [n, r].
+        slots: [n].
+
+    Raises:
+        ValueError: a slot lies outside the cache.
+    """
+    pages, page_size, _, width = kv_cache.shape
+    if slots.size and (slots.min() < -1 or slots.max() >= pages * page_size):
+        raise ValueError(f"slots must lie in -1 .. {pages * page_size - 1}, got {slots.min()} .. {slots.max()}")
+    rows = kv_cache.reshape(pages * page_size, width).copy()
+    kept = slots >= 0
+    rows[slots[kept]] = np.concatenate([latent, k_pe], axis=-1)[kept]
+    return rows.reshape(kv_cache.shape)
+
+
+def gather_rows(kv_cache: Array, block_table: IntArray, cache_seqlens: IntArray) -> Array:
+    """Rows of each sequence in token order, padded with 0 to the longest; [b, t, c+r].
+
+    Nothing beyond a sequence's length is read, neither slots nor table entries.
+    """
+    page_size = kv_cache.shape[1]
+    token = np.arange(int(cache_seqlens.max(initial=0)))
+    used = token < cache_seqlens[:, None]  # [b, t]
+    pages = np.where(used, block_table[:, token // page_size], 0)
+    return np.where(used[..., None], kv_cache[pages, token % page_size, 0], 0.0)
+
+
+def paged_decode(
+    q: Array,
+    kv_cache: Array,
+    block_table: IntArray,
+    cache_seqlens: IntArray,
+    *,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool = True,
+) -> tuple[Array, Array]:
+    """``attention`` of q [b, s, h, c+r] to the cached rows, whose first ``head_dim_v`` elements are the values.
+
+    Returns:
+        (out [b, s, h, head_dim_v], lse [b, h, s]).
+    """
+    rows = gather_rows(kv_cache, block_table, cache_seqlens)[:, :, None]  # [b, t, 1, c+r]
+    return attention(
+        q, rows, rows[..., :head_dim_v], softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal
+    )
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Cached numbers per token and layer of one kind of attention, and what they occupy.
+
+    Attributes:
+        attention: "MLA", "MHA", "GQA-8" or "MQA".
+        elements: per token and layer.
+    """
+
+    attention: str
+    elements: int
+
+    def bytes_per_token(self, dtype: str, layers: int) -> int:
+        """Exact bytes per token over ``layers`` layers; 1 KB is 1000 B in published figures."""
+        return self.elements * format_of(dtype).itemsize * layers
+
+
+def latent_cache_size(config: MLAConfig) -> CacheSize:
+    """c + r elements: DeepSeek-V2 (arXiv 2405.04434), table 1."""
+    return CacheSize("MLA", config.cache_dim)
+
+
+def multi_head_cache_size(groups: int, k_dim: int, v_dim: int, name: str) -> CacheSize:
+    """g·(k_dim + v_dim) elements; with both equal, the 2·n·d of DeepSeek-V2, table 1."""
+    return CacheSize(name, groups * (k_dim + v_dim))
+
+
+def compared_cache_sizes(num_heads: int, k_dim: int, v_dim: int) -> list[CacheSize]:
+    """What a model with these heads would cache as MHA, as GQA with 8 groups, and as MQA."""
+    groups = {"MHA": num_heads, "GQA-8": 8, "MQA": 1}
+    return [
+        multi_head_cache_size(g, k_dim, v_dim, name) for name, g in groups.items() if num_heads % g == 0
+    ]
+
+
+def paged_bytes(seqlens: IntArray, page_size: int, row_bytes: int) -> int:
+    """Bytes of the pages that hold sequences of these lengths, in one layer."""
+    pages = -(-np.asarray(seqlens, dtype=np.int64) // page_size)
+    return int(pages.sum()) * page_size * row_bytes
+
+
+def reduction(smaller: Fraction | int, larger: Fraction | int) -> Fraction:
+    """1 − smaller/larger, exactly."""
+    return 1 - Fraction(smaller) / Fraction(larger)

@@ -1,0 +1,40 @@
+"""A worst-case error, as a sum of named contributions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mla_spec.reference.typing import Array
+
+
+@dataclass(frozen=True)
+class ErrorBound:
+    """Largest deviation of each element of a computed result from the exact one.
+
+    Attributes:
+        terms: contributions by name, all of the result's shape and none negative; the bound is their sum.
+    """
+
+    terms: dict[str, Array]
+
+    @cached_property
+    def total(self) -> Array:
+        """The bound; inf where a contribution overflowed."""
+        total = sum(self.terms.values(), np.zeros(()))
+        return np.where(np.isnan(total), np.inf, total)
+
+    def main_term(self, index: tuple[int, ...]) -> str:
+        """The name of the largest contribution at ``index``."""
+        return max(self.terms, key=lambda name: np.nan_to_num(self.terms[name][index], nan=np.inf))
+
+    def map(self, function: Callable[[Array], Array]) -> ErrorBound:
+        """The bound with ``function`` (an indexing or reshape) applied to every contribution."""
+        return ErrorBound({name: function(term) for name, term in self.terms.items()})
+
+    def plus(self, name: str, term: Array) -> ErrorBound:
+        """The bound with one more contribution."""
+        return ErrorBound({**self.terms, name: term})

@@ -1,0 +1,250 @@
+"""Multi-head Latent Attention: projections, the explicit and the absorbed form, and whole layers.
+
+DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C; equation numbers are that paper's. einsum letters: s query
+position, t key position, h head, n nope dim, r rope dim, c latent, v value dim, e model dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mla_spec.reference.attention import attention
+from mla_spec.reference.config import MLAConfig
+from mla_spec.reference.rope import apply_rope
+from mla_spec.reference.typing import Array, IntArray
+
+Weights = Mapping[str, Array]
+"""Weights under their checkpoint names, each [out, in]; see ``weight_shapes``."""
+
+Attend = Callable[..., tuple[Array, Array]]
+"""``explicit`` or ``absorbed``."""
+
+
+def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a layer's weights, as in published checkpoints.
+
+    ``kv_a_proj_with_mqa`` has the latent rows first, then the rope rows; ``kv_b_proj`` is viewed as (h, n + v, c), key
+    rows first; ``q_proj`` and ``q_b_proj`` as (h, n + r, ·), nope rows first.
+    """
+    e, h, c = config.hidden_size, config.num_heads, config.kv_lora_rank
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.q_lora_rank is None:
+        shapes["q_proj"] = (h * config.qk_head_dim, e)
+    else:
+        shapes["q_a_proj"] = (config.q_lora_rank, e)
+        shapes["q_a_layernorm"] = (config.q_lora_rank,)
+        shapes["q_b_proj"] = (h * config.qk_head_dim, config.q_lora_rank)
+    shapes["kv_a_proj_with_mqa"] = (config.cache_dim, e)
+    shapes["kv_a_layernorm"] = (c,)
+    shapes["kv_b_proj"] = (h * (config.qk_nope_head_dim + config.v_head_dim), c)
+    shapes["o_proj"] = (e, h * config.v_head_dim)
+    return shapes
+
+
+def check_weights(weights: Weights, config: MLAConfig) -> None:
+    """Raise ValueError unless ``weights`` has exactly the names and shapes of ``weight_shapes``."""
+    shapes = weight_shapes(config)
+    for name in sorted(set(shapes) ^ set(weights)):
+        raise ValueError(f"weights: {'missing' if name in shapes else 'unexpected'} {name!r}")
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != shape:
+            raise ValueError(f"weights: {name} must have shape {shape}, got {tuple(weights[name].shape)}")
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """weight · x / sqrt(mean(x²) + eps) over the last axis (RMSNorm, arXiv 1910.07467, equation 4)."""
+    return weight * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def project_query(
+    hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig
+) -> tuple[Array, Array]:
+    """The queries, equations 37-40: c_Q = W_DQ h, [q_C; q_R] = [W_UQ; W_QR] c_Q, q_R rotated.
+
+    Args:
+        hidden: [..., s, e].
+        positions: [..., s].
+
+    Returns:
+        (q_nope [..., s, h, n], q_pe [..., s, h, r]).
+    """
+    if config.q_lora_rank is None:
+        q = hidden @ weights["q_proj"].T  # [..., s, h·(n+r)]
+    else:
+        c_q = rms_norm(hidden @ weights["q_a_proj"].T, weights["q_a_layernorm"], config.latent_norm_eps)
+        q = c_q @ weights["q_b_proj"].T  # [..., s, h·(n+r)]
+    q = q.reshape(*hidden.shape[:-1], config.num_heads, config.qk_head_dim)  # [..., s, h, n+r]
+    q_nope, q_pe = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
+    if config.rope is not None:
+        q_pe = apply_rope(q_pe, positions, config.rope)
+    return q_nope, q_pe
+
+
+def project_latent(
+    hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig
+) -> tuple[Array, Array]:
+    """What is cached, equations 41 and 43: the normalised latent c_KV = W_DKV h, and k_R = RoPE(W_KR h).
+
+    The RMSNorm on the latents is in every published implementation; the paper mentions it in section 3.1.2.
+
+    Returns:
+        (latent [..., s, c], k_pe [..., s, r]).
+    """
+    both = hidden @ weights["kv_a_proj_with_mqa"].T  # [..., s, c+r]
+    latent, k_pe = both[..., : config.kv_lora_rank], both[..., config.kv_lora_rank :]
+    if config.rope is not None:
+        k_pe = apply_rope(k_pe, positions, config.rope)
+    return rms_norm(latent, weights["kv_a_layernorm"], config.latent_norm_eps), k_pe
+
+
+def absorb(kv_b_proj: Array, config: MLAConfig) -> tuple[Array, Array]:
+    """Split W_UKV into the factors that absorption folds into the query and the output.
+
+    Args:
+        kv_b_proj: [h·(n+v), c].
+
+    Returns:
+        (w_uk [h, n, c], w_uv [h, v, c]): rows of ``kv_b_proj``, unchanged.
+    """
+    n, v = config.qk_nope_head_dim, config.v_head_dim
+    per_head = kv_b_proj.reshape(config.num_heads, n + v, config.kv_lora_rank)  # [h, n+v, c]
+    return per_head[:, :n], per_head[:, n:]
+
+
+def explicit(
+    q_nope: Array,
+    q_pe: Array,
+    latent: Array,
+    k_pe: Array,
+    w_uk: Array,
+    w_uv: Array,
+    *,
+    softmax_scale: float,
+    cache_seqlens: IntArray | int | None = None,
+    causal: bool = True,
+) -> tuple[Array, Array]:
+    """Expand keys and values per head, equations 42, 44-46: k = [W_UK c; k_R], v = W_UV c, then multi-head attention.
+
+    Args:
+        q_nope, q_pe: [..., s, h, n] and [..., s, h, r].
+        latent, k_pe: [..., t, c] and [..., t, r].
+        w_uk, w_uv: [h, n, c] and [h, v, c].
+
+    Returns:
+        (out [..., s, h, v], lse [..., h, s]).
+    """
+    k_nope = np.einsum("hnc,...tc->...thn", w_uk, latent)  # [..., t, h, n]
+    value = np.einsum("hvc,...tc->...thv", w_uv, latent)  # [..., t, h, v]
+    shared = np.broadcast_to(k_pe[..., None, :], (*k_nope.shape[:-1], k_pe.shape[-1]))  # [..., t, h, r]
+    return attention(
+        np.concatenate([q_nope, q_pe], axis=-1),
+        np.concatenate([k_nope, shared], axis=-1),
+        value,
+        softmax_scale=softmax_scale,
+        cache_seqlens=cache_seqlens,
+        causal=causal,
+    )
+
+
+def absorbed(
+    q_nope: Array,
+    q_pe: Array,
+    latent: Array,
+    k_pe: Array,
+    w_uk: Array,
+    w_uv: Array,
+    *,
+    softmax_scale: float,
+    cache_seqlens: IntArray | int | None = None,
+    causal: bool = True,
+) -> tuple[Array, Array]:
+    """Fold W_UK into the query and W_UV into the output: q̃ = [W_UKᵀ q_C; q_R] attends to rows [c; k_R], value c.
+
+    Multi-query attention over the cache itself (section 2.1.2: "absorb"). Arguments and result are those of
+    ``explicit``, to which it is equal in exact arithmetic.
+    """
+    q_latent = np.einsum("...shn,hnc->...shc", q_nope, w_uk)  # [..., s, h, c]
+    out, lse = attention(
+        np.concatenate([q_latent, q_pe], axis=-1),
+        np.concatenate([latent, k_pe], axis=-1)[..., None, :],  # [..., t, 1, c+r]
+        latent[..., None, :],  # [..., t, 1, c]
+        softmax_scale=softmax_scale,
+        cache_seqlens=cache_seqlens,
+        causal=causal,
+    )
+    return np.einsum("...shc,hvc->...shv", out, w_uv), lse
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Rows cached so far: latent [..., t, c] and k_pe [..., t, r]."""
+
+    latent: Array
+    k_pe: Array
+
+    def append(self, latent: Array, k_pe: Array) -> LatentCache:
+        """The cache with the rows of later tokens after its own."""
+        return LatentCache(
+            np.concatenate([self.latent, latent], axis=-2), np.concatenate([self.k_pe, k_pe], axis=-2)
+        )
+
+
+def layer(
+    hidden: Array,
+    positions: IntArray,
+    weights: Weights,
+    config: MLAConfig,
+    *,
+    cache: LatentCache | None = None,
+    attend: Attend = explicit,
+) -> tuple[Array, LatentCache]:
+    """One MLA layer, equations 37-47: prefill without a cache, decode (or a further chunk) with one.
+
+    Token i attends to the cached rows and to tokens 0 .. i of ``hidden``.
+
+    Args:
+        hidden: [..., s, e].
+        positions: [..., s], of these tokens.
+        cache: rows of the earlier tokens.
+        attend: ``explicit`` or ``absorbed``.
+
+    Returns:
+        (hidden states [..., s, e], cache with the new rows).
+
+    Raises:
+        ValueError: weights do not fit the configuration.
+    """
+    check_weights(weights, config)
+    q_nope, q_pe = project_query(hidden, positions, weights, config)
+    latent, k_pe = project_latent(hidden, positions, weights, config)
+    cache = LatentCache(latent, k_pe) if cache is None else cache.append(latent, k_pe)
+    w_uk, w_uv = absorb(weights["kv_b_proj"], config)
+    out, _ = attend(q_nope, q_pe, cache.latent, cache.k_pe, w_uk, w_uv, softmax_scale=config.scale)
+    return out.reshape(*hidden.shape[:-1], -1) @ weights["o_proj"].T, cache
+
+
+def multi_head_as_mla(k: Array, v: Array, num_heads: int) -> tuple[Array, Array, Array]:
+    """Multi-head, grouped-query or multi-query attention as MLA of full rank, with identity up-projections.
+
+    The latent is the concatenation of all keys and values; W_UK and W_UV select each head's own rows. With these,
+    ``explicit`` and ``absorbed`` (with no rope dims) equal ``attention(q, k, v)``.
+
+    Args:
+        k: [..., t, g, d]; g = h for multi-head, 1 for multi-query attention.
+        v: [..., t, g, dv].
+        num_heads: h, a multiple of g; heads of a group are consecutive.
+
+    Returns:
+        (latent [..., t, g·(d+dv)], w_uk [h, d, g·(d+dv)], w_uv [h, dv, g·(d+dv)]).
+    """
+    g, d = k.shape[-2:]
+    dv = v.shape[-1]
+    latent = np.concatenate([k.reshape(*k.shape[:-2], g * d), v.reshape(*v.shape[:-2], g * dv)], axis=-1)
+    identity = np.eye(g * (d + dv))
+    group = np.arange(num_heads) // (num_heads // g)
+    w_uk = identity[: g * d].reshape(g, d, -1)[group]
+    w_uv = identity[g * d :].reshape(g, dv, -1)[group]
+    return latent, w_uk, w_uv

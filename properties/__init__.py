@@ -1,0 +1,1 @@
+"""What must hold: strategies and laws. ``pytest --pyargs mla_spec.properties`` runs them."""

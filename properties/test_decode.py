@@ -1,0 +1,264 @@
+"""Laws of the operation ``decode``: attention over a paged latent cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from mla_spec.harness.cases import DecodeCase, DecodeInputs
+from mla_spec.harness.contract import Supports
+from mla_spec.harness.driver import Result, tensor_bits
+from mla_spec.harness.laws import Run, law
+from mla_spec.harness.verdict import Violation
+from mla_spec.properties.expected import decode_expected, declared_lse, judge_decode
+from mla_spec.properties.strategies import decode_cases, narrowed
+from mla_spec.properties.views import VIEWS
+from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.reference.typing import BoolArray, IntArray
+
+DECODE = ("decode",)
+
+
+def _needs_lse(supports: Supports) -> str:
+    return "" if supports.lse else "decode returns no LSE"
+
+
+def _needs_several_queries(supports: Supports) -> str:
+    if True not in supports.causal:
+        return "decode is never causal"
+    return "" if supports.max_s is None or supports.max_s > 1 else "decode takes one query per sequence"
+
+
+def _used_slots(inputs: DecodeInputs) -> BoolArray:
+    """Which slots hold a token, [pages, page_size]."""
+    pages, page_size = inputs.kv_cache.shape[:2]
+    used = np.zeros((pages, page_size), dtype=bool)
+    for table, length in zip(inputs.block_table, inputs.cache_seqlens, strict=True):
+        token = np.arange(length)
+        used[table[token // page_size], token % page_size] = True
+    return used
+
+
+def _used_entries(inputs: DecodeInputs) -> BoolArray:
+    """Which table entries are needed, [b, max pages]."""
+    page_size = inputs.kv_cache.shape[1]
+    needed = -(-inputs.cache_seqlens // page_size)
+    return np.arange(inputs.block_table.shape[1]) < needed[:, None]
+
+
+def _same_bits(
+    run: Run, got: tuple[Result, Result | None], want: tuple[Result, Result | None], why: str
+) -> None:
+    for a, b in zip(got, want, strict=True):
+        if a is not None and b is not None:
+            run.same_bits(a, b, why)
+
+
+@law(needs=DECODE, cases=decode_cases)
+def test_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
+    """out = softmax(scale · q · rowsᵀ) · latents, within the worst-case bound of the profile."""
+    inputs = case.build()
+    want = decode_expected(inputs, run.profile)
+    run.within(run.driver.decode(inputs)[0], want.out, want.out_error)
+
+
+@law(needs=DECODE, cases=decode_cases, missing=_needs_lse)
+def test_lse_agrees_with_reference(run: Run, case: DecodeCase) -> None:
+    """lse = log Σ exp(scale · q · rowsᵀ), natural, laid out [b, h, s], the declared value where there is no key."""
+    inputs = case.build()
+    want = decode_expected(inputs, run.profile)
+    lse = run.driver.decode(inputs)[1]
+    assert lse is not None
+    run.within(lse, declared_lse(want.lse, run.supports), want.lse_error, gate=False)
+
+
+@law(needs=DECODE, cases=narrowed(decode_cases, min_length=2, max_s=1), missing=_needs_lse)
+def test_lse_recombines_disjoint_parts(run: Run, case: DecodeCase) -> None:
+    """Two disjoint parts of the keys, merged by the LSEs that the subject gave them, are the whole."""
+    case = replace(case, s=1, seqlens=tuple(n - n % 2 for n in case.seqlens), page_size=case.page_size)
+    inputs = case.build()
+    whole = decode_expected(inputs, run.profile)
+    parts = []
+    for first in (True, False):
+        part = _half(inputs, first)
+        out, lse = run.driver.decode(part)
+        assert lse is not None
+        parts.append((out.value, lse.value, decode_expected(part, run.profile)))
+    lses = np.stack([np.moveaxis(lse, 1, 2)[..., None] for _, lse, _ in parts])  # [2, b, s, h, 1]
+    weights = np.exp(lses - lses.max(axis=0))
+    weights = weights / weights.sum(axis=0)
+    got = sum(w * out for w, (out, _, _) in zip(weights, parts, strict=True))
+    # Weights of the merge are off by at most expm1 of the LSEs' errors, and shift what the parts' outs differ by.
+    lse_error = sum(np.moveaxis(p.lse_error.total, 1, 2)[..., None] for _, _, p in parts)
+    outs = [p.out for _, _, p in parts]
+    out_error = np.maximum(*(p.out_error.total for _, _, p in parts))
+    bound = ErrorBound(
+        {
+            "error of the parts' outputs": out_error,
+            "error of the parts' LSEs": np.minimum(np.expm1(lse_error), 1.0)
+            * (np.abs(outs[0] - outs[1]) + 2 * out_error),
+            "float64 merge of the law": 16 * 2.0**-53 * (np.abs(outs[0]) + np.abs(outs[1])),
+        }
+    )
+    run.within(Result(np.asarray(got), np.zeros(1), "merged out"), whole.out, bound, gate=False)
+
+
+def _half(inputs: DecodeInputs, first: bool) -> DecodeInputs:
+    """The first or the second half of every sequence's tokens, in pages of one token."""
+    page_size = inputs.kv_cache.shape[1]
+    half = inputs.cache_seqlens // 2
+    width = max(1, int(half.max(initial=0)))
+    token = np.arange(width) + (0 if first else half[:, None])  # [b, width]
+    token = np.minimum(token, np.maximum(inputs.cache_seqlens[:, None] - 1, 0)) + np.zeros((len(half), 1), dtype=int)
+    b, pages = len(half), -(-width // page_size)
+    cache = np.zeros((b * pages, page_size, *inputs.kv_cache.shape[2:]))
+    slots = np.take_along_axis(inputs.block_table, token // page_size, axis=1), token % page_size
+    index = np.arange(width)
+    table = np.arange(b * pages, dtype=np.int32).reshape(b, pages)
+    cache[table[:, index // page_size], index % page_size] = inputs.kv_cache[slots]
+    return replace(inputs, kv_cache=cache, block_table=table, cache_seqlens=half.astype(np.int32))
+
+
+@law(needs=DECODE, cases=decode_cases)
+def test_page_relabelling_changes_nothing(run: Run, case: DecodeCase) -> None:
+    """Moving pages in the pool and renaming them in the table changes no bit."""
+    inputs = case.build()
+    pages = inputs.kv_cache.shape[0]
+    name = np.random.default_rng([case.seed, 2]).permutation(pages)  # page p becomes name[p]
+    cache = np.empty_like(inputs.kv_cache)
+    cache[name] = inputs.kv_cache
+    moved = replace(inputs, kv_cache=cache, block_table=name[inputs.block_table].astype(np.int32))
+    got, want = run.driver.decode(moved), run.driver.decode(inputs)
+    _same_bits(run, got, want, "pages were stored in another order and the block table renamed accordingly")
+
+
+@law(needs=DECODE, cases=narrowed(decode_cases, min_batch=2))
+def test_ragged_batch_equals_each_sequence_alone(run: Run, case: DecodeCase) -> None:
+    """A sequence gives the same in a ragged batch as alone: the same bits where the profile claims it."""
+    inputs = case.build()
+    out, lse = run.driver.decode(inputs)
+    want = decode_expected(inputs, run.profile)
+    for i in range(len(case.seqlens)):
+        one = slice(i, i + 1)
+        alone = replace(
+            inputs,
+            q=inputs.q[one],
+            block_table=inputs.block_table[one],
+            cache_seqlens=inputs.cache_seqlens[one],
+        )
+        out_alone, lse_alone = run.driver.decode(alone)
+        why = f"sequence {i} of {len(case.seqlens)} alone differs from itself in the batch"
+        if run.profile.batch_invariant:
+            _same_bits(run, (out_alone, lse_alone), (out[one], lse and lse[one]), why)
+            continue
+        run.same_function(out_alone, out[one], want.out_error.map(lambda t: t[one]), why)
+        if lse is not None and lse_alone is not None:
+            run.same_function(lse_alone, lse[one], want.lse_error.map(lambda t: t[one]), why)
+
+
+@law(needs=DECODE, cases=decode_cases)
+def test_unused_cache_slots_are_ignored(run: Run, case: DecodeCase) -> None:
+    """NaN, infinity or 2^100 in slots past a sequence's length, and in free pages, changes no bit."""
+    inputs = case.build()
+    want = run.driver.decode(inputs)
+    unused = ~_used_slots(inputs)
+    for poison in (np.nan, 2.0**100 if case.dtype != "float16" else 2.0**15, np.inf):
+        cache = inputs.kv_cache.copy()
+        cache[unused] = poison
+        got = run.driver.decode(replace(inputs, kv_cache=cache))
+        _same_bits(run, got, want, f"unused cache slots were filled with {poison:g}")
+
+
+@law(needs=DECODE, cases=decode_cases)
+def test_unused_table_entries_are_ignored(run: Run, case: DecodeCase) -> None:
+    """Table entries past a sequence's pages may name a page of NaN, or no page at all."""
+    inputs = case.build()
+    want = run.driver.decode(inputs)
+    spare = int(np.flatnonzero(~_used_slots(inputs).any(axis=1))[0])
+    cache = inputs.kv_cache.copy()
+    cache[spare] = np.nan
+    for entry in (spare, -1, 2**31 - 1):
+        table: IntArray = np.where(_used_entries(inputs), inputs.block_table, entry).astype(np.int32)
+        got = run.driver.decode(replace(inputs, kv_cache=cache, block_table=table))
+        _same_bits(run, got, want, f"unused block table entries were set to {entry}")
+
+
+@law(needs=DECODE, cases=decode_cases)
+def test_inputs_are_not_modified(run: Run, case: DecodeCase) -> None:
+    """No argument has changed when decode returns."""
+    inputs = case.build()
+    tensors = run.driver.decode_tensors(inputs)
+    before = {name: tensor_bits(x) for name, x in tensors.items()}
+    run.driver.decode_raw(inputs, tensors)
+    for name, x in tensors.items():
+        changed = int((tensor_bits(x) != before[name]).sum())
+        run.require(changed == 0, f"decode changed {changed} of {x.numel()} elements of its argument {name}")
+
+
+@law(needs=DECODE, cases=decode_cases)
+def test_output_is_not_aliased(run: Run, case: DecodeCase) -> None:
+    """Outputs share no memory with arguments, nor with the outputs of the next call."""
+    inputs = case.build()
+    tensors = run.driver.decode_tensors(inputs)
+    first, second = run.driver.decode_raw(inputs, tensors), run.driver.decode_raw(inputs, tensors)
+    names = ("out", "lse")
+    others = {f"argument {name}": x for name, x in tensors.items()}
+    others |= {f"{name} of the next call": x for name, x in zip(names, second, strict=True)}
+    for name, x in zip(names, first, strict=True):
+        for other, y in others.items():
+            run.require(not _share_memory(x, y), f"{name} shares memory with {other}")
+
+
+def _share_memory(x: object, y: object) -> bool:
+    if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)) or not x.numel() or not y.numel():
+        return False
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+@law(needs=DECODE, cases=decode_cases)
+def test_noncontiguous_inputs(run: Run, case: DecodeCase) -> None:
+    """Views of larger or transposed tensors are read by their strides."""
+    inputs = case.build()
+    want = decode_expected(inputs, run.profile)
+    for name, view in VIEWS.items():
+        tensors = view(run.driver.decode_tensors(inputs))
+        try:
+            judge_decode(run, run.driver.decode(inputs, tensors), want)
+        except Violation as violation:
+            raise Violation(f"with {name}:\n{violation}") from None
+
+
+@law(needs=DECODE, cases=narrowed(decode_cases, min_s=2, causal=True), missing=_needs_several_queries)
+def test_future_keys_are_ignored(run: Run, case: DecodeCase) -> None:
+    """Changing key seqlen - 1 changes no bit of the queries before the last (causal, bottom-right)."""
+    inputs = case.build()
+    changed = _with_other_last_key(inputs)
+    for got, want in zip(run.driver.decode(changed), run.driver.decode(inputs), strict=True):
+        if got is not None and want is not None:
+            past = np.s_[:, :-1] if got.what == "out" else np.s_[..., :-1]
+            run.same_bits(got[past], want[past], "only the last key, which these queries do not see, was changed")
+
+
+@law(needs=DECODE, cases=decode_cases)
+def test_last_key_matters(run: Run, case: DecodeCase) -> None:
+    """The newest key carries its weight: when it holds all of it, the output is its value."""
+    inputs = case.build()
+    rows = np.flatnonzero(inputs.cache_seqlens > 0)
+    if rows.size == 0:
+        return
+    dominant = _with_other_last_key(inputs, towards_query=True)
+    want = decode_expected(dominant, run.profile)
+    judge_decode(run, run.driver.decode(dominant), want)
+
+
+def _with_other_last_key(inputs: DecodeInputs, towards_query: bool = False) -> DecodeInputs:
+    """The last key of every sequence replaced by its negative, or by the sum of its last queries' signs, scaled."""
+    page_size = inputs.kv_cache.shape[1]
+    cache = inputs.kv_cache.copy()
+    for i, length in enumerate(inputs.cache_seqlens):
+        if length > 0:
+            slot = inputs.block_table[i, (length - 1) // page_size], (length - 1) % page_size, 0
+            cache[slot] = 2 * np.sign(inputs.q[i, -1].sum(axis=0)) if towards_query else -cache[slot]
+    return replace(inputs, kv_cache=cache)

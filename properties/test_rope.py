@@ -1,0 +1,110 @@
+"""Laws of the operation ``rope``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mla_spec.harness.cases import RopeCase
+from mla_spec.harness.driver import Result
+from mla_spec.harness.laws import Run, law
+from mla_spec.properties.strategies import rope_cases
+from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.reference.rope import half_from_interleaved
+from mla_spec.reference.rope_bound import rope_with_bound
+from mla_spec.reference.typing import Array, IntArray
+
+ROPE = ("rope",)
+
+
+def _expected(run: Run, x: Array, positions: IntArray, case: RopeCase) -> tuple[Array, ErrorBound]:
+    return rope_with_bound(x, positions, case.rope, run.profile.rope, output=case.dtype)
+
+
+@law(needs=ROPE, cases=rope_cases)
+def test_rope_agrees_with_reference(run: Run, case: RopeCase) -> None:
+    """Rotation of every pair by position · frequency, with and without a head axis."""
+    (x,) = case.vectors(1)
+    run.within(run.driver.rope(x, case.positions(), case.rope), *_expected(run, x, case.positions(), case))
+
+
+@law(needs=ROPE, cases=rope_cases)
+def test_rope_depends_on_relative_position_only(run: Run, case: RopeCase) -> None:
+    """⟨rope(q, m + a), rope(k, n + a)⟩ is the same for every common shift a."""
+    q, k = case.vectors(2)
+    m, n = case.positions(), case.positions() + 7
+
+    def product(shift: int) -> tuple[Array, Array, Array]:
+        rotated_q, rotated_k = (
+            run.driver.rope(x, p + shift, case.rope).value for x, p in ((q, m), (k, n))
+        )
+        exact_q, bound_q = _expected(run, q, m + shift, case)
+        exact_k, bound_k = _expected(run, k, n + shift, case)
+        e_q, e_k = bound_q.total, bound_k.total
+        error = e_q * (np.abs(exact_k) + e_k) + np.abs(exact_q) * e_k
+        return (rotated_q * rotated_k).sum(-1), (exact_q * exact_k).sum(-1), error.sum(-1)
+
+    here, exact, error = product(0)
+    there, _, error_there = product(case.shift)
+    shifted = Result(there, np.zeros(there.shape, dtype=int), f"⟨rope(q), rope(k)⟩ after a shift by {case.shift}")
+    rounding = 2 * case.dim * 2.0**-53 * (np.abs(q) * np.abs(k)).sum(-1) * case.rope.cos_sin_factor**2
+    del exact
+    bound = ErrorBound({"rotation before and after the shift": error + error_there, "float64 sums": 4 * rounding})
+    run.within(shifted, here, bound, gate=False)
+
+
+@law(needs=ROPE, cases=rope_cases)
+def test_rope_preserves_norm(run: Run, case: RopeCase) -> None:
+    """Every pair keeps its length, times the factor on cos and sin."""
+    (x,) = case.vectors(1)
+    got = run.driver.rope(x, case.positions(), case.rope).value
+    _, bound = _expected(run, x, case.positions(), case)
+    factor = case.rope.cos_sin_factor
+    lengths = Result(_pair_norm(got, case), np.zeros(1), "length of rotated pair")
+    # Lengths are 1-Lipschitz, so a pair's length is off by at most the length of its error.
+    off = bound.map(lambda term: _pair_norm(term, case))
+    run.within(lengths, factor * _pair_norm(x, case), off.plus("float64", 1e-15 * _pair_norm(x, case)), gate=False)
+
+
+def _pair_norm(x: Array, case: RopeCase) -> Array:
+    if case.layout == "interleaved":
+        return np.hypot(x[..., 0::2], x[..., 1::2])
+    return np.hypot(x[..., : case.dim // 2], x[..., case.dim // 2 :])
+
+
+@law(needs=ROPE, cases=rope_cases)
+def test_rope_at_position_zero_is_identity(run: Run, case: RopeCase) -> None:
+    """Position 0 returns x, bit for bit, unless the model puts a factor on cos and sin."""
+    (x,) = case.vectors(1)
+    zero = np.zeros_like(case.positions())
+    got = run.driver.rope(x, zero, case.rope)
+    if case.rope.cos_sin_factor == 1.0:
+        run.require(
+            bool((got.value == x).all()),
+            f"rope at position 0 changed {int((got.value != x).sum())} of {x.size} elements; "
+            f"first: got {got.value[got.value != x][:1]}, want {x[got.value != x][:1]}",
+        )
+    else:
+        run.within(got, *_expected(run, x, zero, case), gate=False)
+
+
+@law(
+    needs=ROPE,
+    cases=rope_cases,
+    missing=lambda supports: "" if len(supports.rope_layouts) == 2 else f"only {supports.rope_layouts[0]} layout",
+)
+def test_rope_layouts_are_equivalent(run: Run, case: RopeCase) -> None:
+    """Half layout of the permuted vector is the permuted interleaved rotation."""
+    case = replace(case, layout="interleaved")
+    (x,) = case.vectors(1)
+    order = half_from_interleaved(case.dim)
+    interleaved = run.driver.rope(x, case.positions(), case.rope)
+    half = run.driver.rope(x[..., order], case.positions(), replace(case.rope, interleaved=False))
+    _, bound = _expected(run, x, case.positions(), case)
+    run.same_function(
+        half,
+        interleaved[..., order],
+        bound.map(lambda term: np.broadcast_to(term, x.shape)[..., order]),
+        "half layout of the permuted vector differs from interleaved",
+    )
