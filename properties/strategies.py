@@ -127,6 +127,7 @@ def layer_cases(
     eps = st.just(supports.latent_norm_eps) if supports.latent_norm_eps else st.sampled_from((1e-6, 1e-5))
     heads = draw(st.integers(1, 2 if coarse else 4))
     largest = 6 if narrow else 16
+    multiple = supports.layer_dim_multiple
     return LayerCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
@@ -136,8 +137,8 @@ def layer_cases(
         hidden_size=heads * draw(st.integers(2, 4 if narrow else 12)),
         num_heads=heads,
         q_lora_rank=draw(st.none() | st.integers(1, largest)),
-        kv_lora_rank=draw(st.integers(2, largest)),
-        qk_nope_head_dim=draw(st.integers(1, largest // 2)),
+        kv_lora_rank=multiple * draw(st.integers(-(-2 // multiple), largest // multiple)),
+        qk_nope_head_dim=multiple * draw(st.integers(1, max(1, largest // 2 // multiple))),
         qk_rope_head_dim=rope_dim,
         v_head_dim=draw(st.integers(1, largest // 2)),
         layout=layout,

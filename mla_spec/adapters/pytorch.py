@@ -26,9 +26,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def _profiles(**changes: Any) -> Mapping[str, Profile]:
     """Per dtype: arithmetic in the wide dtype, with P kept there."""
     return {
-        dtype: Profile.default(
-            dtype, probabilities="float64" if dtype == "float64" else "float32", batch_invariant=False, **changes
-        )
+        dtype: Profile.default(dtype, probabilities="float64" if dtype == "float64" else "float32", **changes)
         for dtype in DTYPES
     }
 

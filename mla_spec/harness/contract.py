@@ -57,6 +57,7 @@ class Supports:
         rope_optional: whether a layer may have no rotary embedding (NoPE).
         yarn: whether YaRN is implemented.
         yarn_mscale_rule: whether only "equal" mscale and mscale_all_dim are implemented, or "any".
+        layer_dim_multiple: kv_lora_rank and qk_nope_head_dim of a layer must be multiples of it.
         latent_norm_eps: the only eps of the latent norms, or None for any.
         cache_page: tokens to which a layer's cache is rounded up.
 
@@ -76,6 +77,7 @@ class Supports:
     rope_optional: bool = True
     yarn: bool = True
     yarn_mscale_rule: Literal["any", "equal"] = "any"
+    layer_dim_multiple: int = 1
     latent_norm_eps: float | None = None
     cache_page: int = 1
 

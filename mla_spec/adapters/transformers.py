@@ -1,0 +1,183 @@
+"""Hugging Face transformers: the attention modules of DeepSeek-V2 and V3, with their own rotary embedding and cache.
+
+Written for transformers 5. The module is built alone, from an ``MLAConfig``; the caller of a module supplies its mask, so
+the adapter makes it with the library's own ``create_causal_mask``. float64 is not offered: the modules compute norms and
+rotary tables in float32 whatever the dtype.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_spec.harness.contract import Supports
+from mla_spec.reference.config import MLAConfig, RopeConfig
+from mla_spec.reference.profile import Profile, RopeProfile
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _profile(dtype: str, *, eager: bool, rope: RopeProfile) -> Profile:
+    """What the modules round, read from modeling_deepseek_v2.py and v3.py of transformers 5.23.
+
+    Eager attention stores q·kᵀ and the scaled scores in the dtype, and the normalised P too. SDPA takes the math backend
+    for unequal head dims on CPU: it multiplies q and k by the root of the scale and keeps P in float32; other devices may
+    choose a backend that rounds P, so the profile does not rely on that.
+    """
+    if eager:
+        return Profile.default(dtype, rope=rope, score_format=dtype, score_roundings=2)
+    return Profile.default(dtype, rope=rope, operand_roundings=4, tile=16)
+
+
+class _TransformersLayer:
+    """One attention module with its DynamicCache."""
+
+    def __init__(self, module: Any, rotary: Any, config: Any) -> None:
+        self.module, self.rotary, self.config = module, rotary, config
+        self.reset()
+
+    def reset(self) -> None:
+        from transformers.cache_utils import DynamicCache
+
+        self.cache = DynamicCache(config=self.config)
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        from transformers.masking_utils import create_causal_mask
+
+        past = self.cache.get_seq_length()
+        # The mask goes by cache slot: rope positions may start anywhere.
+        slots = torch.arange(past, past + hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=self.cache,
+            position_ids=slots,
+        )
+        out: Tensor = self.module(
+            hidden_states=hidden,
+            position_embeddings=self.rotary(hidden, positions),
+            attention_mask=mask,
+            past_key_values=self.cache,
+        )[0]
+        return out
+
+    prefill = decode = forward
+
+    def cache_bytes(self) -> int:
+        layers = [layer for layer in self.cache.layers if getattr(layer, "keys", None) is not None]
+        return sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
+
+
+class DeepseekV3:
+    """transformers.models.deepseek_v3, SDPA."""
+
+    name = "transformers:deepseek_v3"
+    model, prefix = "deepseek_v3", "DeepseekV3"
+    attention = "sdpa"
+    # The cos/sin table is cast to the dtype, and the rotation computed in it.
+    profile: Mapping[str, Profile] = {
+        d: _profile(d, eager=False, rope=RopeProfile(table=d, rotation=d)) for d in _DTYPES
+    }
+    supports = Supports(dtypes=_DTYPES, rope_optional=False, latent_norm_eps=1e-6)
+
+    @staticmethod
+    def unavailable() -> str:
+        """Why this cannot run here, or ""."""
+        return "" if importlib.util.find_spec("transformers") else "transformers is not installed"
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> _TransformersLayer:
+        assert config.rope is not None
+        package = f"transformers.models.{self.model}"
+        modeling = importlib.import_module(f"{package}.modeling_{self.model}")
+        configuration = importlib.import_module(f"{package}.configuration_{self.model}")
+        their_config = getattr(configuration, f"{self.prefix}Config")(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            q_lora_rank=config.q_lora_rank,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            num_hidden_layers=1,
+            rope_parameters=_rope_parameters(config.rope),
+            max_position_embeddings=_context_length(config.rope),
+            attention_bias=False,
+            attn_implementation=self.attention,
+            **self.extra_config(config.rope),
+        )
+        first = next(iter(weights.values()))
+        module = getattr(modeling, f"{self.prefix}Attention")(their_config, layer_idx=0)
+        module = module.to(device=first.device, dtype=first.dtype).eval()
+        module.load_state_dict({f"{name}.weight": w for name, w in weights.items()}, strict=True)
+        # The rotary module stays in float32, as models keep it.
+        rotary = getattr(modeling, f"{self.prefix}RotaryEmbedding")(config=their_config).to(first.device)
+        return _TransformersLayer(module, rotary, their_config)
+
+    def extra_config(self, rope: RopeConfig) -> dict[str, Any]:
+        return {"rope_interleave": rope.interleaved}
+
+
+class DeepseekV3Eager(DeepseekV3):
+    """transformers.models.deepseek_v3, eager attention."""
+
+    name = "transformers:deepseek_v3-eager"
+    attention = "eager"
+    profile = {d: _profile(d, eager=True, rope=RopeProfile(table=d, rotation=d)) for d in _DTYPES}
+
+
+class DeepseekV2(DeepseekV3):
+    """transformers.models.deepseek_v2, SDPA; rotates interleaved pairs as complex float32 numbers."""
+
+    name = "transformers:deepseek_v2"
+    model, prefix = "deepseek_v2", "DeepseekV2"
+    profile = {d: _profile(d, eager=False, rope=RopeProfile()) for d in _DTYPES}
+    # Viewing pairs as complex numbers needs even offsets of the rope part in its row.
+    supports = Supports(
+        dtypes=_DTYPES,
+        rope_optional=False,
+        latent_norm_eps=1e-6,
+        rope_layouts=("interleaved",),
+        layer_dim_multiple=2,
+    )
+
+    def extra_config(self, rope: RopeConfig) -> dict[str, Any]:
+        return {}
+
+
+class DeepseekV2Eager(DeepseekV2):
+    """transformers.models.deepseek_v2, eager attention."""
+
+    name = "transformers:deepseek_v2-eager"
+    attention = "eager"
+    profile = {d: _profile(d, eager=True, rope=RopeProfile()) for d in _DTYPES}
+
+
+def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
+    """Their spelling of a RopeConfig."""
+    parameters: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": "default"}
+    yarn = rope.active_yarn
+    if yarn is not None:
+        parameters |= {
+            "rope_type": "yarn",
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_max_position_embeddings,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale,
+            "mscale_all_dim": yarn.mscale_all_dim,
+            "attention_factor": yarn.attention_factor,
+            "truncate": yarn.truncate,
+        }
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def _context_length(rope: RopeConfig) -> int:
+    yarn = rope.active_yarn
+    return 4096 if yarn is None else int(yarn.factor * yarn.original_max_position_embeddings)
