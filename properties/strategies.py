@@ -147,7 +147,7 @@ def layer_cases(
         start=draw(st.sampled_from((0, 0, 1, 60, 4090))) if not narrow else draw(st.sampled_from((0, 1, 60))),
         latent_norm_eps=draw(eps),
         weights="aligned" if narrow else "dense",
-        gain=draw(st.sampled_from((0.125, 0.25) if coarse else (1.0, 0.5, 2.0))),
+        gain=draw(st.sampled_from((0.0625, 0.125) if coarse else (1.0, 0.5, 2.0))),
         hidden_scale=draw(st.sampled_from((1.0, 2.0**-10))),
     )
 

@@ -102,7 +102,7 @@ class TorchExplicit:
         outs, lses = [], []
         for i, length in enumerate(cache_seqlens.tolist()):
             rows = self.gather(kv_cache, block_table[i], length)[None, None]  # [1, 1, t, c+r]
-            visible = self.visible(q.shape[1], length, cache_seqlens[i : i + 1], causal)  # [1, 1, s, t]
+            visible = self.visible(q.shape[1], rows.shape[2], cache_seqlens[i : i + 1], causal)  # [1, 1, s, t]
             query = q[i : i + 1].transpose(1, 2)  # [1, h, s, c+r]
             out, lse = self.attend(query, rows, rows[..., :head_dim_v], visible, softmax_scale)
             outs.append(out.transpose(1, 2))  # [1, s, h, c]
@@ -127,13 +127,16 @@ class TorchExplicit:
         self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """softmax(scale · q kᵀ) v with its LSE; q [b, h, s, d], k and v [b, h or 1, t, ·], visible [b, 1, s, t]."""
-        scores = self.scores(q, k, softmax_scale).masked_fill(~visible, -torch.inf)  # [b, h, s, t]
-        p, lse = self.softmax(scores)
+        scores = self.scores(q, k, softmax_scale)  # [b, h, s, t]
+        p, lse = self.softmax(self.masked(scores, visible))
         return self.weighted_values(p, v).to(q.dtype), lse
 
     def scores(self, q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
         dtype = wide(q.dtype)
         return q.to(dtype) @ k.to(dtype).transpose(-1, -2) * softmax_scale
+
+    def masked(self, scores: Tensor, visible: Tensor) -> Tensor:
+        return scores.masked_fill(~visible, -torch.inf)
 
     def softmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, LSE); weights are 0 and the LSE -inf in a row that sees nothing."""
@@ -165,6 +168,13 @@ class TorchExplicit:
     def softmax_scale(self, config: MLAConfig) -> float:
         return config.scale
 
+    def layer_rope(self, x: Tensor, positions: Tensor, config: MLAConfig) -> Tensor:
+        return x if config.rope is None else self.rope(x, positions, rope=config.rope)
+
+    def project_output(self, out: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
+        """[b, s, e] of out [b, s, h, v]."""
+        return self.linear(out.flatten(-2), weights["o_proj"])
+
     def project_query(
         self, hidden: Tensor, positions: Tensor, weights: Mapping[str, Tensor], config: MLAConfig
     ) -> tuple[Tensor, Tensor]:
@@ -177,7 +187,7 @@ class TorchExplicit:
             q = self.linear(c_q, weights["q_b_proj"])
         q = q.unflatten(-1, (config.num_heads, config.qk_head_dim))
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        return q_nope, q_pe if config.rope is None else self.rope(q_pe, positions, rope=config.rope)
+        return q_nope, self.layer_rope(q_pe, positions, config)
 
     def project_latent(
         self, hidden: Tensor, positions: Tensor, weights: Mapping[str, Tensor], config: MLAConfig
@@ -186,7 +196,7 @@ class TorchExplicit:
         both = self.linear(hidden, weights["kv_a_proj_with_mqa"])
         latent, k_pe = both.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         latent = self.rms_norm(latent, weights["kv_a_layernorm"], config.latent_norm_eps)
-        return latent, k_pe if config.rope is None else self.rope(k_pe, positions, rope=config.rope)
+        return latent, self.layer_rope(k_pe, positions, config)
 
     def attend_latent(
         self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float
@@ -299,7 +309,7 @@ class TorchLayer:
         out = self.subject.attend_latent(
             q_nope, q_pe, *self.cache, self.w_uk, self.w_uv, self.subject.softmax_scale(self.config)
         )
-        return self.subject.linear(out.flatten(-2), self.weights["o_proj"])
+        return self.subject.project_output(out, self.weights, self.config)
 
     def append(self, latent: Tensor, k_pe: Tensor) -> None:
         if self.cache is not None:

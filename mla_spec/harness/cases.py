@@ -324,8 +324,8 @@ class LayerCase(Case):
                 signs.reshape(config.num_heads, -1)[:, n:] = 1.0
             weights[name] = w * signs[:, None]
         weights["o_proj"] = rng.uniform(0, 1, weights["o_proj"].shape) / weights["o_proj"].shape[1]
-        # Without YaRN's mscale², which would make the scores' errors large.
-        return self._with_gain(weights, self.gain / (config.scale * config.qk_head_dim**0.5))
+        # Scores of the same size whatever the width and YaRN's mscale², since their errors grow with their size.
+        return self._with_gain(weights, 2 * self.gain / (config.scale * config.qk_head_dim))
 
     def _with_gain(self, weights: dict[str, Array], gain: float) -> dict[str, Array]:
         name = "q_proj" if "q_proj" in weights else "q_b_proj"

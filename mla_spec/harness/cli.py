@@ -103,14 +103,14 @@ def _check(options: argparse.Namespace) -> int:
 
     everything = []
     for spec, subject in subjects:
-        replayable = spec if options.signature is None else f"{spec} --signature {options.signature}"
+        signature = () if options.signature is None else ("--signature", options.signature)
         settings = Options(
             examples=options.examples,
             seed=options.seed,
             device=options.device,
             dtypes=None if options.dtype is None else tuple(options.dtype),
             case=case,
-            spec=replayable,
+            spec=(spec, *signature),
         )
         print(describe_subject(subject), flush=True)
         progress = _Progress(len(laws))

@@ -142,7 +142,7 @@ class Options:
         device: torch device of the tensors.
         dtypes: only these; None for all that the subject supports.
         case: run this one case instead.
-        spec: the name by which a replay command can find the subject; None where it cannot.
+        spec: arguments by which ``mla-spec check`` finds the subject, for replay commands; None where it cannot.
     """
 
     examples: int = 100
@@ -150,7 +150,7 @@ class Options:
     device: str = "cpu"
     dtypes: tuple[str, ...] | None = None
     case: Case | None = None
-    spec: str | None = None
+    spec: tuple[str, ...] | None = None
 
 
 def run_law(made: Law, subject: object, options: Options = Options()) -> Record:
@@ -202,9 +202,10 @@ def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: O
         verdict = _VERDICTS.get(type(error), "fail")
         replay = ""
         if options.spec is not None:
-            replay = f"mla-spec check {shlex.quote(options.spec)} --law {made.name} --case {shlex.quote(last.id)}"
-            if options.device != "cpu":
-                replay += f" --device {options.device}"
+            device = () if options.device == "cpu" else ("--device", options.device)
+            replay = shlex.join(
+                ["mla-spec", "check", *options.spec, "--law", made.name, "--case", last.id, *device]
+            )
         return Record(
             made.name,
             name,

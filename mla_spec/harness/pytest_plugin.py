@@ -68,7 +68,7 @@ def mla_check(request: pytest.FixtureRequest) -> Callable[[Law], None]:
         examples=config.getoption("--mla-examples"),
         seed=config.getoption("--mla-seed"),
         device=config.getoption("--mla-device"),
-        spec=request.param,
+        spec=(request.param,),
     )
     try:
         subject: Any = resolve_subject(request.param)
