@@ -14,9 +14,7 @@ from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import Array
 
 
-def decode_expected(
-    inputs: DecodeInputs, profile: Profile, inherited_q: Array | None = None
-) -> BoundedAttention:
+def decode_expected(inputs: DecodeInputs, profile: Profile, inherited_q: Array | None = None) -> BoundedAttention:
     """Exact decode and its bound; ``inherited_q`` is how far q may be from an exact one."""
     rows = gather_rows(inputs.kv_cache, inputs.block_table, inputs.cache_seqlens)[:, :, None]  # [b, t, 1, c+r]
     values = rows[..., : inputs.head_dim_v]

@@ -15,7 +15,7 @@ Tensors = dict[str, Tensor]
 
 
 def _slice_of_wider(x: Tensor, dim: int, extra: int = 3) -> Tensor:
-    """x as the leading slice of a tensor that is ``extra`` longer in ``dim``; the rest repeats x's own elements."""
+    """X as the leading slice of a tensor that is ``extra`` longer in ``dim``; the rest repeats x's own elements."""
     if x.shape[dim] == 0:
         return x
     index = torch.arange(x.shape[dim] + extra, device=x.device) % x.shape[dim]
@@ -23,7 +23,7 @@ def _slice_of_wider(x: Tensor, dim: int, extra: int = 3) -> Tensor:
 
 
 def _transposed(x: Tensor, first: int, second: int) -> Tensor:
-    """x stored with two axes exchanged, as the output of a batched matrix product."""
+    """X stored with two axes exchanged, as the output of a batched matrix product."""
     return x.transpose(first, second).contiguous().transpose(first, second)
 
 
@@ -33,7 +33,8 @@ VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
     "kv_cache with rows longer than c + r": lambda t: t | {"kv_cache": _slice_of_wider(t["kv_cache"], -1)},
     "kv_cache with pages further apart than a page": lambda t: t | {"kv_cache": _slice_of_wider(t["kv_cache"], 1)},
     "block_table narrowed from a wider one": lambda t: t | {"block_table": _slice_of_wider(t["block_table"], 1)},
-    "cache_seqlens as every other element": lambda t: t
-    | {"cache_seqlens": t["cache_seqlens"].repeat_interleave(2)[::2]},
+    "cache_seqlens as every other element": lambda t: (
+        t | {"cache_seqlens": t["cache_seqlens"].repeat_interleave(2)[::2]}
+    ),
 }
 """Ways to pass the same arguments, by name."""

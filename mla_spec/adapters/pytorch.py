@@ -64,7 +64,7 @@ class TorchExplicit:
         return positions[..., None].to(dtype) * self.frequencies(rope, positions.device, dtype)
 
     def cos_sin(self, positions: Tensor, rope: RopeConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin with their YaRN factor, each [..., r/2]."""
+        """Cos and sin with their YaRN factor, each [..., r/2]."""
         angles = self.angles(positions, rope, dtype)
         factor = self.cos_sin_factor(rope)
         return angles.cos() * factor, angles.sin() * factor
@@ -123,9 +123,7 @@ class TorchExplicit:
             last = last - s + 1 + torch.arange(s, device=seqlens.device)  # [b, s]
         return (key <= last[..., None])[:, None].expand(-1, -1, s, -1)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
         """softmax(scale · q kᵀ) v with its LSE; q [b, h, s, d], k and v [b, h or 1, t, ·], visible [b, 1, s, t]."""
         scores = self.scores(q, k, softmax_scale)  # [b, h, s, t]
         p, lse = self.softmax(self.masked(scores, visible))
@@ -156,7 +154,7 @@ class TorchExplicit:
         return TorchLayer(self, weights, config)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x Wᵀ, rounded to the dtype of x."""
+        """X Wᵀ, rounded to the dtype of x."""
         dtype = wide(x.dtype)
         return (x.to(dtype) @ weight.to(dtype).transpose(-1, -2)).to(x.dtype)
 
@@ -262,14 +260,10 @@ class TorchSDPA(TorchAbsorbed):
     """``torch.nn.functional.scaled_dot_product_attention``, whose backends round P to the dtype and return no LSE."""
 
     name = "torch-sdpa"
-    profile = {
-        dtype: Profile.default(dtype, form="absorbed", tile=16, operand_roundings=4) for dtype in DTYPES
-    }
+    profile = {dtype: Profile.default(dtype, form="absorbed", tile=16, operand_roundings=4) for dtype in DTYPES}
     supports = Supports(lse=False)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
         if k.shape[-2] == 0:
             return q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_empty(0)
         heads = q.shape[1]

@@ -70,8 +70,9 @@ class _TransformersLayer:
     prefill = decode = forward
 
     def cache_bytes(self) -> int:
-        layers = [layer for layer in self.cache.layers if getattr(layer, "keys", None) is not None]
-        return sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
+        layers: list[Any] = list(self.cache.layers)
+        rows = [x for layer in layers for x in (layer.keys, layer.values) if x is not None]
+        return sum(x.numel() * x.element_size() for x in rows)
 
 
 class DeepseekV3:

@@ -48,12 +48,8 @@ class VllmCpu:
     """
 
     name = "vllm-cpu"
-    profile = {
-        dtype: Profile.default(dtype, probabilities="float32", merge_every=_PAGE_SIZE) for dtype in _DTYPES
-    }
-    supports = Supports(
-        dtypes=_DTYPES, page_sizes=(_PAGE_SIZE,), latent_dims=((512, 64),), max_s=1, lse=False
-    )
+    profile = {dtype: Profile.default(dtype, probabilities="float32", merge_every=_PAGE_SIZE) for dtype in _DTYPES}
+    supports = Supports(dtypes=_DTYPES, page_sizes=(_PAGE_SIZE,), latent_dims=((512, 64),), max_s=1, lse=False)
 
     def __init__(self) -> None:
         folder = _library_folder()
@@ -84,7 +80,7 @@ class VllmCpu:
         softmax_scale: float,
         causal: bool,
     ) -> tuple[Tensor, None]:
-        """q [b, 1, h, 576] and pages [pages, 16, 1, 576]; causal or not is the same for one query."""
+        """Q [b, 1, h, 576] and pages [pages, 16, 1, 576]; causal or not is the same for one query."""
         out = q.new_empty(q.shape[0], q.shape[2], head_dim_v)
         self.kernel(out, q[:, 0], kv_cache[:, :, 0], softmax_scale, block_table, cache_seqlens)
         return out[:, None], None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from mla_spec.harness.report import format_table
 from mla_spec.reference.cache import CacheSize, compared_cache_sizes, paged_bytes
 from mla_spec.reference.formats import format_of
@@ -42,7 +44,7 @@ def cache_report(name: str, dtype: str, tokens: int, batch: int, page_size: int)
     rows = [("attention", "elements/token/layer", "B/token/layer", "B/token", "B in pages", "MLA is")]
     for size in sizes:
         per_token = size.bytes_per_token(dtype, layers)
-        whole = layers * paged_bytes([tokens] * batch, page_size, size.elements * itemsize)
+        whole = layers * paged_bytes(np.full(batch, tokens), page_size, size.elements * itemsize)
         share = 100 * sizes[0].elements / size.elements
         rows.append(
             (

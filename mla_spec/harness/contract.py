@@ -143,8 +143,6 @@ def profile_of(subject: object, dtype: str) -> Profile:
 def require_subject(subject: object) -> None:
     """Raise TypeError, in one sentence, unless ``subject`` offers an operation and declares itself consistently."""
     if not any(offers(subject, operation) for operation in OPERATIONS):
-        raise TypeError(
-            f"{subject_name(subject)} is not a subject: it has none of the methods {', '.join(OPERATIONS)}"
-        )
+        raise TypeError(f"{subject_name(subject)} is not a subject: it has none of the methods {', '.join(OPERATIONS)}")
     for dtype in supports_of(subject).dtypes:
         profile_of(subject, dtype)

@@ -43,6 +43,11 @@ class Result:
         return Result(self.value[index], self.bits[index], self.what)
 
 
+def computed(value: Array, what: str) -> Result:
+    """A float64 value that a law computed from results, as a Result."""
+    return Result(value, np.ascontiguousarray(value).view(np.int64), what)
+
+
 def tensor_bits(x: torch.Tensor) -> IntArray:
     """The bit patterns of a tensor's elements."""
     bits: IntArray = x.detach().cpu().contiguous().view(_BITS[x.element_size()]).numpy().copy()
@@ -96,9 +101,7 @@ class Driver:
         return Result(value, tensor_bits(x), what)
 
     def rope(self, x: Array, positions: IntArray, rope: RopeConfig) -> Result:
-        out = self.guard(
-            lambda: self.subject.rope(self.tensor(x), self.integers(positions, torch.int64), rope=rope)
-        )
+        out = self.guard(lambda: self.subject.rope(self.tensor(x), self.integers(positions, torch.int64), rope=rope))
         return self.result(out, "rope output", x.shape)
 
     def absorb(self, kv_b_proj: Array, config: MLAConfig) -> tuple[Result, Result]:

@@ -29,7 +29,7 @@ def judge_within(got: Result, want: Array, bound: ErrorBound, *, gate: bool = Tr
     if gate:
         require_meaningful(want, total)
     infinite = np.isinf(want)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(got.value - np.where(infinite, 0.0, want))
         ratio = np.where(error == 0, 0.0, error / np.where(total > 0, total, np.finfo(np.float64).tiny))
     ratio = np.where(infinite, np.where(got.value == want, 0.0, np.inf), ratio)
@@ -72,9 +72,7 @@ def judge_same_bits(got: Result, want: Result, why: str) -> None:
     )
 
 
-def _describe(
-    got: Result, want: Array, total: Array, bound: ErrorBound, index: tuple[int, ...], outside: int
-) -> str:
+def _describe(got: Result, want: Array, total: Array, bound: ErrorBound, index: tuple[int, ...], outside: int) -> str:
     error = abs(got.value[index] - want[index])
     terms = bound.map(lambda term: np.broadcast_to(term, want.shape))
     main = terms.main_term(index)

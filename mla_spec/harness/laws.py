@@ -203,9 +203,7 @@ def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: O
         replay = ""
         if options.spec is not None:
             device = () if options.device == "cpu" else ("--device", options.device)
-            replay = shlex.join(
-                ["mla-spec", "check", *options.spec, "--law", made.name, "--case", last.id, *device]
-            )
+            replay = shlex.join(["mla-spec", "check", *options.spec, "--law", made.name, "--case", last.id, *device])
         return Record(
             made.name,
             name,
@@ -216,9 +214,7 @@ def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: O
             replay=replay,
             seconds=time.perf_counter() - start,
         )
-    return Record(
-        made.name, name, "pass", cases, run.worst, run.worst_case, seconds=time.perf_counter() - start
-    )
+    return Record(made.name, name, "pass", cases, run.worst, run.worst_case, seconds=time.perf_counter() - start)
 
 
 def _generate(made: Law, run: Run, examples: int, seed: int, attempt: Callable[[Case], None]) -> None:
@@ -240,5 +236,3 @@ def _generate(made: Law, run: Run, examples: int, seed: int, attempt: Callable[[
         attempt(case)
 
     generated()
-
-

@@ -34,9 +34,7 @@ def parametrize_with_checks(subjects: Iterable[object], *, options: Options = Op
     for subject in subjects:
         require_subject(subject)
         for name, made in all_laws().items():
-            parameters.append(
-                pytest.param(subject, Check(made, options), id=f"{subject_name(subject)}-{name}")
-            )
+            parameters.append(pytest.param(subject, Check(made, options), id=f"{subject_name(subject)}-{name}"))
     return pytest.mark.parametrize(("subject", "check"), parameters)
 
 

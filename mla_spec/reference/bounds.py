@@ -280,5 +280,5 @@ def _lse_error(sums: SoftmaxSums, moments: _Moments, rates: _Rates) -> ErrorBoun
 
 
 def _finite(x: Array) -> Array:
-    """x with the -inf of rows without keys replaced by 0."""
+    """X with the -inf of rows without keys replaced by 0."""
     return np.where(np.isneginf(x), 0.0, x)

@@ -98,7 +98,7 @@ class CacheSize:
 
 
 def latent_cache_size(config: MLAConfig) -> CacheSize:
-    """c + r elements: DeepSeek-V2 (arXiv 2405.04434), table 1."""
+    """C + r elements: DeepSeek-V2 (arXiv 2405.04434), table 1."""
     return CacheSize("MLA", config.cache_dim)
 
 
@@ -110,9 +110,7 @@ def multi_head_cache_size(groups: int, k_dim: int, v_dim: int, name: str) -> Cac
 def compared_cache_sizes(num_heads: int, k_dim: int, v_dim: int) -> list[CacheSize]:
     """What a model with these heads would cache as MHA, as GQA with 8 groups, and as MQA."""
     groups = {"MHA": num_heads, "GQA-8": 8, "MQA": 1}
-    return [
-        multi_head_cache_size(g, k_dim, v_dim, name) for name, g in groups.items() if num_heads % g == 0
-    ]
+    return [multi_head_cache_size(g, k_dim, v_dim, name) for name, g in groups.items() if num_heads % g == 0]
 
 
 def paged_bytes(seqlens: IntArray, page_size: int, row_bytes: int) -> int:

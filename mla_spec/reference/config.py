@@ -69,9 +69,7 @@ class YarnScaling:
 
     def __post_init__(self) -> None:
         _require_positive("YarnScaling", factor=self.factor, beta_fast=self.beta_fast, beta_slow=self.beta_slow)
-        _require_positive_int(
-            "YarnScaling", original_max_position_embeddings=self.original_max_position_embeddings
-        )
+        _require_positive_int("YarnScaling", original_max_position_embeddings=self.original_max_position_embeddings)
         if self.factor < 1:
             raise ValueError(f"YarnScaling: factor must be at least 1, got {self.factor!r}")
         if self.beta_fast < self.beta_slow:
@@ -84,9 +82,7 @@ class YarnScaling:
                 f"got {self.attention_factor_rule!r}"
             )
         if self.applies not in ("always", "beyond_original"):
-            raise ValueError(
-                f"YarnScaling: applies must be 'always' or 'beyond_original', got {self.applies!r}"
-            )
+            raise ValueError(f"YarnScaling: applies must be 'always' or 'beyond_original', got {self.applies!r}")
 
     @property
     def cos_sin_factor(self) -> float:
@@ -136,9 +132,7 @@ class RopeConfig:
         if self.theta <= 1:
             raise ValueError(f"RopeConfig: theta must exceed 1, got {self.theta!r}")
         if self.yarn is not None and self.yarn.applies == "beyond_original" and self.max_position_embeddings is None:
-            raise ValueError(
-                "RopeConfig: yarn.applies='beyond_original' needs max_position_embeddings, got None"
-            )
+            raise ValueError("RopeConfig: yarn.applies='beyond_original' needs max_position_embeddings, got None")
         if self.active_yarn is not None:
             low, high = self.yarn_correction_range()
             if low == high and self.active_yarn.ramp_guard is None:
@@ -274,12 +268,12 @@ class MLAConfig:
 
     @property
     def qk_head_dim(self) -> int:
-        """n + r."""
+        """N + r."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def cache_dim(self) -> int:
-        """c + r: elements of one cache row."""
+        """C + r: elements of one cache row."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
@@ -288,7 +282,7 @@ class MLAConfig:
         if self.softmax_scale is not None:
             return self.softmax_scale
         yarn = None if self.rope is None else self.rope.active_yarn
-        return self.qk_head_dim**-0.5 * (1.0 if yarn is None else yarn.softmax_factor)
+        return 1.0 / math.sqrt(self.qk_head_dim) * (1.0 if yarn is None else yarn.softmax_factor)
 
     @classmethod
     def published(cls, name: str) -> MLAConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -31,8 +32,12 @@ class ErrorBound:
         """The name of the largest contribution at ``index``."""
         return max(self.terms, key=lambda name: np.nan_to_num(self.terms[name][index], nan=np.inf))
 
+    def __getitem__(self, index: Any) -> ErrorBound:
+        """The bound of some elements."""
+        return self.map(lambda term: term[index])
+
     def map(self, function: Callable[[Array], Array]) -> ErrorBound:
-        """The bound with ``function`` (an indexing or reshape) applied to every contribution."""
+        """The bound with ``function`` applied to every contribution."""
         return ErrorBound({name: function(term) for name, term in self.terms.items()})
 
     def plus(self, name: str, term: Array) -> ErrorBound:

@@ -26,7 +26,7 @@ class Format:
 
     @property
     def unit_roundoff(self) -> float:
-        """u = 2^-p: the largest relative error of rounding to nearest in the normal range."""
+        """U = 2^-p: the largest relative error of rounding to nearest in the normal range."""
         return 2.0**-self.precision
 
     @property

@@ -7,6 +7,7 @@ Every intermediate is taken to be rounded to the profile's dtype; keeping more p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,21 +30,19 @@ class Bounded:
     value: Array
     error: Array
 
-    def __getitem__(self, index: object) -> Bounded:
-        return Bounded(self.value[index], self.error[index])  # type: ignore[index]
+    def __getitem__(self, index: Any) -> Bounded:
+        return Bounded(self.value[index], self.error[index])
 
     def reshape(self, *shape: int) -> Bounded:
         return Bounded(self.value.reshape(*shape), self.error.reshape(*shape))
 
 
 def _concat(*parts: Bounded) -> Bounded:
-    return Bounded(
-        np.concatenate([p.value for p in parts], axis=-1), np.concatenate([p.error for p in parts], axis=-1)
-    )
+    return Bounded(np.concatenate([p.value for p in parts], axis=-1), np.concatenate([p.error for p in parts], axis=-1))
 
 
 def _rounded(x: Bounded, dtype: str, times: int = 1) -> Bounded:
-    """x stored ``times`` times in format ``dtype``."""
+    """X stored ``times`` times in format ``dtype``."""
     fmt = format_of(dtype)
     growth = (1 + fmt.unit_roundoff) ** times - 1
     size = np.abs(x.value) + x.error
@@ -56,9 +55,7 @@ def _product(subscripts: str, weight: Array, x: Bounded, profile: Profile) -> Bo
     return Bounded(value, bound.total)
 
 
-def _product_terms(
-    subscripts: str, weight: Array, x: Bounded, profile: Profile
-) -> tuple[Array, ErrorBound]:
+def _product_terms(subscripts: str, weight: Array, x: Bounded, profile: Profile) -> tuple[Array, ErrorBound]:
     value = np.einsum(subscripts, weight, x.value, optimize=True)
     carried = np.einsum(subscripts, np.abs(weight), x.error, optimize=True)
     gauge = np.einsum(subscripts, np.abs(weight), np.abs(x.value) + x.error, optimize=True)
@@ -90,9 +87,7 @@ def _rms_norm(x: Bounded, weight: Array, eps: float, profile: Profile) -> Bounde
 def _rope(x: Bounded, positions: IntArray, config: MLAConfig, profile: Profile) -> Bounded:
     if config.rope is None:
         return x
-    value, bound = rope_with_bound(
-        x.value, positions, config.rope, profile.rope, output=profile.dtype, x_error=x.error
-    )
+    value, bound = rope_with_bound(x.value, positions, config.rope, profile.rope, output=profile.dtype, x_error=x.error)
     return Bounded(value, bound.total)
 
 
@@ -122,9 +117,7 @@ def layer_with_bound(
     q = q.reshape(*hidden.shape[:-1], h, config.qk_head_dim)
     q_nope, q_pe = q[..., :n], _rope(q[..., n:], positions, config, profile)
     both = _product("oe,...e->...o", weights["kv_a_proj_with_mqa"], x, profile)
-    latent = _rms_norm(
-        both[..., : config.kv_lora_rank], weights["kv_a_layernorm"], config.latent_norm_eps, profile
-    )
+    latent = _rms_norm(both[..., : config.kv_lora_rank], weights["kv_a_layernorm"], config.latent_norm_eps, profile)
     k_pe = _rope(both[..., config.kv_lora_rank :], positions, config, profile)[..., None, :]  # [..., t, 1, r]
     w_uk, w_uv = absorb(weights["kv_b_proj"], config)
     if profile.form == "explicit":

@@ -55,13 +55,12 @@ def check_weights(weights: Weights, config: MLAConfig) -> None:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """weight · x / sqrt(mean(x²) + eps) over the last axis (RMSNorm, arXiv 1910.07467, equation 4)."""
-    return weight * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    """Weight · x / sqrt(mean(x²) + eps) over the last axis (RMSNorm, arXiv 1910.07467, equation 4)."""
+    rms: Array = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    return weight * x / rms
 
 
-def project_query(
-    hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig
-) -> tuple[Array, Array]:
+def project_query(hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig) -> tuple[Array, Array]:
     """The queries, equations 37-40: c_Q = W_DQ h, [q_C; q_R] = [W_UQ; W_QR] c_Q, q_R rotated.
 
     Args:
@@ -83,9 +82,7 @@ def project_query(
     return q_nope, q_pe
 
 
-def project_latent(
-    hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig
-) -> tuple[Array, Array]:
+def project_latent(hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig) -> tuple[Array, Array]:
     """What is cached, equations 41 and 43: the normalised latent c_KV = W_DKV h, and k_R = RoPE(W_KR h).
 
     The RMSNorm on the latents is in every published implementation; the paper mentions it in section 3.1.2.
@@ -187,9 +184,7 @@ class LatentCache:
 
     def append(self, latent: Array, k_pe: Array) -> LatentCache:
         """The cache with the rows of later tokens after its own."""
-        return LatentCache(
-            np.concatenate([self.latent, latent], axis=-2), np.concatenate([self.k_pe, k_pe], axis=-2)
-        )
+        return LatentCache(np.concatenate([self.latent, latent], axis=-2), np.concatenate([self.k_pe, k_pe], axis=-2))
 
 
 def layer(

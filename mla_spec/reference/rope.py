@@ -46,7 +46,7 @@ def _decimal_frequencies(rope: RopeConfig) -> tuple[Decimal, ...]:
 
 @lru_cache(maxsize=256)
 def _turns_per_position(rope: RopeConfig) -> Array:
-    """frequency / 2π as a sum of four doubles, the first three of 26 bits; [4, r/2]."""
+    """Frequency / 2π as a sum of four doubles, the first three of 26 bits; [4, r/2]."""
     parts = np.zeros((4, rope.dim // 2))
     with localcontext(_DIGITS):
         for i, frequency in enumerate(_decimal_frequencies(rope)):
@@ -69,7 +69,7 @@ def rope_frequencies(rope: RopeConfig) -> Array:
 
 
 def rope_cos_sin(positions: IntArray, rope: RopeConfig) -> tuple[Array, Array]:
-    """cos and sin of position · frequency, without ``rope.cos_sin_factor``.
+    """Cos and sin of position · frequency, without ``rope.cos_sin_factor``.
 
     Args:
         positions: integers of any shape [...], magnitude below ``MAX_POSITION``.
@@ -104,7 +104,7 @@ def rope_cos_sin(positions: IntArray, rope: RopeConfig) -> tuple[Array, Array]:
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """a + b = sum + error exactly (Knuth)."""
+    """A + b = sum + error exactly (Knuth)."""
     total = a + b
     rest = total - a
     return total, (a - (total - rest)) + (b - rest)
@@ -139,7 +139,7 @@ def apply_rope(x: Array, positions: IntArray, rope: RopeConfig) -> Array:
     x = np.asarray(x, dtype=np.float64)
     positions = np.asarray(positions)
     lead = positions.shape
-    if x.shape[-1:] != (rope.dim,) or x.shape[:-1] != lead and x.shape[:-2] != lead:
+    if x.shape[-1:] != (rope.dim,) or (x.shape[:-1] != lead and x.shape[:-2] != lead):
         raise ValueError(
             f"x must have shape positions.shape + ({rope.dim},) or positions.shape + (heads, {rope.dim}) "
             f"with positions.shape {lead}, got {x.shape}"
@@ -149,9 +149,7 @@ def apply_rope(x: Array, positions: IntArray, rope: RopeConfig) -> Array:
         cos, sin = cos[..., None, :], sin[..., None, :]  # [..., 1, r/2]
     factor = rope.cos_sin_factor
     first, second = split_pairs(x, rope.interleaved)
-    return join_pairs(
-        (first * cos - second * sin) * factor, (first * sin + second * cos) * factor, rope.interleaved
-    )
+    return join_pairs((first * cos - second * sin) * factor, (first * sin + second * cos) * factor, rope.interleaved)
 
 
 def split_pairs(x: Array, interleaved: bool) -> tuple[Array, Array]:
@@ -164,7 +162,7 @@ def join_pairs(first: Array, second: Array, interleaved: bool) -> Array:
     """Inverse of ``split_pairs``."""
     if not interleaved:
         return np.concatenate([first, second], axis=-1)
-    return np.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
+    return np.stack([first, second], axis=-1).reshape(*first.shape[:-1], 2 * first.shape[-1])
 
 
 def half_from_interleaved(dim: int) -> IntArray:

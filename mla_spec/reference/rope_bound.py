@@ -36,7 +36,8 @@ def angle_error(positions: IntArray, rope: RopeConfig, profile: RopeProfile) -> 
     frequency_error = np.where(frequency == 1.0, 0.0, relative * frequency + blended)
     pos = np.abs(np.asarray(positions, dtype=np.float64))[..., None]  # [..., 1]
     exact_product = (frequency == 1.0) & (round_to(pos, profile.angle) == pos)
-    return pos * (frequency_error + np.where(exact_product, 0.0, u_a * (frequency + frequency_error)))
+    error: Array = pos * (frequency_error + np.where(exact_product, 0.0, u_a * (frequency + frequency_error)))
+    return error
 
 
 def rope_with_bound(

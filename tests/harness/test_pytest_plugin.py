@@ -1,0 +1,96 @@
+"""The pytest plugin and ``parametrize_with_checks``, each in a pytest of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+SUBJECTS = """
+from mla_spec.adapters.pytorch import TorchAbsorbed
+
+class Good(TorchAbsorbed):
+    name = "good"
+
+class Wrong(TorchAbsorbed):
+    name = "wrong"
+    def rotate(self, x, cos, sin, interleaved):
+        return super().rotate(x, cos, -sin, interleaved)
+"""
+ROPE = ("--pyargs", "mla_spec.properties.test_rope", "--mla-examples", "8", "-p", "no:xdist", "-p", "no:cacheprovider")
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> pytest.Pytester:
+    pytester.makepyfile(kernels=SUBJECTS)
+    return pytester
+
+
+def test_subjects_are_chosen_by_option(project: pytest.Pytester) -> None:
+    done = project.runpytest_subprocess(*ROPE, "--mla-impl", "kernels.py:Good", "--mla-impl", "kernels.py:Wrong", "-v")
+    done.assert_outcomes(passed=5 + 4, failed=1)
+    done.stdout.fnmatch_lines(
+        [
+            "*test_rope_agrees_with_reference*kernels.py:Good* PASSED*",
+            "*test_rope_agrees_with_reference*kernels.py:Wrong* FAILED*",
+            "*replay: mla-spec check kernels.py:Wrong --law test_rope_*",
+        ]
+    )
+
+
+def test_subjects_are_chosen_by_environment(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLA_IMPL", "kernels.py:Good, torch-explicit")
+    project.runpytest_subprocess(*ROPE).assert_outcomes(passed=10)
+
+
+def test_an_unknown_subject_is_one_sentence(project: pytest.Pytester) -> None:
+    done = project.runpytest_subprocess(*ROPE, "--mla-impl", "torch-absorbt")
+    assert done.ret != 0
+    done.stdout.fnmatch_lines(["*unknown subject 'torch-absorbt'; did you mean torch-absorbed*"])
+
+
+def test_waivers_expect_failure_and_stale_ones_are_reported(project: pytest.Pytester) -> None:
+    project.makefile(
+        ".txt",
+        waived="""
+        # our rotation is fused elsewhere
+        test_rope_agrees_with_reference
+        test_rope_depends_on_relative_position_only[kernels.py:Wrong]  # same
+        test_rope_that_was_renamed
+        """,
+    )
+    done = project.runpytest_subprocess(*ROPE, "--mla-impl", "kernels.py:Wrong", "--mla-xfails", "waived.txt")
+    done.assert_outcomes(passed=3, xfailed=1, xpassed=1, warnings=1)
+    done.stdout.fnmatch_lines(["*StaleXfail: waived.txt: 'test_rope_that_was_renamed' names no collected test*"])
+
+
+def test_a_missing_waiver_file_is_a_usage_error(project: pytest.Pytester) -> None:
+    done = project.runpytest_subprocess(*ROPE, "--mla-impl", "kernels.py:Good", "--mla-xfails", "none.txt")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["*--mla-xfails: cannot read none.txt: No such file or directory*"])
+
+
+def test_parametrize_with_checks(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_mine="""
+        from kernels import Good, Wrong
+        from mla_spec import parametrize_with_checks
+        from mla_spec.harness.laws import Options
+
+        @parametrize_with_checks([Good(), Wrong()], options=Options(examples=8, dtypes=("float32",)))
+        def test_mla(subject, check):
+            check(subject)
+        """
+    )
+    done = project.runpytest_subprocess("-k", "rope_preserves or rope_agrees", "-v", "-p", "no:xdist")
+    done.assert_outcomes(passed=3, failed=1)
+    done.stdout.fnmatch_lines(["*test_mla?wrong-test_rope_agrees_with_reference? FAILED*"])
+
+
+def test_unsupported_laws_are_skipped_with_the_reason(project: pytest.Pytester) -> None:
+    done = project.runpytest_subprocess(
+        "--pyargs", "mla_spec.properties.test_decode", "--mla-impl", "torch-sdpa", "--mla-examples", "4", "-rs",
+        "-k", "lse", "-p", "no:xdist",
+    )  # fmt: skip
+    done.assert_outcomes(skipped=2)
+    done.stdout.fnmatch_lines(["*decode returns no LSE*"])

