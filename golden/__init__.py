@@ -1,0 +1,1 @@
+"""Frozen answers: inputs and correctly rounded results as plain files, and what makes and checks them."""

@@ -27,8 +27,10 @@ YARN = {
     "cos-sin-only": YarnScaling(
         factor=16, original_max_position_embeddings=128, mscale=1.0, mscale_all_dim=0.0, ramp_guard=0.001
     ),
+    "empty-range": YarnScaling(factor=4, original_max_position_embeddings=6, ramp_guard=0.001),
 }
-"""YaRN scalings by the name a case holds. "ratio" and "cos-sin-only" put a factor on cos and sin."""
+"""YaRN scalings by the name a case holds. "ratio" and "cos-sin-only" put a factor on cos and sin; the correction range of
+"empty-range" has no width, so that its ramp is that of the guard."""
 
 C = TypeVar("C", bound="Case")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--case", metavar="ID", help="run this one case (with one --law)")
     check.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
     check.add_argument("--device", default="cpu", help="torch device (cpu)")
+    check.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (1)")
     check.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
     check.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
     check.add_argument("--json", metavar="FILE", help="also write the records to FILE")
@@ -78,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> int:
+    # Before numpy is imported: cases are so small that BLAS threads only wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from mla_spec.harness.cases import parse_case
     from mla_spec.harness.check import check_subject, find_laws
     from mla_spec.harness.contract import DTYPES
@@ -85,8 +89,9 @@ def _check(options: argparse.Namespace) -> int:
     from mla_spec.harness.report import HEADER, describe_subject, exit_code, format_table, record_row, summary
     from mla_spec.harness.subjects import UnknownSubject, available_subjects, resolve_subject
 
-    if options.examples < 1:
-        raise UsageError(f"--examples must be at least 1, got {options.examples}")
+    for name in ("examples", "threads"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(options, name)}")
     for dtype in options.dtype or ():
         if dtype not in DTYPES:
             raise UsageError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
@@ -108,6 +113,7 @@ def _check(options: argparse.Namespace) -> int:
             examples=options.examples,
             seed=options.seed,
             device=options.device,
+            threads=options.threads,
             dtypes=None if options.dtype is None else tuple(options.dtype),
             case=case,
             spec=(spec, *signature),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
+import torch
 from hypothesis import Phase, given, settings
 from hypothesis.errors import Flaky
 
@@ -140,6 +141,8 @@ class Options:
         examples: generated cases per law, spread over the dtypes.
         seed: of the generation; equal seeds give equal cases.
         device: torch device of the tensors.
+        threads: of torch's operators on the CPU while laws run. Cases are small, so more only cost time; a kernel whose
+            threads may race deserves more.
         dtypes: only these; None for all that the subject supports.
         case: run this one case instead.
         spec: arguments by which ``mla-spec check`` finds the subject, for replay commands; None where it cannot.
@@ -148,6 +151,7 @@ class Options:
     examples: int = 100
     seed: int = 0
     device: str = "cpu"
+    threads: int = 1
     dtypes: tuple[str, ...] | None = None
     case: Case | None = None
     spec: tuple[str, ...] | None = None
@@ -167,7 +171,12 @@ def run_law(made: Law, subject: object, options: Options = Options()) -> Record:
     if reason:
         return Record(made.name, name, "unsupported", message=reason)
     share = max(1, -(-options.examples // len(dtypes)))
-    return merge([_run_dtype(made, subject, dtype, share, options) for dtype in dtypes])
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        return merge([_run_dtype(made, subject, dtype, share, options) for dtype in dtypes])
+    finally:
+        torch.set_num_threads(before)
 
 
 _VERDICTS = {Violation: "fail", SubjectCrashed: "crashed", VacuousCase: "incomplete"}
@@ -202,7 +211,9 @@ def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: O
         verdict = _VERDICTS.get(type(error), "fail")
         replay = ""
         if options.spec is not None:
-            device = () if options.device == "cpu" else ("--device", options.device)
+            device: tuple[str, ...] = () if options.device == "cpu" else ("--device", options.device)
+            if options.threads != 1:
+                device += ("--threads", str(options.threads))
             replay = shlex.join(["mla-spec", "check", *options.spec, "--law", made.name, "--case", last.id, *device])
         return Record(
             made.name,

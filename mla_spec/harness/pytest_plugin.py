@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="tests expected to fail: one `test_name` or `test_name[subject]` per line, # comments",
     )
+    group.addoption("--mla-threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (1)")
     group.addoption("--mla-examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
     group.addoption("--mla-seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
 
@@ -68,6 +69,7 @@ def mla_check(request: pytest.FixtureRequest) -> Callable[[Law], None]:
         examples=config.getoption("--mla-examples"),
         seed=config.getoption("--mla-seed"),
         device=config.getoption("--mla-device"),
+        threads=config.getoption("--mla-threads"),
         spec=(request.param,),
     )
     try:

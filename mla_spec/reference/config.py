@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import Context, Decimal, localcontext
 from typing import Any, Literal
+
+DIGITS = Context(prec=60)
+"""Decimal arithmetic in which rotary frequencies are exact for every purpose of float64."""
+
+PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803")
 
 
 def _require_positive_int(owner: str, **values: int) -> None:
@@ -197,18 +203,24 @@ class RopeConfig:
         d(β) = dim · ln(L / (2πβ)) / (2 ln theta) and L is the original context (YaRN, section 3.2; DeepSeek-V3
         inference/model.py, find_correction_range).
         """
-        if self.yarn is None:
+        low, high = self.exact_yarn_correction_range()
+        return float(low), float(high)
+
+    def exact_yarn_correction_range(self) -> tuple[Decimal, Decimal]:
+        """``yarn_correction_range`` to about 55 digits."""
+        yarn = self.yarn
+        if yarn is None:
             raise ValueError("yarn_correction_range: this RopeConfig has no YaRN scaling")
+        with localcontext(DIGITS):
 
-        def pair_index(rotations: float) -> float:
-            assert self.yarn is not None
-            wavelength = self.yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
-            return self.dim * math.log(wavelength) / (2 * math.log(self.theta))
+            def pair_index(rotations: float) -> Decimal:
+                wavelength = yarn.original_max_position_embeddings / (Decimal(rotations) * 2 * PI)
+                return self.dim * wavelength.ln() / (2 * Decimal(self.theta).ln())
 
-        low, high = pair_index(self.yarn.beta_fast), pair_index(self.yarn.beta_slow)
-        if self.yarn.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        return max(low, 0), min(high, self.dim - 1)
+            low, high = pair_index(yarn.beta_fast), pair_index(yarn.beta_slow)
+            if yarn.truncate:
+                low, high = Decimal(math.floor(low)), Decimal(math.ceil(high))
+            return max(low, Decimal(0)), min(high, Decimal(self.dim - 1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,32 +7,30 @@ however large the position. RoFormer (arXiv 2104.09864), equation 34; YaRN (arXi
 from __future__ import annotations
 
 import math
-from decimal import Context, Decimal, localcontext
+from decimal import Decimal, localcontext
 from functools import lru_cache
 
 import numpy as np
 
-from mla_spec.reference.config import RopeConfig
+from mla_spec.reference.config import DIGITS, PI, RopeConfig
 from mla_spec.reference.typing import Array, IntArray
 
 MAX_POSITION = 2**26
 """Positions must be smaller in magnitude: products with the 26-bit parts of a frequency then are exact."""
 
-_DIGITS = Context(prec=60)
-_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803")
 _PART_BITS = 26
 
 
 @lru_cache(maxsize=256)
 def _decimal_frequencies(rope: RopeConfig) -> tuple[Decimal, ...]:
     """Angle per position of each pair, in radians, to about 55 digits."""
-    with localcontext(_DIGITS):
+    with localcontext(DIGITS):
         ln_theta = Decimal(rope.theta).ln()
         frequencies = [(-ln_theta * (2 * i) / rope.dim).exp() for i in range(rope.dim // 2)]
         yarn = rope.active_yarn
         if yarn is None:
             return tuple(frequencies)
-        low, high = (Decimal(x) for x in rope.yarn_correction_range())
+        low, high = rope.exact_yarn_correction_range()
         if low == high:
             assert yarn.ramp_guard is not None
             high += Decimal(yarn.ramp_guard)
@@ -48,9 +46,9 @@ def _decimal_frequencies(rope: RopeConfig) -> tuple[Decimal, ...]:
 def _turns_per_position(rope: RopeConfig) -> Array:
     """Frequency / 2π as a sum of four doubles, the first three of 26 bits; [4, r/2]."""
     parts = np.zeros((4, rope.dim // 2))
-    with localcontext(_DIGITS):
+    with localcontext(DIGITS):
         for i, frequency in enumerate(_decimal_frequencies(rope)):
-            rest = frequency / (2 * _PI)
+            rest = frequency / (2 * PI)
             for part in range(3):
                 quantum = 2.0 ** (math.frexp(float(rest))[1] - _PART_BITS)
                 parts[part, i] = float((rest / Decimal(quantum)).to_integral_value()) * quantum

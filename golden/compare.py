@@ -1,0 +1,206 @@
+"""The float64 reference held against the expected arrays of a case.
+
+The allowance is what the reference itself states: the term of its error bound for its own float64 arithmetic, plus the one
+rounding of the expected value. Results that float64 gives exactly must have the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mla_spec.golden.error import CorpusError
+from mla_spec.golden.generate import Values, config_from, layer_weights, rope_from
+from mla_spec.reference.bounds import attention_with_bound
+from mla_spec.reference.cache import gather_rows, paged_decode
+from mla_spec.reference.formats import format_of
+from mla_spec.reference.layer_bound import layer_with_bound
+from mla_spec.reference.mla import absorb, absorbed, explicit, layer, rms_norm
+from mla_spec.reference.profile import Profile, gamma
+from mla_spec.reference.rope import rope_cos_sin, rope_frequencies
+from mla_spec.reference.rope_bound import rope_with_bound
+from mla_spec.reference.typing import Array, IntArray
+
+OWN = "the reference's own float64"
+"""The name of the reference's own term in its bounds."""
+
+_FORMAT = format_of("float64")
+_PROFILE = Profile.default("float64")
+
+
+@dataclass(frozen=True)
+class Computed:
+    """One result of the reference: which expected array it stands for, its value and how far it may be from exact."""
+
+    name: str
+    value: Array
+    error: Array
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The largest error of a case relative to its allowance, and the array that has it."""
+
+    ratio: float
+    name: str
+
+
+def compare(
+    operation: str, inputs: Values, parameters: Mapping[str, Any], want: Values, exact: list[str]
+) -> Comparison:
+    """The reference's results of one case against the expected arrays ``want``, of which ``exact`` must agree in all bits.
+
+    Raises:
+        CorpusError: a result lies outside its allowance, or the case lacks something that its operation needs.
+    """
+    if operation not in COMPUTED:
+        raise CorpusError(f"unknown operation {operation!r}; expected one of {', '.join(COMPUTED)}")
+    try:
+        results = list(COMPUTED[operation](inputs, parameters))
+    except KeyError as error:
+        raise CorpusError(f"{operation} needs {error}, which the case lacks") from error
+    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise CorpusError(f"{operation} cannot be computed from this case: {error}") from error
+    if {result.name for result in results} != set(want):
+        names = sorted({result.name for result in results})
+        raise CorpusError(f"{operation} gives {', '.join(names)}; the case expects {', '.join(sorted(want))}")
+    return max((_one(result, want[result.name], result.name in exact) for result in results), key=lambda c: c.ratio)
+
+
+def _one(got: Computed, want: Array, exact: bool) -> Comparison:
+    if got.value.shape != want.shape:
+        raise CorpusError(f"{got.name} has shape {list(want.shape)}; the reference's is {list(got.value.shape)}")
+    rounding = _FORMAT.unit_roundoff * np.abs(want) + _FORMAT.smallest_subnormal / 2
+    allowance = np.zeros(want.shape) if exact else got.error + rounding
+    same = got.value == want  # infinities too
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(same, 0.0, np.abs(got.value - want) / allowance)
+    ratio = np.where(np.isnan(ratio) | (np.isinf(want) & ~same), np.inf, ratio)
+    if ratio.size == 0:
+        return Comparison(0.0, got.name)
+    index = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
+    if ratio[index] > 1:
+        raise CorpusError(
+            f"{got.name}{list(index)} is {float(want[index])!r}, but the reference gives {float(got.value[index])!r}: "
+            f"{abs(got.value[index] - want[index]):.3g} apart, allowed {allowance[index]:.3g}"
+        )
+    return Comparison(float(ratio[index]), got.name)
+
+
+def _rope_table(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    rope, positions = rope_from(p["rope"]), x["positions"]
+    frequencies = rope_frequencies(rope)
+    yield Computed("frequencies", frequencies, np.zeros_like(frequencies))  # promised to be correctly rounded
+    cos, sin = rope_cos_sin(positions, rope)
+    unit = np.zeros((*positions.shape, rope.dim))  # (1, 0) rotated is (cos, sin)
+    unit[..., 0 :: 2 if rope.interleaved else 1][..., : rope.dim // 2] = 1.0
+    _, bound = rope_with_bound(unit, positions, rope, _PROFILE.rope, output="float64")
+    error = bound.terms[OWN][..., :1] / rope.cos_sin_factor
+    yield Computed("cos", cos, np.broadcast_to(error, cos.shape))
+    yield Computed("sin", sin, np.broadcast_to(error, sin.shape))
+
+
+def _rope(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    out, bound = rope_with_bound(x["x"], x["positions"], rope_from(p["rope"]), _PROFILE.rope, output="float64")
+    yield Computed("out", out, bound.terms[OWN])
+
+
+def _absorb(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    for name, rows in zip(("w_uk", "w_uv"), absorb(x["kv_b_proj"], config_from(p["config"])), strict=True):
+        yield Computed(name, rows, np.zeros_like(rows))
+
+
+def _rms_norm(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    out = rms_norm(x["x"], x["weight"], p["eps"])
+    # A sum of n squares, all positive, then eight roundings at most, as in layer_bound.
+    yield Computed("out", out, gamma(x["x"].shape[-1] + 8, _FORMAT.unit_roundoff) * np.abs(out))
+
+
+def _layer(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    config, weights, prompt = config_from(p["config"]), layer_weights(x), p["prompt"]
+    hidden, positions = x["hidden"], x["positions"]
+    for form, attend in (("explicit", explicit), ("absorbed", absorbed)):
+        profile = Profile.default("float64", form=form)
+        _, bound = layer_with_bound(hidden, positions, weights, config, profile)
+        out, cache = layer(hidden[:, :prompt], positions[:, :prompt], weights, config, attend=attend)
+        yield Computed("prefill", out, bound.total[:, :prompt])
+        steps = []
+        for i in range(prompt, hidden.shape[1]):
+            one = slice(i, i + 1)
+            out, cache = layer(hidden[:, one], positions[:, one], weights, config, cache=cache, attend=attend)
+            steps.append(out)
+        yield Computed("decode", np.concatenate(steps, axis=1), bound.total[:, prompt:])
+
+
+def _prefill(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    parts = []
+    for i in range(len(x["cu_seqlens_q"]) - 1):
+        queries, keys = slice(*x["cu_seqlens_q"][i : i + 2]), slice(*x["cu_seqlens_k"][i : i + 2])
+        parts.append(
+            attention_with_bound(
+                x["q"][queries],
+                x["k"][keys],
+                x["v"][keys],
+                softmax_scale=p["softmax_scale"],
+                causal=p["causal"],
+                profile=_PROFILE,
+            )
+        )
+    out = np.concatenate([part.out for part in parts])
+    yield Computed("out", out, np.concatenate([part.out_error.terms[OWN] for part in parts]))
+    lse = np.concatenate([part.lse for part in parts], axis=1)
+    yield Computed("lse", lse, np.concatenate([part.lse_error.terms[OWN] for part in parts], axis=1))
+
+
+def _decode(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    scale, causal, width = p["softmax_scale"], p["causal"], p["head_dim_v"]
+    rows = gather_rows(x["kv_cache"], x["block_table"], x["cache_seqlens"])[:, :, None]  # [b, t, 1, c+r]
+    bounded = attention_with_bound(
+        x["q"],
+        rows,
+        rows[..., :width],
+        softmax_scale=scale,
+        cache_seqlens=x["cache_seqlens"],
+        causal=causal,
+        profile=_PROFILE,
+    )
+    out, lse = paged_decode(**x, head_dim_v=width, softmax_scale=scale, causal=causal)
+    yield Computed("out", out, bounded.out_error.terms[OWN])
+    yield Computed("lse", lse, bounded.lse_error.terms[OWN])
+
+
+def _merge(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    """Merging is attention whose keys are the parts and whose scores are their LSEs."""
+    lses = np.moveaxis(x["lses"], 0, -1).swapaxes(1, 2)  # [b, s, h, parts]
+    values = np.moveaxis(x["outs"], 0, -2)  # [b, s, h, parts, v]
+    order = np.argsort(np.isneginf(lses), axis=-1, kind="stable")  # parts without keys last, where they are not seen
+    present: IntArray = np.isfinite(lses).sum(axis=-1)  # [b, s, h]
+    scores = np.nan_to_num(np.take_along_axis(lses, order, axis=-1), neginf=0.0)
+    values = np.take_along_axis(values, order[..., None], axis=-2)
+    bounded = attention_with_bound(
+        np.ones((*present.shape, 1, 1, 1)),  # [b, s, h, 1, 1, 1]
+        scores[..., None, None],  # [b, s, h, parts, 1, 1]
+        values[..., None, :],  # [b, s, h, parts, 1, v]
+        softmax_scale=1.0,
+        cache_seqlens=present,
+        causal=False,
+        profile=_PROFILE,
+    )
+    yield Computed("out", bounded.out[..., 0, 0, :], bounded.out_error.terms[OWN][..., 0, 0, :])
+    lse, error = (a[..., 0, 0].swapaxes(1, 2) for a in (bounded.lse, bounded.lse_error.terms[OWN]))
+    yield Computed("lse", lse, error)
+
+
+COMPUTED: dict[str, Callable[[Values, Mapping[str, Any]], Iterator[Computed]]] = {
+    "rope_table": _rope_table,
+    "rope": _rope,
+    "absorb": _absorb,
+    "rms_norm": _rms_norm,
+    "layer": _layer,
+    "prefill": _prefill,
+    "decode": _decode,
+    "merge": _merge,
+}
