@@ -21,7 +21,8 @@ SEEDS = st.integers(0, 2**32 - 1)
 THETAS = (10000.0, 50000.0, 1000000.0, 500.0)
 PAGE_SIZES = (1, 2, 3, 16, 64, 7, 128)
 DECODE_REGIMES = ("typical", "outlier", "ties", "offset", "sink")
-LOGIT_STDS = (1.0, 4.0, 0.1, 16.0, 64.0, 0.01)
+LOGIT_STDS = (1.0, 4.0, 0.1, 16.0, 64.0, 0.01, 1e5)
+"""The last puts whole rows of scores beyond -5e4, which some kernels use for -inf."""
 
 
 def _layouts(supports: Supports) -> SearchStrategy[str]:
@@ -34,6 +35,13 @@ def _yarns(supports: Supports) -> SearchStrategy[str]:
         return st.just("none")
     equal = [name for name, y in YARN.items() if y is None or y.mscale == y.mscale_all_dim]
     return st.sampled_from(equal if supports.yarn_mscale_rule == "equal" else list(YARN))
+
+
+def _judgeable(logit_stds: tuple[float, ...], profile: Profile, head_dim: int) -> tuple[float, ...]:
+    """Those that leave the scores an error below about 0.4, and so the bound a meaning."""
+    rounding = profile.score_roundings * format_of(profile.score_format).unit_roundoff
+    gamma = profile.score.relative_error(head_dim + profile.operand_roundings)
+    return tuple(std for std in logit_stds if std <= 64 or std * (head_dim**0.5 * gamma + rounding) < 0.4)
 
 
 @st.composite
@@ -66,11 +74,12 @@ def decode_cases(
     max_s: int = 4,
     min_length: int = 0,
     min_batch: int = 1,
+    min_rope: int = 0,
     causal: bool | None = None,
     regimes: tuple[str, ...] = DECODE_REGIMES,
     logit_stds: tuple[float, ...] = LOGIT_STDS,
 ) -> DecodeCase:
-    """Ragged batches over shuffled pages; lengths around page boundaries.
+    """Ragged batches over shuffled pages; lengths around boundaries of pages and of tiles of 16 keys.
 
     Keywords narrow what is drawn, for laws that need, say, two queries. Where the subject has no rule for rows without
     keys, none occur.
@@ -86,12 +95,15 @@ def decode_cases(
         st.integers(0, 3 if page_size < 32 else 1),
         st.integers(-1, 1),
     )
-    lengths = st.integers(shortest, max(shortest, 40)) | around_pages
+    around_tiles = st.builds(
+        lambda tiles, off: max(shortest, 16 * tiles + off), st.integers(1, 4), st.integers(-1, max(1, s - 1))
+    )
+    lengths = st.integers(shortest, max(shortest, 40)) | around_pages | around_tiles
     if supports.latent_dims is not None:
-        c, r = draw(st.sampled_from(supports.latent_dims))
+        c, r = draw(st.sampled_from([dims for dims in supports.latent_dims if dims[1] >= min_rope]))
     else:
         c, r = draw(
-            st.tuples(st.integers(1, 24), st.integers(0, 6).map(lambda half: 2 * half))
+            st.tuples(st.integers(1, 24), st.integers(min_rope // 2, 6).map(lambda half: 2 * half))
             | st.sampled_from([(32, 16), (48, 8), (512, 64)])
         )
     return DecodeCase(
@@ -104,7 +116,7 @@ def decode_cases(
         qk_rope_head_dim=r,
         page_size=page_size,
         causal=is_causal,
-        logit_std=draw(st.sampled_from(logit_stds)),
+        logit_std=draw(st.sampled_from(_judgeable(logit_stds, profile, c + r))),
         regime=draw(st.sampled_from(regimes)),
         qk_nope_head_dim=draw(st.integers(1, 8)),
         v_head_dim=draw(st.integers(1, 8)),
@@ -122,7 +134,7 @@ def layer_cases(
     narrow = format_of(profile.dtype).precision <= 11
     coarse = format_of(profile.dtype).precision <= 8
     rope_dim = 2 * draw(st.integers(0 if supports.rope_optional else 1, 4))
-    layouts = [*supports.rope_layouts, "none"] if supports.rope_optional else [*supports.rope_layouts]
+    layouts = [*supports.rope_layouts] * 2 + ["none"] * supports.rope_optional
     layout = draw(st.sampled_from(layouts)) if rope_dim else "none"
     eps = st.just(supports.latent_norm_eps) if supports.latent_norm_eps else st.sampled_from((1e-6, 1e-5))
     heads = draw(st.integers(1, 2 if coarse else 4))

@@ -210,6 +210,21 @@ def test_output_is_not_aliased(run: Run, case: DecodeCase) -> None:
             run.require(not _share_memory(x, y), f"{name} shares memory with {other}")
 
 
+@law(needs=DECODE, cases=decode_cases)
+def test_calls_are_independent(run: Run, case: DecodeCase) -> None:
+    """Nothing of a call (lengths, tables, scale) lives on in the next one with the same shapes."""
+    inputs = case.build()
+    shorter = np.maximum(inputs.cache_seqlens // 2, np.minimum(inputs.cache_seqlens, case.s))
+    other = replace(
+        inputs,
+        block_table=inputs.block_table[:, ::-1],
+        cache_seqlens=shorter.astype(np.int32),
+        softmax_scale=inputs.softmax_scale / 2,
+    )
+    for this in (other, inputs, other):
+        judge_decode(run, run.driver.decode(this), decode_expected(this, run.profile))
+
+
 def _share_memory(x: object, y: object) -> bool:
     if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)) or not x.numel() or not y.numel():
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from mla_spec.harness.cases import RopeCase
 from mla_spec.harness.driver import computed
@@ -27,6 +28,18 @@ def test_rope_agrees_with_reference(run: Run, case: RopeCase) -> None:
     """Rotation of every pair by position · frequency, with and without a head axis."""
     (x,) = case.vectors(1)
     run.within(run.driver.rope(x, case.positions(), case.rope), *_expected(run, x, case.positions(), case))
+
+
+@law(needs=ROPE, cases=rope_cases)
+def test_rope_of_a_slice(run: Run, case: RopeCase) -> None:
+    """Trailing columns of a wider row are rotated where they lie, as q_pe of q, at strided positions."""
+    (x,) = case.vectors(1)
+    positions = case.positions()
+    wide = np.concatenate([x[..., ::-1], x], axis=-1)
+    sliced = run.driver.tensor(wide)[..., case.dim :]
+    strided = run.driver.integers(np.repeat(positions, 2, axis=-1), torch.int64)[..., ::2]
+    got = run.driver.rope_tensors(sliced, strided, case.rope)
+    run.within(got, *_expected(run, x, positions, case))
 
 
 @law(needs=ROPE, cases=rope_cases)

@@ -101,8 +101,11 @@ class Driver:
         return Result(value, tensor_bits(x), what)
 
     def rope(self, x: Array, positions: IntArray, rope: RopeConfig) -> Result:
-        out = self.guard(lambda: self.subject.rope(self.tensor(x), self.integers(positions, torch.int64), rope=rope))
-        return self.result(out, "rope output", x.shape)
+        return self.rope_tensors(self.tensor(x), self.integers(positions, torch.int64), rope)
+
+    def rope_tensors(self, x: torch.Tensor, positions: torch.Tensor, rope: RopeConfig) -> Result:
+        out = self.guard(lambda: self.subject.rope(x, positions, rope=rope))
+        return self.result(out, "rope output", tuple(x.shape))
 
     def absorb(self, kv_b_proj: Array, config: MLAConfig) -> tuple[Result, Result]:
         returned = self.guard(lambda: self.subject.absorb(self.tensor(kv_b_proj), config=config))

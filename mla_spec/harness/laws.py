@@ -27,7 +27,7 @@ from mla_spec.reference.typing import Array
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-LAW_MODULES = ("test_rope", "test_absorb", "test_decode", "test_layer")
+LAW_MODULES = ("test_rope", "test_absorb", "test_decode", "test_decode_exact", "test_layer")
 """Modules of ``mla_spec.properties`` that hold laws, in the order of the report."""
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -84,20 +85,21 @@ def attention_with_bound(
     """
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         rates = _Rates.of(profile, q.shape[-1], k.shape[-3])
-        inherited_v = [] if inherited is None else [inherited.v]
         sums = softmax_sums(
             q,
             k,
-            [v, v * v, *inherited_v],
+            v if inherited is None else np.concatenate([v, inherited.v], axis=-1),
             softmax_scale=softmax_scale,
             cache_seqlens=cache_seqlens,
             causal=causal,
             block_size=block_size,
+            columns=partial(_with_squares, dv=v.shape[-1]),
             score_error=_score_error(q, k, inherited, softmax_scale, rates),
-            perturbed_values=[np.ones((*v.shape[:-1], 1)), v, v * v, *inherited_v],
         )
-        moments = _Moments.of(sums, rates)
-        column = (np.abs(v) + sum(inherited_v)).sum(axis=-3)[..., :, None, :]  # [..., g, 1, dv]
+        moments = _Moments.of(sums, rates, v.shape[-1])
+        size = v if inherited is None else np.abs(v) + inherited.v
+        # Σ_j |v_j| ≤ sqrt(t Σ_j v_j²), which needs no copy of v
+        column = np.sqrt(k.shape[-3] * np.einsum("...tgd,...tgd->...gd", size, size))[..., None, :]  # [..., g, 1, dv]
         out_error = _out_error(moments, rates, column)
         lse_error = _lse_error(sums, moments, rates)
     seen = ~np.isneginf(sums.max_score)
@@ -108,6 +110,11 @@ def attention_with_bound(
         lse=rows_to_lse(sums.lse, s, h),
         lse_error=lse_error.map(lambda x: rows_to_lse(np.where(seen, x, 0.0), s, h)),
     )
+
+
+def _with_squares(v: Array, dv: int) -> Array:
+    """[v, v², whatever follows the dv elements of v in its rows]."""
+    return np.concatenate([v[..., :dv], v[..., :dv] ** 2, v[..., dv:]], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -147,19 +154,22 @@ def _score_error(
     """Δ without its part u·m that all keys of a row share."""
     groups = k.shape[-2]
     q_size = np.abs(q) if inherited is None else np.abs(q) + inherited.q
-    k_size = np.abs(k) if inherited is None else np.abs(k) + inherited.k
     q_rows = heads_to_rows(q_size * softmax_scale, groups)  # [..., g, rows, d]
     if inherited is not None:
         # σ (e_q·(|k| + e_k) + |q|·e_k) as one product of twice the width
         q_pair = np.concatenate([inherited.q, np.abs(q)], axis=-1) * softmax_scale
-        k_pair = np.concatenate([k_size, inherited.k], axis=-1)
         pair_rows = heads_to_rows(q_pair, groups)
 
     def error(scores: Array, keys: slice) -> Array:
-        gauge = q_rows @ np.swapaxes(key_block(k_size, keys), -1, -2)  # [..., g, rows, block]
+        k_size = np.abs(key_block(k, keys))
+        k_error = None if inherited is None else key_block(inherited.k, keys)
+        if k_error is not None:
+            k_size = k_size + k_error
+        gauge = q_rows @ np.swapaxes(k_size, -1, -2)  # [..., g, rows, block]
         delta = rates.gamma_qk * (1 + rates.kappa) * gauge + rates.kappa * np.abs(scores) - rates.u * scores
-        if inherited is not None:
-            delta = delta + (1 + rates.kappa) * (pair_rows @ np.swapaxes(key_block(k_pair, keys), -1, -2))
+        if k_error is not None:
+            k_pair = np.concatenate([k_size, k_error], axis=-1)
+            delta = delta + (1 + rates.kappa) * (pair_rows @ np.swapaxes(k_pair, -1, -2))
         return delta
 
     return error
@@ -179,9 +189,10 @@ class _Moments:
     row_total: Array  # Σ exp(s − m)
 
     @classmethod
-    def of(cls, sums: SoftmaxSums, rates: _Rates) -> _Moments:
-        o, p2 = sums.means[:2]
-        e0, e1, e2 = sums.excesses[:3]
+    def of(cls, sums: SoftmaxSums, rates: _Rates, dv: int) -> _Moments:
+        o, p2, v_error = np.split(sums.mean, [dv, 2 * dv], axis=-1)
+        e1, e2, v_error_excess = np.split(sums.excess, [dv, 2 * dv], axis=-1)
+        e0 = sums.excess_total[..., None]
         m = _finite(sums.max_score)
         shared = (rates.u * m + _split_error(sums, rates))[..., None]
         # Σ p η x = stretch · Σ p expm1(Δ − shared) x + lift · Σ p x
@@ -197,8 +208,8 @@ class _Moments:
         moved = np.sqrt(eta * eta_spread)
         deviation = (np.sqrt(spread) + moved) * inverse
         inherited = np.zeros_like(o)
-        if len(sums.means) > 2:
-            inherited = ((1 + lift) * sums.means[2] + stretch * sums.excesses[3]) * inverse
+        if v_error.shape[-1]:
+            inherited = ((1 + lift) * v_error + stretch * v_error_excess) * inverse
         return cls(
             out=o,
             eta=eta,

@@ -1,0 +1,38 @@
+"""Correct subjects with one fault each, most of them faults that shipped; every one must fail a law.
+
+A bug's id is its place in the catalogue: a letter for the kind of fault, and a number. ``mla-spec check`` takes
+``PlantedBug.spec`` as the name of the subject.
+"""
+
+from mla_spec.planted_bugs import (
+    aliasing,
+    batching,
+    cache_accounting,
+    lse,
+    masks,
+    numerics,
+    paging,
+    rope,
+    softmax_scale,
+    state,
+    strides,
+    weights,
+)
+from mla_spec.planted_bugs.registry import PLANTED, PlantedBug
+
+__all__ = [
+    "PLANTED",
+    "PlantedBug",
+    "aliasing",
+    "batching",
+    "cache_accounting",
+    "lse",
+    "masks",
+    "numerics",
+    "paging",
+    "rope",
+    "softmax_scale",
+    "state",
+    "strides",
+    "weights",
+]

@@ -1,0 +1,122 @@
+"""Laws of ``decode`` with one right answer, bit for bit, in any format, order and tiling.
+
+Scores are chosen so that every weight is 1, 0 or a power of two, and values are small integers: no rounding happens before
+the output's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mla_spec.harness.cases import DecodeCase, DecodeInputs
+from mla_spec.harness.contract import Supports
+from mla_spec.harness.driver import Result
+from mla_spec.harness.laws import Run, law
+from mla_spec.properties.expected import decode_expected
+from mla_spec.properties.strategies import decode_cases, narrowed
+from mla_spec.reference.formats import round_to
+from mla_spec.reference.profile import Profile
+from mla_spec.reference.typing import Array, IntArray
+
+DECODE = ("decode",)
+LEAD = 1024.0
+"""By how much a winning score leads: exp(-1024) is 0 in float64 and in anything narrower."""
+
+
+def _needs_rope(supports: Supports) -> str:
+    dims = supports.latent_dims
+    return "" if dims is None or any(r > 0 for _, r in dims) else "decode has no rope dims"
+
+
+def _integer_inputs(case: DecodeCase) -> DecodeInputs:
+    """The case's paging, with small integers for latents, zero rope rows and zero queries; softmax_scale 1."""
+    inputs = case.build()
+    rng = np.random.default_rng([case.seed, 3])
+    cache = rng.integers(-8, 9, inputs.kv_cache.shape).astype(float)
+    cache[..., case.kv_lora_rank :] = 0.0
+    return replace(inputs, q=np.zeros_like(inputs.q), kv_cache=cache, softmax_scale=1.0)
+
+
+def _slots(inputs: DecodeInputs, tokens: IntArray) -> tuple[IntArray, IntArray]:
+    """Page and row of one token of each sequence."""
+    page_size = inputs.kv_cache.shape[1]
+    table = inputs.block_table[np.arange(len(tokens)), tokens // page_size]
+    return table, tokens % page_size
+
+
+def _targets(case: DecodeCase) -> list[IntArray]:
+    """Tokens that some query sees: the first, those around the first page boundary, and the last that all queries see."""
+    last = np.array(case.seqlens) - (case.s if case.causal else 1)
+    wanted = (0, case.page_size - 1, case.page_size, max(case.seqlens))
+    return [np.minimum(token, last) for token in wanted]
+
+
+def _require_exact(run: Run, got: Result, want: Array, profile: Profile, why: str) -> None:
+    rounded = round_to(want, profile.output)
+    different = got.value != rounded
+    if different.any():
+        index = tuple(int(i) for i in np.argwhere(different)[0])
+        run.require(
+            False,
+            f"{got.what}{list(index)}: got {float(got.value[index])!r}, want exactly {float(rounded[index])!r}: {why}\n"
+            f"{int(different.sum())} of {different.size} elements differ; nothing may be rounded here",
+        )
+
+
+def _check_one_hot(run: Run, case: DecodeCase, channel: int) -> None:
+    inputs = _integer_inputs(case)
+    inputs.q[..., channel] = LEAD / 32
+    for target in _targets(case):
+        cache = inputs.kv_cache.copy()
+        cache[..., channel] = 0.0
+        cache[(*_slots(inputs, target), 0, channel)] = 32.0
+        out, lse = run.driver.decode(replace(inputs, kv_cache=cache))
+        value = cache[_slots(inputs, target)][:, 0, : case.kv_lora_rank]  # [b, c]
+        want = np.broadcast_to(value[:, None, None], out.value.shape)
+        _require_exact(run, out, want, run.profile, f"only token {list(target)} has weight")
+        if lse is not None:
+            run.require(
+                bool((lse.value == LEAD).all()),
+                f"lse must be exactly {LEAD} where one key has all the weight, got {lse.value.min()} .. {lse.value.max()}",
+            )
+
+
+@law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, regimes=("typical",), logit_stds=(1.0,)))
+def test_one_hot_by_the_latent_part(run: Run, case: DecodeCase) -> None:
+    """A key that leads by its latent part alone gives exactly its value, and its score as LSE."""
+    _check_one_hot(run, case, channel=case.kv_lora_rank - 1)
+
+
+@law(
+    needs=DECODE,
+    cases=narrowed(decode_cases, min_length=4, min_rope=2, regimes=("typical",), logit_stds=(1.0,)),
+    missing=_needs_rope,
+)
+def test_one_hot_by_the_rope_part(run: Run, case: DecodeCase) -> None:
+    """A key that leads by its rope part alone gives exactly its value, and its score as LSE."""
+    _check_one_hot(run, case, channel=case.kv_lora_rank + case.seed % case.qk_rope_head_dim)
+
+
+@law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, regimes=("typical",), logit_stds=(1.0,)))
+def test_equal_scores_give_the_mean(run: Run, case: DecodeCase) -> None:
+    """A zero query averages: over 2^k keys with integer values, exactly, rounded once to the output's format.
+
+    Where parts are merged by LSE, whose exponentials round, sequences are no longer than a part.
+    """
+    part = run.profile.merge_every or max(case.seqlens)
+    lengths = tuple(2 ** int(np.log2(min(n, part))) for n in case.seqlens)
+    case = replace(case, seqlens=lengths, s=1)
+    inputs = _integer_inputs(case)
+    out, _ = run.driver.decode(inputs)
+    if run.profile.splits > 1 or run.profile.output_rounding != "nearest":
+        want = decode_expected(inputs, run.profile)
+        run.within(out, want.out, want.out_error, gate=False)
+        return
+    page_size = inputs.kv_cache.shape[1]
+    for i, length in enumerate(lengths):
+        token = np.arange(length)
+        rows = inputs.kv_cache[inputs.block_table[i, token // page_size], token % page_size, 0]
+        mean = np.broadcast_to(rows[:, : case.kv_lora_rank].mean(axis=0), out.value[i].shape)
+        _require_exact(run, out[i], mean, run.profile, f"sequence {i} has {length} keys of equal score")

@@ -1,0 +1,94 @@
+"""Faults of memory: arguments written to, outputs that share memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit, TorchLayer
+from mla_spec.planted_bugs.registry import planted
+from mla_spec.reference.config import MLAConfig
+
+
+@planted(
+    "F26",
+    source=("https://github.com/vllm-project/vllm/pull/38719",),
+    symptom="gibberish with full graphs only",
+    shows_when="slot 0 is in use, or the cache is compared",
+    killed_by=("test_inputs_are_not_modified",),
+)
+class WarmUpWritesSlot0(TorchAbsorbed):
+    """A dummy run before the call writes its token to slot 0 of the cache."""
+
+    def decode(self, q: Tensor, kv_cache: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        kv_cache[0, 0] = 0
+        return super().decode(q, kv_cache, *args, **options)
+
+
+@planted(
+    "K4",
+    source=("https://github.com/NVIDIA/Megatron-LM/pull/5412",),
+    symptom="wrong weight gradients",
+    shows_when="the caller uses q again",
+    killed_by=("test_inputs_are_not_modified",),
+)
+class QueryScaledInPlace(TorchAbsorbed):
+    """A fused step writes the query in place, which another step has kept."""
+
+    def scores(self, q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
+        scores = super().scores(q, k, softmax_scale)
+        q.mul_(softmax_scale)
+        return scores
+
+
+@planted(
+    "X5",
+    symptom="results change when the next call is made",
+    shows_when="an output is kept over a call",
+    killed_by=("test_output_is_not_aliased",),
+)
+class OutputBufferReused(TorchAbsorbed):
+    """Outputs of one shape share one buffer."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[Any, Tensor] = {}
+
+    def decode(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        out, lse = super().decode(*args, **options)
+        return self.buffers.setdefault((out.shape, out.dtype), out.clone()).copy_(out), lse
+
+
+@planted(
+    "X6",
+    symptom="a page loses tokens that another sequence writes to it",
+    shows_when="a page is partly filled and the cache is compared",
+    killed_by=("test_inputs_are_not_modified",),
+)
+class ClearsTailOfPage(TorchExplicit):
+    """NaN in the tail of the last page is kept out by clearing it, in the caller's cache."""
+
+    def gather(self, kv_cache: Tensor, table: Tensor, length: int) -> Tensor:
+        page_size = kv_cache.shape[1]
+        if length % page_size:
+            kv_cache[table[length // page_size].long(), length % page_size :] = 0
+        return super().gather(kv_cache, table, length)
+
+
+class _WritesOverHidden(TorchLayer):
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return hidden.copy_(super().forward(hidden, positions))
+
+
+@planted(
+    "X7",
+    symptom="the residual connection adds the layer's output to itself",
+    shows_when="the caller uses the hidden states again",
+    killed_by=("test_layer_does_not_modify_its_inputs",),
+)
+class OutputOverHidden(TorchAbsorbed):
+    """A layer returns its output in the memory of its input."""
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
+        return _WritesOverHidden(self, weights, config)

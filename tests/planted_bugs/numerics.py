@@ -1,0 +1,56 @@
+"""Faults of the sums."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit
+from mla_spec.planted_bugs.registry import planted
+
+
+@planted(
+    "G17",
+    source=("https://github.com/flashinfer-ai/flashinfer/pull/3838",),
+    symptom="output halved, which a cosine does not see",
+    shows_when="always",
+    killed_by=("test_decode_agrees_with_reference",),
+)
+class OutputHalved(TorchAbsorbed):
+    """The sum of a row's weights counts every weight twice."""
+
+    def weighted_values(self, p: Tensor, v: Tensor) -> Tensor:
+        return super().weighted_values(p, v) / 2
+
+
+class BatchInvariant(TorchExplicit):
+    """Correct: one sequence at a time, and so the same bits in any batch, which it declares."""
+
+    name = "torch-batch-invariant"
+    profile = MappingProxyType(
+        {dtype: replace(profile, batch_invariant=True) for dtype, profile in TorchExplicit.profile.items()}
+    )
+
+
+@planted(
+    "M4",
+    source=("https://github.com/deepseek-ai/FlashMLA/issues/212",),
+    symptom="the last bits change with the other sequences of the batch",
+    shows_when="bits are compared",
+    killed_by=("test_ragged_batch_equals_each_sequence_alone",),
+)
+class SplitsByBatchSize(BatchInvariant):
+    """Over how many splits the keys are summed depends on the batch."""
+
+    splits = 1
+
+    def decode(self, q: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        self.splits = len(q)
+        return super().decode(q, *args, **options)
+
+    def weighted_values(self, p: Tensor, v: Tensor) -> Tensor:
+        parts = zip(p.tensor_split(self.splits, dim=-1), v.tensor_split(self.splits, dim=-2), strict=True)
+        return sum(super(SplitsByBatchSize, self).weighted_values(*part) for part in parts)

@@ -1,0 +1,105 @@
+"""Faults of state kept between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_spec.adapters.pytorch import TorchAbsorbed, TorchLayer
+from mla_spec.planted_bugs.registry import planted
+from mla_spec.reference.config import MLAConfig
+
+
+@planted(
+    "F17",
+    source=("https://github.com/sgl-project/sglang/pull/9675",),
+    symptom="accuracy falls where graphs are replayed",
+    shows_when="an equal shape with a longer context than before",
+    killed_by=("test_calls_are_independent",),
+)
+class TableWidthOfFirstCall(TorchAbsorbed):
+    """How many keys are read was fixed when a shape was first seen."""
+
+    def __init__(self) -> None:
+        self.captured: dict[Any, int] = {}
+
+    def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
+        longest = self.captured.setdefault((kv_cache.shape, block_table.shape), int(cache_seqlens.max()))
+        return super().gather_batch(kv_cache, block_table, cache_seqlens.clamp(max=longest))
+
+
+@planted(
+    "G8",
+    source=("https://github.com/vllm-project/vllm/pull/36611",),
+    symptom="stale tile metadata when a graph is replayed",
+    shows_when="an equal shape with other lengths than before",
+    killed_by=("test_calls_are_independent",),
+)
+class LengthsOfFirstCall(TorchAbsorbed):
+    """The mask is made from the lengths with which a shape was first seen."""
+
+    def __init__(self) -> None:
+        self.captured: dict[Any, Tensor] = {}
+
+    def visible(self, s: int, t: int, seqlens: Tensor, causal: bool) -> Tensor:
+        first = self.captured.setdefault((s, len(seqlens), causal), seqlens.clone())
+        return super().visible(s, t, first, causal)
+
+
+@planted(
+    "G13",
+    source=("https://github.com/flashinfer-ai/flashinfer/pull/4014",),
+    symptom="the second call uses the scale of the first",
+    shows_when="an equal shape with another scale than before",
+    killed_by=("test_calls_are_independent",),
+)
+class ScaleOfFirstCall(TorchAbsorbed):
+    """The key under which a compiled graph is kept lacks the scale."""
+
+    def __init__(self) -> None:
+        self.captured: dict[Any, float] = {}
+
+    def scores(self, q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
+        return super().scores(q, k, self.captured.setdefault((q.shape, k.shape), softmax_scale))
+
+
+@planted(
+    "J6",
+    source=(
+        "https://github.com/ikawrakow/ik_llama.cpp/pull/2069",
+        "https://github.com/ikawrakow/ik_llama.cpp/commit/87fc8701f",
+    ),
+    symptom="perplexity in the thousands",
+    shows_when="a second layer or call uses the mask",
+    killed_by=("test_page_relabelling_changes_nothing",),
+)
+class ScoresAddedToMask(TorchAbsorbed):
+    """Scores are added in place to a mask that all layers share."""
+
+    def __init__(self) -> None:
+        self.masks: dict[Any, Tensor] = {}
+
+    def masked(self, scores: Tensor, visible: Tensor) -> Tensor:
+        mask = torch.zeros_like(scores).masked_fill(~visible, -torch.inf)
+        return self.masks.setdefault((scores.shape, scores.dtype), mask).add_(scores)
+
+
+class _KeepsCache(TorchLayer):
+    def reset(self) -> None:
+        self.cache = getattr(self, "cache", None)
+
+
+@planted(
+    "X4",
+    symptom="a new conversation knows the last one",
+    shows_when="reset after use",
+    killed_by=("test_reset_empties_the_cache",),
+)
+class ResetKeepsCache(TorchAbsorbed):
+    """reset does nothing."""
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
+        return _KeepsCache(self, weights, config)

@@ -1,0 +1,95 @@
+"""Every planted bug fails the laws it names, the subject without the bug passes them, and the record says why."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from mla_spec.harness.cases import parse_case
+from mla_spec.harness.contract import DTYPES
+from mla_spec.harness.laws import Options, all_laws, run_law
+from mla_spec.harness.verdict import Record
+from mla_spec.planted_bugs import PLANTED, PlantedBug
+
+BUGS = list(PLANTED.values())
+STATEFUL = {"G8"}
+"""These fail on what an earlier case left behind, so that a new subject may pass the record's case."""
+KILLS = [(bug, law) for bug in BUGS for law in bug.killed_by]
+CONTROLS = sorted({(bug.base, law) for bug, law in KILLS}, key=lambda pair: (pair[0].__name__, pair[1]))
+
+
+@functools.cache
+def record_of(bug_id: str, law: str) -> Record:
+    """The record of the first dtype that fails, over the cases that the default options give that dtype."""
+    bug, share = PLANTED[bug_id], -(-Options().examples // len(DTYPES))
+    for dtype in DTYPES:
+        options = Options(examples=share, dtypes=(dtype,), spec=(bug.spec,))
+        record = run_law(all_laws()[law], bug.make(), options)
+        if record.verdict in ("fail", "crashed"):
+            break
+    return record
+
+
+@pytest.mark.parametrize(("bug", "law"), KILLS, ids=lambda x: x.id if isinstance(x, PlantedBug) else x)
+def test_bug_is_killed(bug: PlantedBug, law: str) -> None:
+    record = record_of(bug.id, law)
+    assert record.verdict in ("fail", "crashed"), record.text()
+
+
+@pytest.mark.parametrize(("bug", "law"), KILLS, ids=lambda x: x.id if isinstance(x, PlantedBug) else x)
+def test_smallest_case_separates_bug_from_base(bug: PlantedBug, law: str) -> None:
+    """On the record's case a new subject with the bug fails again, and the one without it passes."""
+    case = Options(case=parse_case(record_of(bug.id, law).case))
+    if bug.id not in STATEFUL:
+        assert run_law(all_laws()[law], bug.make(), case).verdict in ("fail", "crashed")
+    assert run_law(all_laws()[law], bug.base(), case).verdict == "pass"
+
+
+@pytest.mark.parametrize(("base", "law"), CONTROLS, ids=lambda x: getattr(x, "name", x))
+def test_base_passes(base: type, law: str) -> None:
+    record = run_law(all_laws()[law], base(), Options(examples=20))
+    assert record.verdict == "pass", record.text()
+
+
+def test_every_law_kills_a_bug() -> None:
+    assert set(all_laws()) == {law for _, law in KILLS}
+
+
+def test_bugs_are_documented() -> None:
+    for bug in BUGS:
+        assert bug.make.__doc__, bug.id
+        assert bug.symptom, bug.id
+        assert bug.shows_when, bug.id
+        assert bug.make().name == f"bug-{bug.id}"
+        assert bug.id.startswith("X") != bool(bug.source), bug.id
+        assert all(url.startswith("https://") for url in bug.source), bug.id
+
+
+def test_record_explains_the_fault() -> None:
+    """A halved output: law, element, got, want, bound, main term, smallest case, and a command that replays it."""
+    law = "test_decode_agrees_with_reference"
+    record = record_of("G17", law)
+    text = record.text()
+    assert text.startswith(f"{law} [bug-G17]: fail after ")
+    for part in ("out[0, 0, 0, 0]: got ", ", want ", "exceeds the bound ", "main term of the bound: "):
+        assert part in text
+    assert f"  smallest case: {record.case}" in text
+    replay = f"mla-spec check {PLANTED['G17'].spec} --law {law} --case {record.case}"
+    assert f"  replay: {replay}" in text
+    got, want = (float(text.split(word)[1].split()[0].rstrip(",")) for word in ("got ", "want "))
+    assert got == pytest.approx(want / 2)
+
+
+def test_record_of_changed_bits_explains_the_fault() -> None:
+    text = record_of("F2", "test_unused_cache_slots_are_ignored").text()
+    assert " changed from " in text
+    assert "unused cache slots were filled with nan" in text
+    assert "the bits must be the same" in text
+
+
+def test_record_of_a_crash_names_the_line() -> None:
+    record = record_of("F16", "test_unused_table_entries_are_ignored")
+    assert record.verdict == "crashed"
+    assert "IndexError" in record.message
+    assert "paging.py:" in record.message
