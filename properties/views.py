@@ -13,8 +13,11 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 
+ROW_PADDING = 64
+"""Elements between rows: aligned rows stay aligned, as kernels may demand of real caches."""
 
-def _slice_of_wider(x: Tensor, dim: int, extra: int = 3) -> Tensor:
+
+def _slice_of_wider(x: Tensor, dim: int, extra: int) -> Tensor:
     """X as the leading slice of a tensor that is ``extra`` longer in ``dim``; the rest repeats x's own elements."""
     if x.shape[dim] == 0:
         return x
@@ -28,11 +31,11 @@ def _transposed(x: Tensor, first: int, second: int) -> Tensor:
 
 
 VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
-    "q as a slice of a wider row": lambda t: t | {"q": _slice_of_wider(t["q"], -1)},
+    "q as a slice of a wider row": lambda t: t | {"q": _slice_of_wider(t["q"], -1, ROW_PADDING)},
     "q with head and batch axes exchanged in memory": lambda t: t | {"q": _transposed(t["q"], 0, 2)},
-    "kv_cache with rows longer than c + r": lambda t: t | {"kv_cache": _slice_of_wider(t["kv_cache"], -1)},
-    "kv_cache with pages further apart than a page": lambda t: t | {"kv_cache": _slice_of_wider(t["kv_cache"], 1)},
-    "block_table narrowed from a wider one": lambda t: t | {"block_table": _slice_of_wider(t["block_table"], 1)},
+    "kv_cache with rows longer than c + r": lambda t: t | {"kv_cache": _slice_of_wider(t["kv_cache"], -1, ROW_PADDING)},
+    "kv_cache with pages further apart than a page": lambda t: t | {"kv_cache": _slice_of_wider(t["kv_cache"], 1, 3)},
+    "block_table narrowed from a wider one": lambda t: t | {"block_table": _slice_of_wider(t["block_table"], 1, 3)},
     "cache_seqlens as every other element": lambda t: (
         t | {"cache_seqlens": t["cache_seqlens"].repeat_interleave(2)[::2]}
     ),
