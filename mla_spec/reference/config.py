@@ -76,6 +76,12 @@ class YarnScaling:
     def __post_init__(self) -> None:
         _require_positive("YarnScaling", factor=self.factor, beta_fast=self.beta_fast, beta_slow=self.beta_slow)
         _require_positive_int("YarnScaling", original_max_position_embeddings=self.original_max_position_embeddings)
+        optional = {name: getattr(self, name) for name in ("attention_factor", "softmax_mscale", "ramp_guard")}
+        _require_positive("YarnScaling", **{name: value for name, value in optional.items() if value is not None})
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"YarnScaling: {name} must be a finite number, not negative, or None, got {value!r}")
         if self.factor < 1:
             raise ValueError(f"YarnScaling: factor must be at least 1, got {self.factor!r}")
         if self.beta_fast < self.beta_slow:
@@ -121,7 +127,7 @@ class RopeConfig:
         max_position_embeddings: the model's context; only read by ``YarnScaling.applies == "beyond_original"``.
 
     Raises:
-        ValueError: odd or non-positive dim, non-positive theta, or a YaRN ramp of no width without a guard.
+        ValueError: odd or non-positive dim, non-positive theta, or a YaRN ramp that is inverted or, without a guard, has no width.
     """
 
     dim: int
@@ -141,6 +147,11 @@ class RopeConfig:
             raise ValueError("RopeConfig: yarn.applies='beyond_original' needs max_position_embeddings, got None")
         if self.active_yarn is not None:
             low, high = self.yarn_correction_range()
+            if low > high:
+                raise ValueError(
+                    f"RopeConfig: YaRN correction range is inverted (low {low:g} > high {high:g}) for dim={self.dim}, "
+                    f"theta={self.theta:g}; choose other betas"
+                )
             if low == high and self.active_yarn.ramp_guard is None:
                 raise ValueError(
                     f"RopeConfig: YaRN correction range is empty (low == high == {low:g}) for dim={self.dim}, "

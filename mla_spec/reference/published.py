@@ -50,15 +50,6 @@ class PublishedModel:
             raise ValueError(f"{self.name}: attention is {self.fields['attention']!r}, not MLA")
         if self.not_modelled:
             raise ValueError(f"{self.name}: MLAConfig does not express {self.not_modelled[0]!r}")
-        rope = None
-        if self.fields["rope"] == "rotary":
-            rope = RopeConfig.from_checkpoint(
-                dim=self._published("qk_rope_head_dim"),
-                theta=self._published("rope_theta"),
-                interleaved=self.fields["rope_interleave"],
-                rope_scaling=self.fields["rope_scaling"],
-                max_position_embeddings=self.fields["max_position_embeddings"],
-            )
         return MLAConfig(
             hidden_size=self._published("hidden_size"),
             num_heads=self._published("num_attention_heads"),
@@ -67,8 +58,23 @@ class PublishedModel:
             qk_nope_head_dim=self._published("qk_nope_head_dim"),
             qk_rope_head_dim=self._published("qk_rope_head_dim"),
             v_head_dim=self._published("v_head_dim"),
-            rope=rope,
+            rope=self._rope(),
         )
+
+    def _rope(self) -> RopeConfig | None:
+        if self.fields["rope"] != "rotary":
+            return None
+        dim, theta = self._published("qk_rope_head_dim"), self._published("rope_theta")
+        try:
+            return RopeConfig.from_checkpoint(
+                dim=dim,
+                theta=theta,
+                interleaved=self.fields["rope_interleave"],
+                rope_scaling=self.fields["rope_scaling"],
+                max_position_embeddings=self.fields["max_position_embeddings"],
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
     def _published(self, field: str) -> Any:
         if self.fields[field] is None:

@@ -22,7 +22,8 @@ def angle_error(positions: IntArray, rope: RopeConfig, profile: RopeProfile) -> 
     """Worst error of position · frequency, in radians; [..., r/2] for positions [...].
 
     theta^(-2i/r) inherits ln(theta) · 2i/r roundoffs from its exponent; YaRN's ramp, where it is neither 0 nor 1, is off by
-    a few roundoffs of the frequency before interpolation. The frequency 1 is exact.
+    a few roundoffs of the frequency before interpolation. The frequency 1 is exact; a position that the angle's format cannot
+    hold is rounded too.
     """
     pairs = np.arange(rope.dim // 2)
     frequency = rope_frequencies(rope)  # [r/2]
@@ -35,8 +36,9 @@ def angle_error(positions: IntArray, rope: RopeConfig, profile: RopeProfile) -> 
         blended = np.where((pairs > low) & (pairs < high), 4 * u_f * rope.theta**-exponent, 0.0)
     frequency_error = np.where(frequency == 1.0, 0.0, relative * frequency + blended)
     pos = np.abs(np.asarray(positions, dtype=np.float64))[..., None]  # [..., 1]
-    exact_product = (frequency == 1.0) & (round_to(pos, profile.angle) == pos)
-    error: Array = pos * (frequency_error + np.where(exact_product, 0.0, u_a * (frequency + frequency_error)))
+    exact_position = round_to(pos, profile.angle) == pos
+    roundings = np.where(frequency == 1.0, 0.0, u_a) + np.where(exact_position, 0.0, u_a)
+    error: Array = pos * (frequency_error + roundings * (1 + u_a) * (frequency + frequency_error))
     return error
 
 

@@ -57,6 +57,14 @@ def config(**changes: Any) -> MLAConfig:
             {"attention_factor_rule": "vllm"},
             "YarnScaling: attention_factor_rule must be 'ratio' or 'transformers', got 'vllm'",
         ),
+        ({"attention_factor": 0.0}, "YarnScaling: attention_factor must be a positive finite number, got 0.0"),
+        ({"softmax_mscale": -1.0}, "YarnScaling: softmax_mscale must be a positive finite number, got -1.0"),
+        ({"ramp_guard": 0.0}, "YarnScaling: ramp_guard must be a positive finite number, got 0.0"),
+        ({"mscale": math.nan}, "YarnScaling: mscale must be a finite number, not negative, or None, got nan"),
+        (
+            {"mscale_all_dim": -0.5},
+            "YarnScaling: mscale_all_dim must be a finite number, not negative, or None, got -0.5",
+        ),
         ({"applies": "never"}, "YarnScaling: applies must be 'always' or 'beyond_original', got 'never'"),
     ],
 )
@@ -146,6 +154,12 @@ def test_empty_correction_range_is_refused_without_guard() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         RopeConfig(dim=8, yarn=YarnScaling(**EMPTY_RANGE))
+
+
+def test_inverted_correction_range_is_refused() -> None:
+    inverted = YarnScaling(factor=4, original_max_position_embeddings=2**20, beta_fast=1.5, ramp_guard=0.001)
+    with pytest.raises(ValueError, match=r"^RopeConfig: YaRN correction range is inverted \(low 536 > high 63\)"):
+        RopeConfig(dim=64, theta=2.0, yarn=inverted)
 
 
 def test_empty_correction_range_is_allowed_by_guard() -> None:
