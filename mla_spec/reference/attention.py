@@ -1,39 +1,41 @@
-"""Softmax attention with its log-sum-exp: the only attention loop of the package."""
+"""Attention with its log-sum-exp: the only attention loop of the package."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from mla_spec.reference.typing import Array, BoolArray, IntArray
 
-ScoreError = Callable[[Array, slice], Array]
-"""(scores [..., g, rows, block], keys of the block) -> an error δ ≥ 0 of each score, same shape."""
-
-Columns = Callable[[Array], Array]
-"""Rows of v [..., g, block, dv] -> what is averaged instead of them, [..., g, block, width]."""
-
 
 @dataclass(frozen=True)
-class SoftmaxSums:
-    """What one pass over the keys leaves, rows being (head of group, query) pairs and x_j the columns of key j.
+class SoftmaxBlock:
+    """One step of an online softmax; rows are (head of group, query) pairs.
+
+    Sums over the keys, divided by the sum of the weights at the end, follow by
+    ``total = total * block.decay + (this block's sum with block.weights)``.
 
     Attributes:
-        max_score, max_abs_score: [..., g, rows]; -inf and 0 in a row without keys.
-        lse: log Σ_j exp(s_j), [..., g, rows]; -inf in a row without keys.
-        mean: Σ_j p_j x_j, [..., g, rows, width].
-        excess_total, excess: Σ_j p_j expm1(δ_j), [..., g, rows], and Σ_j p_j expm1(δ_j) x_j, like ``mean``; inf or NaN
-            where they overflow, and 0 without a ``score_error``.
+        keys: the rows of k and v in this block.
+        scores: softmax_scale · q·k, [..., g, rows, block], of keys that a row may not see too.
+        visible: which of them it may see, [..., 1, rows, block].
+        exponent: score minus the largest one so far, -inf where not visible; [..., g, rows, block].
+        weights: exp(exponent).
+        decay: exp(largest score before this block − largest score so far), [..., g, rows].
+        max_score: the largest score so far, [..., g, rows]; -inf in a row that has seen no key.
+        v: rows of v, [..., g, block, dv]; 0 where no query sees them.
     """
 
+    keys: slice
+    scores: Array
+    visible: BoolArray
+    exponent: Array
+    weights: Array
+    decay: Array
     max_score: Array
-    max_abs_score: Array
-    lse: Array
-    mean: Array
-    excess_total: Array
-    excess: Array
+    v: Array
 
 
 def attention(
@@ -65,14 +67,19 @@ def attention(
     Raises:
         ValueError: shapes do not fit, or a length lies outside 0 .. t.
     """
-    sums = softmax_sums(
+    total, out, max_score = np.zeros(()), np.zeros(()), np.full((), -np.inf)
+    for block in softmax_blocks(
         q, k, v, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal, block_size=block_size
-    )
+    ):
+        total = total * block.decay + block.weights.sum(axis=-1)  # [..., g, rows]
+        out = out * block.decay[..., None] + block.weights @ block.v  # [..., g, rows, dv]
+        max_score = block.max_score
     s, h = q.shape[-3], q.shape[-2]
-    return rows_to_heads(sums.mean, s, h), rows_to_lse(sums.lse, s, h)
+    out = out / np.where(total == 0, 1.0, total)[..., None]
+    return rows_to_heads(out, s, h), rows_to_lse(log_sum_exp(max_score, total), s, h)
 
 
-def softmax_sums(
+def softmax_blocks(
     q: Array,
     k: Array,
     v: Array,
@@ -81,69 +88,42 @@ def softmax_sums(
     cache_seqlens: IntArray | int | None,
     causal: bool,
     block_size: int,
-    columns: Columns = lambda v: v,
-    score_error: ScoreError | None = None,
-) -> SoftmaxSums:
-    """Weighted means over the keys in one pass (online softmax).
+) -> Iterator[SoftmaxBlock]:
+    """The keys in blocks, each with its weights relative to the largest score so far; at least one block.
 
-    Args:
-        columns: what is averaged; v itself by default.
-        score_error: the δ of ``SoftmaxSums.excess``.
-
-    Raises:
-        ValueError: as ``attention``.
+    Arguments and errors are those of ``attention``.
     """
     limit = _visible_keys(q, k, v, cache_seqlens, causal)  # [..., 1, rows]
     read_limit = limit.max(axis=-1, initial=0)[..., None]  # [..., 1, 1]: rows that no query sees are not read
     rows = heads_to_rows(q * softmax_scale, k.shape[-2])  # [..., g, rows, d]
-    lead = np.broadcast_shapes(rows.shape[:-1], limit.shape)
-    width = columns(np.zeros((1, v.shape[-1]))).shape[-1]
-    m, least = np.full(lead, -np.inf), np.full(lead, np.inf)
-    total, excess_total = np.zeros(lead), np.zeros(lead)
-    mean, excess = np.zeros((*lead, width)), np.zeros((*lead, width))
-    for start in range(0, k.shape[-3], block_size):
+    m = np.full(np.broadcast_shapes(rows.shape[:-1], limit.shape), -np.inf)
+    for start in range(0, max(1, k.shape[-3]), block_size):
         keys = slice(start, start + block_size)
         index = np.arange(start, min(start + block_size, k.shape[-3]))
         read = index < read_limit  # [..., 1, block]
         scores = rows @ np.swapaxes(key_block(k, keys, read), -1, -2)  # [..., g, rows, block]
         visible = index < limit[..., None]  # [..., 1, rows, block]
         shown = scores if visible.all() else np.where(visible, scores, -np.inf)
-        m_new = np.maximum(m, shown.max(axis=-1))
+        m_new = np.maximum(m, shown.max(axis=-1, initial=-np.inf))
         shift = np.where(np.isneginf(m_new), 0.0, m_new)
-        decay = np.exp(m - shift)
         exponent = shown - shift[..., None]
-        weights = np.exp(exponent)
-        total = total * decay + weights.sum(axis=-1)
-        x = columns(key_block(v, keys, read))  # [..., g, block, width]
-        mean = mean * decay[..., None] + weights @ x
-        if score_error is not None:
-            least = np.minimum(least, np.where(visible, scores, np.inf).min(axis=-1))
-            surplus = _excess(weights, exponent, score_error(scores, keys))
-            excess_total = excess_total * decay + surplus.sum(axis=-1)
-            excess = excess * decay[..., None] + surplus @ x
+        yield SoftmaxBlock(
+            keys=keys,
+            scores=scores,
+            visible=visible,
+            exponent=exponent,
+            weights=np.exp(exponent),
+            decay=np.exp(m - shift),
+            max_score=m_new,
+            v=key_block(v, keys, read),
+        )
         m = m_new
+
+
+def log_sum_exp(max_score: Array, total: Array) -> Array:
+    """The LSE, m + log Σ exp(s − m); -inf where there is no key."""
     empty = total == 0
-    divisor = np.where(empty, 1.0, total)
-    return SoftmaxSums(
-        max_score=m,
-        max_abs_score=np.where(empty, 0.0, np.maximum(np.abs(m), np.abs(least))),
-        lse=np.where(empty, -np.inf, np.where(empty, 0.0, m) + np.log(divisor)),
-        mean=mean / divisor[..., None],
-        excess_total=excess_total / divisor,
-        excess=excess / divisor[..., None],
-    )
-
-
-def _excess(weights: Array, exponent: Array, error: Array) -> Array:
-    """exp(exponent + error) − exp(exponent) without cancellation; inf where it overflows."""
-    small = error < 300
-    if small.all():
-        return weights * np.expm1(error)
-    return np.where(
-        small,
-        weights * np.expm1(np.where(small, error, 0.0)),
-        np.exp(exponent + np.where(small, 0.0, error)),
-    )
+    return np.where(empty, -np.inf, np.where(empty, 0.0, max_score) + np.log(np.where(empty, 1.0, total)))
 
 
 def heads_to_rows(x: Array, groups: int) -> Array:

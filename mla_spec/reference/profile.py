@@ -89,6 +89,8 @@ class Profile:
         form: "explicit" or "absorbed": which form a layer computes.
         linear, norm: accumulation of a layer's projections, and the format of RMSNorm's arithmetic.
         rope: formats of the rotary embedding.
+        cache_dequantised: format to which the rows of a quantised cache are rounded before they are used; None where
+            code times scale stays exact.
         batch_invariant: a sequence gives the same bits alone and in any batch.
 
     Raises:
@@ -116,12 +118,15 @@ class Profile:
     linear: Accumulator = field(default_factory=Accumulator)
     norm: str = "float32"
     rope: RopeProfile = field(default_factory=RopeProfile)
+    cache_dequantised: str | None = None
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", self.output or self.dtype)
         for name in ("dtype", "score_format", "softmax", "probabilities", "split_format", "output", "lse", "norm"):
             format_of(getattr(self, name))
+        if self.cache_dequantised is not None:
+            format_of(self.cache_dequantised)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Profile: {name} must be one of {allowed}, got {getattr(self, name)!r}")

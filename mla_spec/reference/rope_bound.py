@@ -37,8 +37,8 @@ def angle_error(positions: IntArray, rope: RopeConfig, profile: RopeProfile) -> 
     frequency_error = np.where(frequency == 1.0, 0.0, relative * frequency + blended)
     pos = np.abs(np.asarray(positions, dtype=np.float64))[..., None]  # [..., 1]
     exact_position = round_to(pos, profile.angle) == pos
-    roundings = np.where(frequency == 1.0, 0.0, u_a) + np.where(exact_position, 0.0, u_a)
-    error: Array = pos * (frequency_error + roundings * (1 + u_a) * (frequency + frequency_error))
+    product, position = np.where(frequency == 1.0, 0.0, u_a), np.where(exact_position, 0.0, u_a)
+    error: Array = pos * (frequency_error + (product + position + product * position) * (frequency + frequency_error))
     return error
 
 

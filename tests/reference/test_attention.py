@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.reference.attention import attention, heads_to_rows, rows_to_heads, rows_to_lse, softmax_sums
+from mla_spec.reference.attention import attention, heads_to_rows, rows_to_heads, rows_to_lse
 from mla_spec.reference.bounds import BoundedAttention, attention_with_bound
 from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import Array
@@ -353,45 +353,3 @@ def test_rows_of_a_group_are_its_heads_one_after_the_other() -> None:
     np.testing.assert_array_equal(rows[1, 1, 4], x[1, 1, 3])  # group 1, its second head, query 1
     np.testing.assert_array_equal(rows_to_heads(rows, 3, 4), x)
     np.testing.assert_array_equal(rows_to_lse(rows[..., 0], 3, 4), np.swapaxes(x[..., 0], 1, 2))
-
-
-@pytest.mark.parametrize("block_size", [1, 4, 512])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_sums_hold_means_extremes_and_excesses(sign: int, block_size: int) -> None:
-    q, k, v = operands(13, 1, 9, 2, 1)
-    q[:, 1] = sign * q[:, 0]  # the largest magnitude is that of the maximum in one head and of the minimum in the other
-    q *= sign
-    rng = np.random.default_rng(14)
-    error = rng.uniform(0, 3, 9)  # δ of each key
-    error[4] = 400.0  # beyond what expm1 is used for
-    sums = softmax_sums(
-        q,
-        k,
-        v,
-        softmax_scale=SCALE,
-        cache_seqlens=7,
-        causal=True,
-        block_size=block_size,
-        columns=lambda x: np.concatenate([x, np.abs(x)], axis=-1),
-        score_error=lambda scores, keys: np.broadcast_to(error[keys], scores.shape),
-    )
-    scores = (q[0] * SCALE) @ k[:7, 0].T  # [h, t]
-    assert sign == 1 or (scores.max(-1) == np.abs(scores).max(-1)).tolist() in ([True, False], [False, True])
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    grown = p * np.expm1(error[:7])
-    # Plain NumPy in float64 on both sides, all quantities but the last two of order one: 1e-12 is thousands of roundings.
-    np.testing.assert_allclose(sums.max_score[0], scores.max(-1), atol=1e-12)
-    np.testing.assert_allclose(sums.max_abs_score[0], np.abs(scores).max(-1), atol=1e-12)
-    np.testing.assert_allclose(sums.mean[0, :, :3], p @ v[:7, 0], atol=1e-12)
-    np.testing.assert_allclose(sums.mean[0, :, 3:], p @ np.abs(v[:7, 0]), atol=1e-12)
-    # exp(400 + s) inherits 400 roundings from its argument; positive terms do not cancel.
-    np.testing.assert_allclose(sums.excess_total[0], grown.sum(-1), rtol=1e-12)
-    np.testing.assert_allclose(sums.excess[0, :, 3:], grown @ np.abs(v[:7, 0]), rtol=1e-12)
-
-
-def test_sums_without_an_error_have_no_excess() -> None:
-    q, k, v = operands(15, 2, 5, 2, 1)
-    sums = softmax_sums(q, k, v, softmax_scale=SCALE, cache_seqlens=None, causal=True, block_size=2)
-    assert (sums.excess == 0).all()
-    assert (sums.excess_total == 0).all()

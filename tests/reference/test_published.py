@@ -214,7 +214,7 @@ def test_rope_layout_is_read() -> None:
 
 
 def test_unknown_rope_type_is_named() -> None:
-    with pytest.raises(ValueError, match="^MiniCPM3-4B: rope_scaling: unknown rope type 'longrope'"):
+    with pytest.raises(ValueError, match=r"^MiniCPM3-4B: rope_scaling: unknown rope type 'longrope'"):
         MLAConfig.published("MiniCPM3-4B")
 
 
