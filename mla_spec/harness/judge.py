@@ -76,9 +76,11 @@ def _describe(got: Result, want: Array, total: Array, bound: ErrorBound, index: 
     error = abs(got.value[index] - want[index])
     terms = bound.map(lambda term: np.broadcast_to(term, want.shape))
     main = terms.main_term(index)
+    with np.errstate(over="ignore", divide="ignore"):
+        factor = error / total[index]
     return (
         f"{got.what}{list(index)}: got {float(got.value[index])!r}, want {float(want[index])!r}\n"
-        f"error {error:.3g} exceeds the bound {total[index]:.3g} by a factor {error / max(total[index], 5e-324):.3g}; "
+        f"error {error:.3g} exceeds the bound {total[index]:.3g} by a factor {factor:.3g}; "
         f"{outside} of {want.size} elements do\n"
         f"main term of the bound: {main} ({terms.terms[main][index]:.3g})"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -120,7 +121,7 @@ def _histogram(block: SoftmaxBlock, cell: float) -> Array:
     """Weight per cell of the score, [..., g, rows, CELLS]."""
     index = np.floor(block.scores * (1 / cell)).astype(np.int64)  # beyond 2^63 all scores share a cell
     index &= CELLS - 1
-    rows = index.reshape(-1, index.shape[-1])  # a view
+    rows = index.reshape(math.prod(index.shape[:-1]), index.shape[-1])  # a view
     rows += CELLS * np.arange(rows.shape[0])[:, None]
     counted = np.bincount(index.ravel(), weights=block.weights.ravel(), minlength=CELLS * rows.shape[0])
     return np.asarray(counted.reshape(*index.shape[:-1], CELLS), dtype=np.float64)

@@ -31,6 +31,20 @@ class WarmUpWritesSlot0(TorchAbsorbed):
     "K4",
     source=("https://github.com/NVIDIA/Megatron-LM/pull/5412",),
     symptom="wrong weight gradients",
+    shows_when="the caller has kept the unrotated vector",
+    killed_by=("test_rope_does_not_modify_its_inputs",),
+)
+class RotatedInPlace(TorchAbsorbed):
+    """The rotation is written over its operand, which the projection before it has kept."""
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        x.copy_(super().rotate(x, cos, sin, interleaved))
+        return x.clone()
+
+
+@planted(
+    "X40",
+    symptom="another step that has kept the query sees it scaled",
     shows_when="the caller uses q again",
     killed_by=("test_inputs_are_not_modified",),
 )
