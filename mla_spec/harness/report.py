@@ -45,6 +45,13 @@ def describe_subject(subject: object) -> str:
     return "\n".join(lines)
 
 
+def report_of(records: list[Record]) -> str:
+    """A table of one subject's records, then the text of each that does not hold, then a summary."""
+    table = format_table([HEADER, *(record_row(record) for record in records)])
+    failures = [record.text() for record in records if record.verdict not in ("pass", "unsupported")]
+    return "\n\n".join([table, *failures, f"{summary(records)} in {sum(r.seconds for r in records):.1f} s"])
+
+
 def summary(records: list[Record]) -> str:
     """One line: how many laws hold, fail, and so on."""
     counts: dict[str, int] = {}

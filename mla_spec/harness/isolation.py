@@ -1,0 +1,112 @@
+"""Runs laws in a worker process: a subject that kills its process, or never returns, costs one law and not the report."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+
+from mla_spec.harness.laws import Options, all_laws, replay_command, run_law
+from mla_spec.harness.subjects import resolve_subject
+from mla_spec.harness.verdict import Record
+
+_CONTEXT = multiprocessing.get_context("spawn")  # a forked child could not use CUDA
+
+
+def check_in_worker(
+    subject_name: str,
+    laws: Iterable[str],
+    options: Options,
+    *,
+    signature: str | None = None,
+    timeout: float | None = None,
+    progress: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
+    """``check_subject`` for the subject that ``options.spec`` names, in processes of its own.
+
+    A law during which the process dies, or a case takes more than ``timeout`` seconds, is *crashed*; the laws after it run
+    in a new process.
+    """
+    assert options.spec is not None
+    worker = _Worker(options, signature)
+    records = []
+    try:
+        for law in laws:
+            records.append(worker.run(law, subject_name, timeout))
+            progress(records[-1])
+    finally:
+        worker.stop()
+    return records
+
+
+@dataclass
+class _Worker:
+    options: Options
+    signature: str | None
+    process: SpawnProcess | None = None
+    connection: Connection = field(init=False)
+
+    def run(self, law: str, subject_name: str, timeout: float | None) -> Record:
+        start, cases, last = time.perf_counter(), 0, None
+        try:
+            if self.process is None:
+                self._start()
+            self.connection.send(law)
+            while True:
+                if not self.connection.poll(timeout):
+                    reason = f"did not return within {timeout:g} s"
+                    break
+                message = self.connection.recv()
+                if isinstance(message, Record):
+                    if message.verdict == "crashed" and self.options.device != "cpu":
+                        self.stop()  # an illegal access leaves nothing usable in a CUDA process
+                    return message
+                cases, last = cases + 1, message
+        except (EOFError, ConnectionError):
+            reason = self._cause_of_death()
+        self.stop()
+        return Record(
+            law,
+            subject_name,
+            "crashed",
+            cases=cases,
+            message=reason,
+            case="" if last is None else last.id,
+            replay="" if last is None else replay_command(law, last, self.options),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _start(self) -> None:
+        self.connection, theirs = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_serve, args=(theirs, self.options, self.signature), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.connection.recv()  # until the subject has been made
+
+    def _cause_of_death(self) -> str:
+        assert self.process is not None
+        self.process.join()
+        code = self.process.exitcode or 0
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"the process {end}; such cases are not made smaller"
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.connection.close()
+            self.process = None
+
+
+def _serve(connection: Connection, options: Options, signature: str | None) -> None:
+    """Send None when ready; then run the laws whose names arrive, and send each case before it runs, and the record."""
+    assert options.spec is not None
+    subject = resolve_subject(options.spec[0], signature)
+    laws = all_laws()
+    connection.send(None)
+    while True:
+        connection.send(run_law(laws[connection.recv()], subject, replace(options, announce=connection.send)))

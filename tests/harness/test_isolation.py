@@ -1,0 +1,62 @@
+"""Subjects that kill their process or never return."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mla_spec.harness.isolation import check_in_worker
+from mla_spec.harness.laws import Options
+from mla_spec.harness.verdict import Record
+
+HOSTILE = """
+import os, signal, time
+from mla_spec.adapters.pytorch import TorchAbsorbed
+
+class Hostile(TorchAbsorbed):
+    def absorb(self, kv_b_proj, *, config):
+        self.harm()
+    def decode(self, q, *arguments, **options):
+        if q.shape[2] == 5:
+            self.harm()
+        return super().decode(q, *arguments, **options)
+
+class Segfault(Hostile):
+    def harm(self):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+class Exit(Hostile):
+    def harm(self):
+        os._exit(7)
+
+class Hang(Hostile):
+    def harm(self):
+        time.sleep(1000)
+"""
+LAWS = ("test_absorb_splits_kv_b_proj", "test_decode_agrees_with_reference", "test_rope_preserves_norm")
+
+
+def records(folder: Path, subject: str, timeout: float) -> list[Record]:
+    file = folder / "hostile.py"
+    file.write_text(HOSTILE)
+    options = Options(examples=60, dtypes=("float32",), spec=(f"{file}:{subject}",))
+    return check_in_worker(subject, LAWS, options, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [
+        ("Segfault", "the process was killed by SIGSEGV; such cases are not made smaller"),
+        ("Exit", "the process ended with exit code 7; such cases are not made smaller"),
+        ("Hang", "did not return within 5 s"),
+    ],
+)
+def test_a_lost_process_costs_one_law_and_names_the_case(tmp_path: Path, subject: str, message: str) -> None:
+    absorb, decode, rope = records(tmp_path, subject, timeout=5)
+    assert (absorb.verdict, absorb.cases, absorb.message) == ("crashed", 1, message)
+    assert (decode.verdict, decode.message) == ("crashed", message)
+    assert decode.cases > 1
+    assert ",num_heads=5," in decode.case
+    assert decode.replay.endswith(f":{subject} --law {LAWS[1]} --case {decode.case}")
+    assert (rope.law, rope.verdict, rope.cases) == (LAWS[2], "pass", 60)
