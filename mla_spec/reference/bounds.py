@@ -34,7 +34,7 @@ from mla_spec.reference.attention import (
     softmax_blocks,
 )
 from mla_spec.reference.bound_sums import BoundSums, bound_sums
-from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.reference.error_bound import ErrorBound, half_ulp
 from mla_spec.reference.formats import FORMATS, format_of, round_to
 from mla_spec.reference.profile import Profile, gamma
 from mla_spec.reference.typing import Array, IntArray
@@ -350,9 +350,7 @@ def _out_error(moments: _Moments, rates: _Rates, rounded_p: Array) -> ErrorBound
     merged = profile.merges(rates.t) * u_merge * (moments.gauge + before_merge)
     before_division = before_merge + merged
     divided = rates.rho / (1 - rates.rho) * (o + before_division)
-    out = format_of(profile.output)
     doubled = 2 if profile.output_rounding == "truncate" else 1
-    u_o = doubled * out.unit_roundoff
     return ErrorBound(
         {
             "error of the scores": moments.moved,
@@ -361,8 +359,8 @@ def _out_error(moments: _Moments, rates: _Rates, rounded_p: Array) -> ErrorBound
             "accumulation of P·V": accumulated,
             "merging of parts by LSE": merged,
             "row sum and division": divided,
-            f"rounding of the output to {profile.output}": u_o * (o + before_division + divided)
-            + doubled * out.smallest_subnormal / 2,
+            f"rounding of the output to {profile.output}": doubled
+            * half_ulp(o + before_division + divided, profile.output),
             "the reference's own float64": rates.reference * moments.moved + gamma(rates.t + 16, _U64) * moments.gauge,
         }
     )

@@ -1,4 +1,4 @@
-"""A worst-case error, as a sum of named contributions."""
+"""An error bound as a sum of named contributions, and the contribution of one rounding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import Array
+
+
+def half_ulp(size: Array, name: str) -> Array:
+    """The largest error of rounding a number of magnitude at most ``size`` to nearest in format ``name``.
+
+    Half the distance between neighbours there, which is u · size at a power of two and down to u/2 · size below the next.
+    """
+    fmt = format_of(name)
+    _, exponent = np.frexp(size)  # size in [2^(exponent-1), 2^exponent)
+    binade = np.where(size > 0, np.maximum(exponent - 1, fmt.min_exponent), fmt.min_exponent)
+    return np.where(np.isfinite(size), np.ldexp(fmt.unit_roundoff, binade), np.inf)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mla_spec.reference.bounds import InheritedError, attention_with_bound
 from mla_spec.reference.config import MLAConfig
-from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.reference.error_bound import ErrorBound, half_ulp
 from mla_spec.reference.formats import FORMATS, format_of
 from mla_spec.reference.mla import Weights, absorb, check_weights, rms_norm
 from mla_spec.reference.profile import Profile, gamma
@@ -41,12 +41,9 @@ def _concat(*parts: Bounded) -> Bounded:
     return Bounded(np.concatenate([p.value for p in parts], axis=-1), np.concatenate([p.error for p in parts], axis=-1))
 
 
-def _rounded(x: Bounded, dtype: str, times: int = 1) -> Bounded:
-    """X stored ``times`` times in format ``dtype``."""
-    fmt = format_of(dtype)
-    growth = (1 + fmt.unit_roundoff) ** times - 1
-    size = np.abs(x.value) + x.error
-    return Bounded(x.value, x.error + growth * size + times * fmt.smallest_subnormal / 2)
+def _rounded(x: Bounded, dtype: str) -> Bounded:
+    """X stored in format ``dtype``."""
+    return Bounded(x.value, x.error + half_ulp(np.abs(x.value) + x.error, dtype))
 
 
 def _product(subscripts: str, weight: Array, x: Bounded, profile: Profile) -> Bounded:
@@ -79,9 +76,10 @@ def _rms_norm(x: Bounded, weight: Array, eps: float, profile: Profile) -> Bounde
     shift = np.minimum(np.sqrt(np.mean(x.error**2, axis=-1, keepdims=True)), rms * (1 - 1e-9))
     least = np.maximum(rms - shift, np.sqrt(eps))
     carried = np.abs(weight) * (x.error / least + np.abs(x.value) * shift / (rms * least))
-    u = format_of(profile.norm).unit_roundoff
-    arithmetic = gamma(n + 8, u) + gamma(n + 8, _U64)
-    return _rounded(Bounded(value, carried + arithmetic * (np.abs(value) + carried)), profile.dtype, times=2)
+    u, stored = format_of(profile.norm).unit_roundoff, format_of(profile.dtype)
+    relative = gamma(n + 8, u) + gamma(n + 8, _U64) + stored.unit_roundoff
+    error = carried + relative * (np.abs(value) + carried) + np.abs(weight) * stored.smallest_subnormal / 2
+    return _rounded(Bounded(value, error), profile.dtype)
 
 
 def _rope(x: Bounded, positions: IntArray, config: MLAConfig, profile: Profile) -> Bounded:

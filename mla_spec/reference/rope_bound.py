@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from mla_spec.reference.config import RopeConfig
-from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.reference.error_bound import ErrorBound, half_ulp
 from mla_spec.reference.formats import FORMATS, format_of, round_to
 from mla_spec.reference.profile import RopeProfile
 from mla_spec.reference.rope import apply_rope, join_pairs, rope_cos_sin, rope_frequencies, split_pairs
@@ -61,10 +61,11 @@ def rope_with_bound(
     if x.ndim == np.ndim(positions) + 2:
         cos, sin, delta = (a[..., None, :] for a in (cos, sin, delta))
     factor = rope.cos_sin_factor
-    u_t = format_of(profile.table).unit_roundoff + 3 * format_of(profile.angle).unit_roundoff
+    u_a = format_of(profile.angle).unit_roundoff
     cos, sin = np.abs(cos) * factor, np.abs(sin) * factor
     angle_term = np.minimum(delta, 2.0) * factor
-    table_cos, table_sin = (u_t * (c + angle_term) for c in (cos, sin))
+    # cos or sin, its factor, and their product in the angle's format; then stored
+    table_cos, table_sin = (3 * u_a * c + half_ulp(c, profile.table) for c in (cos + angle_term, sin + angle_term))
     first, second = split_pairs(np.abs(x), rope.interleaved)
     e_first, e_second = split_pairs(np.zeros_like(x) if x_error is None else x_error, rope.interleaved)
     a, b = first + e_first, second + e_second
@@ -79,10 +80,9 @@ def rope_with_bound(
     carried = joined(e_first * cos + e_second * sin, e_second * cos + e_first * sin)
     rounded = (2 * u_r + u_r**2) * joined(a * cos + b * sin, b * cos + a * sin)
     error = angle + table + carried + rounded
-    fmt = format_of(output)
-    stored = np.full_like(out, fmt.smallest_subnormal)
+    stored = np.full_like(out, format_of(output).smallest_subnormal)  # products that underflow
     if profile.rotation != output:
-        stored = stored + fmt.unit_roundoff * (np.abs(out) + error)
+        stored = stored + half_ulp(np.abs(out) + error, output)
     norm = joined(first + second, first + second) * factor
     return out, ErrorBound(
         {
