@@ -14,7 +14,9 @@ from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import Array
 
 
-def decode_expected(inputs: DecodeInputs, profile: Profile, inherited_q: Array | None = None) -> BoundedAttention:
+def decode_expected(
+    inputs: DecodeInputs, profile: Profile, inherited_q: Array | None = None, probable: bool = False
+) -> BoundedAttention:
     """Exact decode and its bound; ``inherited_q`` is how far q may be from an exact one."""
     rows = gather_rows(inputs.kv_cache, inputs.block_table, inputs.cache_seqlens)[:, :, None]  # [b, t, 1, c+r]
     values = rows[..., : inputs.head_dim_v]
@@ -30,6 +32,7 @@ def decode_expected(inputs: DecodeInputs, profile: Profile, inherited_q: Array |
         cache_seqlens=inputs.cache_seqlens,
         causal=inputs.causal,
         inherited=inherited,
+        probable=probable,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from hypothesis.strategies import SearchStrategy
 
 from mla_spec.harness.cases import DecodeCase, DecodeInputs
 from mla_spec.harness.contract import Supports
@@ -16,6 +17,7 @@ from mla_spec.properties.expected import declared_lse, decode_expected, judge_de
 from mla_spec.properties.strategies import decode_cases, narrowed
 from mla_spec.properties.views import VIEWS
 from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import BoolArray, IntArray
 
 DECODE = ("decode",)
@@ -71,6 +73,23 @@ def test_lse_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     lse = run.driver.decode(inputs)[1]
     assert lse is not None
     run.within(lse, declared_lse(want.lse, run.supports), want.lse_error, gate=False)
+
+
+def _many_keys(supports: Supports, profile: Profile) -> SearchStrategy[DecodeCase]:
+    """Two sequences of 512 keys and more, the scores spread over many of them."""
+    cases = decode_cases(supports, profile, logit_stds=(1.0, 0.1, 0.5))
+    return cases.map(lambda case: replace(case, seqlens=tuple(512 + 8 * n for n in case.seqlens[:2])))
+
+
+@law(needs=DECODE, cases=_many_keys)
+def test_roundings_do_not_add_up(run: Run, case: DecodeCase) -> None:
+    """Over many keys the roundings of P cancel, as independent ones do but with probability 1e-9."""
+    inputs = case.build()
+    want = decode_expected(inputs, run.profile, probable=True)
+    out, lse = run.driver.decode(inputs)
+    run.within(out, want.out, want.out_error_probable)
+    if lse is not None:
+        run.within(lse, declared_lse(want.lse, run.supports), want.lse_error_probable, gate=False)
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, min_length=2, max_s=1), missing=_needs_lse)
