@@ -13,7 +13,7 @@ from mla_spec.harness.contract import Supports
 from mla_spec.harness.driver import Result, computed, tensor_bits
 from mla_spec.harness.laws import Run, law
 from mla_spec.harness.verdict import Violation
-from mla_spec.properties.expected import declared_lse, decode_expected, judge_decode
+from mla_spec.properties.expected import declared_lse, decode_expected, judge_attention
 from mla_spec.properties.strategies import decode_cases, narrowed
 from mla_spec.properties.views import VIEWS
 from mla_spec.reference.error_bound import ErrorBound
@@ -77,7 +77,7 @@ def test_lse_agrees_with_reference(run: Run, case: DecodeCase) -> None:
 
 def _many_keys(supports: Supports, profile: Profile) -> SearchStrategy[DecodeCase]:
     """Two sequences of 512 keys and more, the scores spread over many of them."""
-    cases = decode_cases(supports, profile, logit_stds=(1.0, 0.1, 0.5))
+    cases: SearchStrategy[DecodeCase] = decode_cases(supports, profile, logit_stds=(1.0, 0.1, 0.5))
     return cases.map(lambda case: replace(case, seqlens=tuple(512 + 8 * n for n in case.seqlens[:2])))
 
 
@@ -242,7 +242,7 @@ def test_calls_are_independent(run: Run, case: DecodeCase) -> None:
         softmax_scale=inputs.softmax_scale / 2,
     )
     for this in (other, inputs, other):
-        judge_decode(run, run.driver.decode(this), decode_expected(this, run.profile))
+        judge_attention(run, run.driver.decode(this), decode_expected(this, run.profile))
 
 
 def _share_memory(x: object, y: object) -> bool:
@@ -259,7 +259,7 @@ def test_noncontiguous_inputs(run: Run, case: DecodeCase) -> None:
     for name, view in VIEWS.items():
         tensors = view(run.driver.decode_tensors(inputs))
         try:
-            judge_decode(run, run.driver.decode(inputs, tensors), want)
+            judge_attention(run, run.driver.decode(inputs, tensors), want)
         except Violation as violation:
             raise Violation(f"with {name}:\n{violation}") from None
 
@@ -292,7 +292,7 @@ def test_last_key_matters(run: Run, case: DecodeCase) -> None:
         cache[inputs.block_table[i, last // page_size], last % page_size, 0] = 2 * np.sign(inputs.q[i, -1].sum(axis=0))
     dominant = replace(inputs, kv_cache=cache)
     want = decode_expected(dominant, run.profile)
-    judge_decode(run, run.driver.decode(dominant), want)
+    judge_attention(run, run.driver.decode(dominant), want)
 
 
 def _with_other_last_keys(inputs: DecodeInputs, count: int) -> DecodeInputs:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from mla_spec.reference.formats import FORMATS
 from mla_spec.reference.profile import Accumulator, Profile, RopeProfile, gamma
 
-UNKNOWN = "unknown number format 'fp8'; known formats are float64, float32, float16, bfloat16"
+UNKNOWN = f"unknown number format 'fp8'; known formats are {', '.join(FORMATS)}"
 
 
 @pytest.mark.parametrize(
