@@ -13,8 +13,8 @@ finite for errors of any size. Sums of |v − o| have no product form; by Cauchy
 sqrt(Σ p η²) · sqrt(Σ p (v − o)²), which needs the products of p with v and v² alone.
 
 Every inequality is worst case: a result outside the bound proves that the arithmetic is not what the profile declares.
-Where the roundings of many weights to a narrow format spread, their sum is far below the worst case; ``probable_error`` says
-how far it stays but with the probability ``FAILURE_PROBABILITY`` (Hoeffding's inequality).
+Where the roundings of many weights to a narrow format spread, their sum is far below the worst case; the probable error
+(``weight_rounding.Likely``) says where it stays but with a stated probability.
 """
 
 from __future__ import annotations
@@ -33,19 +33,15 @@ from mla_spec.reference.attention import (
     rows_to_lse,
     softmax_blocks,
 )
+from mla_spec.reference.bound_moments import Moments, Rates, finite
 from mla_spec.reference.bound_sums import BoundSums, bound_sums
 from mla_spec.reference.error_bound import ErrorBound, half_ulp
 from mla_spec.reference.formats import FORMATS, format_of, round_to
 from mla_spec.reference.profile import Profile, gamma
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.reference.weight_rounding import Likely, rounded_p
 
 _U64 = FORMATS["float64"].unit_roundoff
-
-FAILURE_PROBABILITY = 1e-9
-"""That any element of one call lies outside its probable error."""
-
-SPREAD = 8.0
-"""Least exp(entropy) of the distribution of weight over distinct values of P for which roundings count as independent."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,17 @@ class BoundedAttention:
     out_error_probable: ErrorBound
     lse_error_probable: ErrorBound
 
+    def map(self, of_out: Callable[[Array], Array], of_lse: Callable[[Array], Array]) -> BoundedAttention:
+        """The same with ``of_out`` applied to all that is shaped as out, and ``of_lse`` to all that is shaped as lse."""
+        return BoundedAttention(
+            out=of_out(self.out),
+            out_error=self.out_error.map(of_out),
+            lse=of_lse(self.lse),
+            lse_error=self.lse_error.map(of_lse),
+            out_error_probable=self.out_error_probable.map(of_out),
+            lse_error_probable=self.lse_error_probable.map(of_lse),
+        )
+
 
 @dataclass(frozen=True)
 class InheritedError:
@@ -87,14 +94,18 @@ def attention_with_bound(
     cache_seqlens: IntArray | int | None = None,
     causal: bool = True,
     inherited: InheritedError | None = None,
+    attn_sink: Array | None = None,
     probable: bool = False,
     block_size: int = 512,
 ) -> BoundedAttention:
     """``attention`` and the error of computing it as ``profile`` says.
 
-    Arguments and errors are those of ``attention``; ``inherited`` is what earlier stages may have changed in q, k and v;
-    ``probable`` asks for the probable error beside the worst case. Both cover the reference's own rounding too. Rows of k
-    and v that no query sees must be finite.
+    Arguments and errors are those of ``attention``; ``inherited`` is what earlier stages may have changed in q, k and v.
+    Rows of k and v that no query sees must be finite. The errors cover the reference's own rounding too.
+
+    Args:
+        attn_sink: score of one more key with value 0, which the LSE does not count, [h]; -inf none. Exact as stored.
+        probable: asks for the probable error beside the worst case.
     """
     inherited = _with_dequantisation(q, k, v, inherited, profile)
     blocks = softmax_blocks(
@@ -102,31 +113,31 @@ def attention_with_bound(
     )
     u_p = format_of(profile.probabilities).unit_roundoff
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        rates = _Rates.of(profile, q.shape[-1], k.shape[-3])
+        rates = Rates.of(profile, q.shape[-1], k.shape[-3])
         sums = bound_sums(
             blocks,
             _score_error(q, k, inherited, softmax_scale, rates),
             None if inherited is None else inherited.v,
             2 * u_p if probable else None,
         )
-        moments = _Moments.of(sums, rates)
+        moments = Moments.of(sums, rates)
         size = v if inherited is None else np.abs(v) + inherited.v
         # Σ_j |v_j| ≤ sqrt(t Σ_j v_j²), which needs no copy of v
         column = np.sqrt(k.shape[-3] * np.einsum("...tgd,...tgd->...gd", size, size))[..., None, :]  # [..., g, 1, dv]
-        rounded, rounded_sum = _rounded_p(moments, rates, column)
-        errors = [_out_error(moments, rates, rounded), _lse_error(sums, moments, rates, rounded_sum)]
+        roundings = [rounded_p(moments, rates, column)]
         if probable:
-            likely = _Likely.of(sums, moments, rates, k)
-            errors += [
-                _out_error(moments, rates, np.minimum(rounded, likely.rounded_p(moments, rates, column))),
-                _lse_error(sums, moments, rates, np.minimum(rounded_sum, likely.rounded_sum(moments, rates))),
-            ]
+            likely = Likely.of(sums, moments, rates, k)
+            pair = likely.rounded_p(moments, rates, column), likely.rounded_sum(moments, rates)
+            roundings.append((np.minimum(roundings[0][0], pair[0]), np.minimum(roundings[0][1], pair[1])))
+        lse_errors = [_lse_error(sums, moments, rates, rounded_sum) for _, rounded_sum in roundings]
+        sinks = [_Sink.of(attn_sink, sums, lse_error, rates, q.shape[-3], k.shape[-2]) for lse_error in lse_errors]
+        out_errors = [_out_error(moments, rates, r, sink) for (r, _), sink in zip(roundings, sinks, strict=True)]
     seen = ~np.isneginf(sums.max_score)
     s, h = q.shape[-3:-1]
-    out_errors = [e.map(lambda x: rows_to_heads(np.where(seen[..., None], x, 0.0), s, h)) for e in errors[::2]]
-    lse_errors = [e.map(lambda x: rows_to_lse(np.where(seen, x, 0.0), s, h)) for e in errors[1::2]]
+    out_errors = [e.map(lambda x: rows_to_heads(np.where(seen[..., None], x, 0.0), s, h)) for e in out_errors]
+    lse_errors = [e.map(lambda x: rows_to_lse(np.where(seen, x, 0.0), s, h)) for e in lse_errors]
     return BoundedAttention(
-        out=rows_to_heads(moments.out, s, h),
+        out=rows_to_heads(sinks[0].share * moments.out, s, h),
         out_error=out_errors[0],
         lse=rows_to_lse(sums.lse, s, h),
         lse_error=lse_errors[0],
@@ -154,43 +165,8 @@ def _with_dequantisation(
     return InheritedError(inherited.q, inherited.k + error(k), inherited.v + error(v))
 
 
-@dataclass(frozen=True)
-class _Rates:
-    """The relative errors that a profile implies for keys of width d and t keys."""
-
-    profile: Profile
-    t: int
-    gamma_qk: float  # Γ_QK
-    gamma_pv: float  # Γ_PV, with the rescaling of a narrow accumulator
-    kappa: float  # κ: scaling and storing a score
-    u: float  # roundoff of the softmax arithmetic
-    eps: float  # ε: exp, and the rescaling of an online softmax
-    rho: float  # row sum and division
-    reference: float  # float64 scores' error as a share of this profile's
-
-    @classmethod
-    def of(cls, profile: Profile, d: int, t: int) -> _Rates:
-        u, u_pv = (format_of(name).unit_roundoff for name in (profile.softmax, profile.value.format))
-        rescales = math.ceil(t / profile.tile) if profile.tile else 0
-        stored = (1 + format_of(profile.score_format).unit_roundoff) ** profile.score_roundings
-        gamma_qk = profile.score.relative_error(d + profile.operand_roundings)
-        # ε holds roundings of the factor and of the rescaled sum in the softmax's format
-        narrower = gamma(rescales, u_pv) if u_pv > u else 0.0
-        return cls(
-            profile=profile,
-            t=t,
-            gamma_qk=gamma_qk,
-            gamma_pv=(1 + profile.value.relative_error(t)) * (1 + narrower) - 1,
-            kappa=stored * (1 + u) ** 3 - 1,
-            u=u,
-            eps=(profile.exp_error * (1 + rescales) + 2 * rescales) * u,
-            rho=gamma(t + 4, u),
-            reference=min(1.0, max(gamma(d, _U64) / gamma_qk, _U64 / u)),
-        )
-
-
 def _score_error(
-    q: Array, k: Array, inherited: InheritedError | None, softmax_scale: float, rates: _Rates
+    q: Array, k: Array, inherited: InheritedError | None, softmax_scale: float, rates: Rates
 ) -> Callable[[SoftmaxBlock], Array]:
     """Δ without its part u·m that all keys of a row share."""
     groups = k.shape[-2]
@@ -218,161 +194,64 @@ def _score_error(
 
 
 @dataclass(frozen=True)
-class _Moments:
-    """Weighted sums over the keys of one row, each [..., g, rows, dv or 1]; p̂ are the perturbed weights."""
+class _Sink:
+    """What an attention sink leaves of the output: share = 1/(1 + exp(sink − lse)), and its relative error."""
 
-    out: Array  # o
-    eta: Array  # η̄
-    moved: Array  # N
-    deviation: Array  # Σ p̂ |v − o|
-    inherited: Array  # Σ p̂ e_v
-    gauge: Array  # Σ p̂ |v̂|
-    growth: Array  # p̂_j ≤ growth · p_j (1 + expm1(Δ_j without its shared part))
-    inverse: Array  # 1 / Σ of the perturbed weights, relative to the exact ones
-    row_total: Array  # Σ exp(s − m)
+    share: Array  # [..., g, rows, 1]
+    error: Array
 
     @classmethod
-    def of(cls, sums: BoundSums, rates: _Rates) -> _Moments:
-        o = sums.out
-        m = _finite(sums.max_score)
-        shared = (rates.u * m + _split_error(sums, rates))[..., None]
-        # η = stretch · expm1(Δ − shared) + lift
-        stretch = np.exp(shared) * (1 + rates.eps)
-        lift = np.expm1(shared) * (1 + rates.eps) + rates.eps
-        x, x2 = sums.error[..., None], sums.error_square[..., None]
-        inverse = (1 + np.maximum(np.exp(shared) * x + np.expm1(shared), 0)) / (1 - rates.eps)
-        eta = np.maximum(stretch * x + lift, 0)
-        slack = gamma(rates.t + 16, _U64)  # the differences of squares below are rounded in float64
-        eta_square = np.maximum(stretch**2 * x2 + 2 * stretch * lift * x + lift**2, 0)
-        eta_square = eta_square + slack * (stretch**2 * x2 + 2 * np.abs(stretch * lift) * x + lift**2)
-        spread = np.maximum(sums.out_square - o * o, 0) + slack * (sums.out_square + o * o)
-        moved = np.sqrt(eta_square) * np.sqrt(spread)
-        deviation = (np.sqrt(spread) + moved) * inverse
-        inherited = (sums.v_error + np.sqrt(eta_square * sums.v_error_square)) * inverse
-        return cls(
-            out=o,
-            eta=eta,
-            moved=moved * inverse,
-            deviation=deviation,
-            inherited=inherited,
-            gauge=np.abs(o) + deviation + inherited,
-            growth=stretch * inverse,
-            inverse=inverse,
-            row_total=np.exp(np.clip(_finite(sums.lse) - m, 0, 700))[..., None],
-        )
+    def of(
+        cls, attn_sink: Array | None, sums: BoundSums, lse_error: ErrorBound, rates: Rates, s: int, groups: int
+    ) -> _Sink:
+        if attn_sink is None:
+            return cls(np.ones(()), np.zeros(()))
+        sink = heads_to_rows(np.broadcast_to(attn_sink[:, None], (s, *attn_sink.shape, 1)), groups)[..., 0]
+        distance = np.where(np.isneginf(sink), np.inf, finite(sums.lse) - sink)  # [..., g, rows]
+        share = 1 / (1 + np.exp(-distance))
+        # The share changes by (1 − share) times what the distance does, and by a few roundings of its own.
+        size = np.abs(finite(sums.lse)) + np.where(np.isinf(sink), 0.0, np.abs(sink))
+        moved = np.expm1(lse_error.total + 4 * rates.u * size) + rates.profile.exp_error * rates.u
+        error = np.exp(-distance) * share * moved + 4 * rates.u + 4 * _U64
+        return cls(share[..., None], np.where(share > 0, error, 0.0)[..., None])
 
 
-def _split_error(sums: BoundSums, rates: _Rates) -> Array:
-    """Error of the weight exp(lse_part − lse) of a part of the keys, as an error of every score in it."""
-    u = max(rates.u, format_of(rates.profile.lse).unit_roundoff)
-    each = u * (2 * (sums.max_abs_score + math.log(max(rates.t, 1))) + 2)
-    return rates.profile.merges(rates.t) * each
-
-
-def _underflow(moments: _Moments, rates: _Rates) -> Array:
-    """What one weight may lose below the normal range of the format of P, relative to the row sum."""
-    p = format_of(rates.profile.probabilities)
-    # Hardware may flush subnormals of wide formats; those of narrow ones are in reach, and kept.
-    lost = p.smallest_subnormal / 2 if p.min_exponent > -100 else p.smallest_normal
-    return lost * moments.inverse / moments.row_total
-
-
-def _rounded_p(moments: _Moments, rates: _Rates, column: Array) -> tuple[Array, Array]:
-    """R: what rounding P moves the output by, and, relatively, the row sum where it adds the rounded weights.
-
-    ``column`` is Σ_j |v_j|, for the underflow of weights.
-    """
-    u_p = format_of(rates.profile.probabilities).unit_roundoff
-    lost = _underflow(moments, rates)
-    if rates.profile.row_sum == "unrounded":
-        return u_p * moments.gauge + lost * column, np.zeros_like(lost)
-    moved = u_p / (1 - u_p) * (moments.deviation + moments.moved)
-    moved = moved + lost * (column + rates.t * (np.abs(moments.out) + moments.moved))
-    return moved, u_p + rates.t * lost
-
-
-@dataclass(frozen=True)
-class _Likely:
-    """What independent roundings of the weights add up to, but with the probability ``FAILURE_PROBABILITY``.
-
-    A sum of independent errors of at most u x_j exceeds sqrt(2 ln(2/δ)) · u · sqrt(Σ x_j²) with probability δ (Hoeffding).
-    Equal keys have equal weights and errors, so they count as often as they occur. The rounding of a weight is taken as
-    independent of the others' where the weight of the row spreads over ``SPREAD`` distinct values of P.
-    """
-
-    weights: Array  # λ sqrt(Σ p̂²), [..., g, rows, 1]; inf where the roundings are not independent
-    values: Array  # λ sqrt(Σ p̂² v̂²), [..., g, rows, dv]
-
-    @classmethod
-    def of(cls, sums: BoundSums, moments: _Moments, rates: _Rates, k: Array) -> _Likely:
-        judged = max(2, moments.out.size)
-        tail = math.sqrt(2 * math.log(2 * judged / FAILURE_PROBABILITY))
-        mass = np.where(sums.cells > 0, sums.cells, 1.0)
-        spread = np.exp(-(mass * np.log(mass)).sum(axis=-1)) >= SPREAD  # [..., g, rows]
-        repeats = np.sqrt(_repeats(k))[..., None]  # [..., g, 1]
-        rate = np.where(spread, tail * repeats, np.inf)[..., None] * moments.growth
-        return cls(rate * np.sqrt(sums.weight_square)[..., None], rate * np.sqrt(sums.value_square))
-
-    def rounded_p(self, moments: _Moments, rates: _Rates, column: Array) -> Array:
-        """R, for ``_rounded_p``."""
-        u_p = format_of(rates.profile.probabilities).unit_roundoff
-        lost = _underflow(moments, rates)
-        if rates.profile.row_sum == "unrounded":
-            return u_p * self.values + lost * column
-        moved = u_p / (1 - u_p) * (self.values + (np.abs(moments.out) + moments.moved) * self.weights)
-        return moved + lost * (column + rates.t * (np.abs(moments.out) + moments.moved))
-
-    def rounded_sum(self, moments: _Moments, rates: _Rates) -> Array:
-        """The relative error of a sum of rounded weights."""
-        u_p = format_of(rates.profile.probabilities).unit_roundoff
-        return u_p * self.weights + rates.t * _underflow(moments, rates)
-
-
-def _repeats(k: Array) -> Array:
-    """How often the most frequent key of [..., t, g, d] occurs, [..., g]."""
-    # Equal keys have equal sums; unequal ones may too, which only makes the count larger.
-    key = np.sort(np.moveaxis(k, -2, -3).sum(axis=-1), axis=-1)  # [..., g, t]
-    index = np.arange(key.shape[-1])
-    starts = np.concatenate([np.ones_like(key[..., :1], dtype=bool), key[..., 1:] != key[..., :-1]], axis=-1)
-    runs = index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1) + 1
-    longest: Array = runs.max(axis=-1, initial=1).astype(np.float64)
-    return longest
-
-
-def _out_error(moments: _Moments, rates: _Rates, rounded_p: Array) -> ErrorBound:
+def _out_error(moments: Moments, rates: Rates, rounding: Array, sink: _Sink) -> ErrorBound:
     """E_d."""
     profile, o = rates.profile, np.abs(moments.out)
     u_p = format_of(profile.probabilities).unit_roundoff
     accumulated = (1 + u_p) * rates.gamma_pv * moments.gauge
-    before_merge = moments.moved + moments.inherited + rounded_p + accumulated
+    before_merge = moments.moved + moments.inherited + rounding + accumulated
     # Each merge stores the parts and forms a weighted sum of two: two products and an addition.
     u_merge = format_of(profile.split_format).unit_roundoff + 3 * rates.u
     merged = profile.merges(rates.t) * u_merge * (moments.gauge + before_merge)
     before_division = before_merge + merged
     divided = rates.rho / (1 - rates.rho) * (o + before_division)
+    before_sink = before_division + divided
+    sunk = sink.error * (o + before_sink)
     doubled = 2 if profile.output_rounding == "truncate" else 1
-    return ErrorBound(
-        {
-            "error of the scores": moments.moved,
-            "error of the operands": moments.inherited,
-            f"rounding of P to {profile.probabilities}": rounded_p,
-            "accumulation of P·V": accumulated,
-            "merging of parts by LSE": merged,
-            "row sum and division": divided,
-            f"rounding of the output to {profile.output}": doubled
-            * half_ulp(o + before_division + divided, profile.output),
-            "the reference's own float64": rates.reference * moments.moved + gamma(rates.t + 16, _U64) * moments.gauge,
-        }
-    )
+    stored = doubled * half_ulp(sink.share * (o + before_sink + sunk), profile.output)
+    terms = {
+        "error of the scores": moments.moved,
+        "error of the operands": moments.inherited,
+        f"rounding of P to {profile.probabilities}": rounding,
+        "accumulation of P·V": accumulated,
+        "merging of parts by LSE": merged,
+        "row sum and division": divided,
+        "attention sink": sunk,
+        "the reference's own float64": rates.reference * moments.moved + gamma(rates.t + 16, _U64) * moments.gauge,
+    }
+    scaled = ErrorBound({name: sink.share * term for name, term in terms.items()})
+    return scaled.plus(f"rounding of the output to {profile.output}", stored)
 
 
-def _lse_error(sums: BoundSums, moments: _Moments, rates: _Rates, rounded_sum: Array) -> ErrorBound:
+def _lse_error(sums: BoundSums, moments: Moments, rates: Rates, rounded_sum: Array) -> ErrorBound:
     """Error of m + log Σ exp(s − m)."""
     profile = rates.profile
     log_total = np.log1p(moments.eta[..., 0]) - math.log1p(-rates.eps)
     log_total = log_total - np.log1p(-np.minimum(rounded_sum[..., 0], 0.5))
     u = max(rates.u, format_of(profile.lse).unit_roundoff)
-    size = 3 * np.abs(_finite(sums.lse)) + 2 * np.abs(_finite(sums.max_score)) + 2
+    size = 3 * np.abs(finite(sums.lse)) + 2 * np.abs(finite(sums.max_score)) + 2
     return ErrorBound(
         {
             "error of the scores": log_total,
@@ -381,8 +260,3 @@ def _lse_error(sums: BoundSums, moments: _Moments, rates: _Rates, rounded_sum: A
             "the reference's own float64": rates.reference * log_total + gamma(rates.t + 16, _U64) * size,
         }
     )
-
-
-def _finite(x: Array) -> Array:
-    """X with the -inf of rows without keys replaced by 0."""
-    return np.where(np.isneginf(x), 0.0, x)

@@ -1,0 +1,90 @@
+"""Sparse attention (DSA): the lightning indexer, its selection, and attention over the selected keys.
+
+Source: DeepSeek-V3.2 technical report, section 2.1, equations 1 and 2; conventions of FlashMLA's sparse kernels
+(flash_mla/flash_mla_interface.py): an index of -1, or not below the number of keys, selects nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mla_spec.reference.bounds import BoundedAttention, attention_with_bound
+from mla_spec.reference.profile import Profile
+from mla_spec.reference.typing import Array, IntArray
+
+
+def indexer_logits(q: Array, k: Array, weights: Array) -> Array:
+    """I_st = Σ_h w_sh · relu(q_sh · k_t), equation 1.
+
+    Args:
+        q: [..., s, h, d]. k: [..., t, d]. weights: [..., s, h], with every scale factor already in them.
+
+    Returns:
+        [..., s, t].
+    """
+    scores = np.einsum("...shd,...td->...sht", q, k)
+    logits: Array = np.einsum("...sh,...sht->...st", weights, np.maximum(scores, 0.0))
+    return logits
+
+
+def select_top_k(logits: Array, k: int, visible: IntArray) -> IntArray:
+    """The indices of the k largest logits of each row, equation 2: larger first, of equal ones the smaller index first.
+
+    Args:
+        logits: [..., s, t].
+        visible: [..., s]; row i chooses among keys 0 .. visible - 1.
+
+    Returns:
+        [..., s, k], -1 where fewer than k keys are visible.
+    """
+    shown = np.where(np.arange(logits.shape[-1]) < visible[..., None], logits, -np.inf)
+    order = np.argsort(-shown, axis=-1, kind="stable")[..., :k]
+    missing = k - order.shape[-1]
+    order = np.pad(order, [*[(0, 0)] * (order.ndim - 1), (0, missing)], constant_values=-1)
+    indices: IntArray = np.where(np.arange(k) < visible[..., None], order, -1)
+    return indices
+
+
+def sparse_attention(
+    q: Array,
+    kv: Array,
+    indices: IntArray,
+    *,
+    head_dim_v: int,
+    softmax_scale: float,
+    profile: Profile,
+    attn_sink: Array | None = None,
+    topk_length: IntArray | None = None,
+) -> BoundedAttention:
+    """Attention of each query over the keys that its row of ``indices`` selects, and its error bound.
+
+    Every occurrence of an index counts as a key of its own; the order of a row does not matter.
+
+    Args:
+        q: [..., s, h, d].
+        kv: [..., t, d]; the values are the first ``head_dim_v`` columns.
+        indices: [..., s, k]; entries of -1 or not in 0 .. t - 1 select nothing.
+        attn_sink: natural logarithm of one more weight with value 0, [h]; -inf none. The LSE does not count it.
+        topk_length: [...] or [..., s]; entries from there on are not read. All when None.
+
+    Returns:
+        out [..., s, h, head_dim_v] and lse [..., h, s]; a row that selects nothing gives 0 and -inf.
+    """
+    if topk_length is not None:
+        length = np.expand_dims(topk_length, tuple(range(topk_length.ndim, indices.ndim)))  # [..., s or 1, 1]
+        indices = np.where(np.arange(indices.shape[-1]) < length, indices, -1)
+    valid = (indices >= 0) & (indices < kv.shape[-2])  # [..., s, k]
+    order = np.argsort(~valid, axis=-1, kind="stable")  # the valid ones first
+    chosen = np.take_along_axis(np.where(valid, indices, 0), order, axis=-1)
+    rows = np.take_along_axis(kv[..., None, :, :], chosen[..., None], axis=-2)[..., None, :]  # [..., s, k, 1, d]
+    bounded = attention_with_bound(
+        q[..., None, :, :],  # one query per set of keys
+        rows,
+        rows[..., :head_dim_v],
+        softmax_scale=softmax_scale,
+        profile=profile,
+        cache_seqlens=valid.sum(axis=-1),
+        causal=False,
+        attn_sink=attn_sink,
+    )
+    return bounded.map(lambda x: x[..., 0, :, :], lambda x: np.swapaxes(x[..., 0], -1, -2))
