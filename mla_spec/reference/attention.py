@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mla_spec.reference.product import accurate_product
 from mla_spec.reference.typing import Array, BoolArray, IntArray
 
 
@@ -71,8 +72,9 @@ def attention(
     for block in softmax_blocks(
         q, k, v, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal, block_size=block_size
     ):
-        total = total * block.decay + block.weights.sum(axis=-1)  # [..., g, rows]
-        out = out * block.decay[..., None] + block.weights @ block.v  # [..., g, rows, dv]
+        ones = np.ones((block.weights.shape[-1], 1))
+        total = total * block.decay + accurate_product(block.weights, ones)[..., 0]  # [..., g, rows]
+        out = out * block.decay[..., None] + accurate_product(block.weights, block.v)  # [..., g, rows, dv]
         max_score = block.max_score
     s, h = q.shape[-3], q.shape[-2]
     out = out / np.where(total == 0, 1.0, total)[..., None]
@@ -101,7 +103,7 @@ def softmax_blocks(
         keys = slice(start, start + block_size)
         index = np.arange(start, min(start + block_size, k.shape[-3]))
         read = index < read_limit  # [..., 1, block]
-        scores = rows @ np.swapaxes(key_block(k, keys, read), -1, -2)  # [..., g, rows, block]
+        scores = accurate_product(rows, np.swapaxes(key_block(k, keys, read), -1, -2))  # [..., g, rows, block]
         visible = index < limit[..., None]  # [..., 1, rows, block]
         shown = scores if visible.all() else np.where(visible, scores, -np.inf)
         m_new = np.maximum(m, shown.max(axis=-1, initial=-np.inf))

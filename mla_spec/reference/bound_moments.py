@@ -63,17 +63,19 @@ class Moments:
     growth: Array  # p̂_j ≤ growth · p_j (1 + expm1(Δ_j without its shared part))
     inverse: Array  # 1 / Σ of the perturbed weights, relative to the exact ones
     row_total: Array  # Σ exp(s − m)
+    shares: Array  # relative error of the sum of the shares of merged parts
 
     @classmethod
     def of(cls, sums: BoundSums, rates: Rates) -> Moments:
         o = sums.out
         m = finite(sums.max_score)
-        shared = (rates.u * m + _split_error(sums, rates))[..., None]
+        split = _split_error(sums, rates)[..., None]
+        shared = rates.u * m[..., None] + split
         # η = stretch · expm1(Δ − shared) + lift
         stretch = np.exp(shared) * (1 + rates.eps)
         lift = np.expm1(shared) * (1 + rates.eps) + rates.eps
         x, x2 = sums.error[..., None], sums.error_square[..., None]
-        inverse = (1 + np.maximum(np.exp(shared) * x + np.expm1(shared), 0)) / (1 - rates.eps)
+        inverse = (1 + np.maximum(np.exp(shared) * x + np.expm1(shared), 0)) / np.float64(max(1 - rates.eps, 0.0))
         eta = np.maximum(stretch * x + lift, 0)
         slack = gamma(rates.t + 16, _U64)  # the differences of squares below are rounded in float64
         eta_square = np.maximum(stretch**2 * x2 + 2 * stretch * lift * x + lift**2, 0)
@@ -92,13 +94,14 @@ class Moments:
             growth=stretch * inverse,
             inverse=inverse,
             row_total=np.exp(np.clip(finite(sums.lse) - m, 0, 700))[..., None],
+            shares=np.expm1(split) if rates.profile.merge_shares == "unnormalised" else np.zeros_like(split),
         )
 
 
 def _split_error(sums: BoundSums, rates: Rates) -> Array:
     """Error of the weight exp(lse_part − lse) of a part of the keys, as an error of every score in it."""
     u = max(rates.u, format_of(rates.profile.lse).unit_roundoff)
-    each = u * (2 * (sums.max_abs_score + math.log(max(rates.t, 1))) + 2)
+    each = u * (2 * (sums.max_abs_score + math.log(max(rates.t, 1))) + 2 + rates.profile.exp_error)
     return rates.profile.merges(rates.t) * each
 
 

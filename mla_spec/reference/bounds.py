@@ -222,11 +222,14 @@ def _out_error(moments: Moments, rates: Rates, rounding: Array, sink: _Sink) -> 
     u_p = format_of(profile.probabilities).unit_roundoff
     accumulated = (1 + u_p) * rates.gamma_pv * moments.gauge
     before_merge = moments.moved + moments.inherited + rounding + accumulated
-    # Each merge stores the parts and forms a weighted sum of two: two products and an addition.
-    u_merge = format_of(profile.split_format).unit_roundoff + 3 * rates.u
+    # Each merge stores the parts and forms a weighted sum of them, of two or of all the splits at once.
+    parts = max(2, min(profile.splits, rates.t))
+    u_merge = format_of(profile.split_format).unit_roundoff + gamma(parts + 1, rates.u)
     merged = profile.merges(rates.t) * u_merge * (moments.gauge + before_merge)
+    # Shares exp(lse_part − lse) need not be divided by their sum again, and then need not add up to 1.
+    merged = merged + moments.shares * (o + before_merge)
     before_division = before_merge + merged
-    divided = rates.rho / (1 - rates.rho) * (o + before_division)
+    divided = (rates.rho / (1 - rates.rho) if rates.rho < 1 else math.inf) * (o + before_division)
     before_sink = before_division + divided
     sunk = sink.error * (o + before_sink)
     doubled = 2 if profile.output_rounding == "truncate" else 1
@@ -248,14 +251,14 @@ def _out_error(moments: Moments, rates: Rates, rounding: Array, sink: _Sink) -> 
 def _lse_error(sums: BoundSums, moments: Moments, rates: Rates, rounded_sum: Array) -> ErrorBound:
     """Error of m + log Σ exp(s − m)."""
     profile = rates.profile
-    log_total = np.log1p(moments.eta[..., 0]) - math.log1p(-rates.eps)
+    log_total = np.log1p(moments.eta[..., 0]) - np.log(max(1 - rates.eps, 0.0))
     log_total = log_total - np.log1p(-np.minimum(rounded_sum[..., 0], 0.5))
     u = max(rates.u, format_of(profile.lse).unit_roundoff)
     size = 3 * np.abs(finite(sums.lse)) + 2 * np.abs(finite(sums.max_score)) + 2
     return ErrorBound(
         {
             "error of the scores": log_total,
-            "row sum": np.full_like(log_total, -math.log1p(-rates.rho)),
+            "row sum": np.full_like(log_total, -np.log(max(1 - rates.rho, 0.0))),
             "logarithm and its rounding": u * size,
             "the reference's own float64": rates.reference * log_total + gamma(rates.t + 16, _U64) * size,
         }

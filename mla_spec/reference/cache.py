@@ -33,16 +33,18 @@ def write_rows(kv_cache: Array, latent: Array, k_pe: Array, slots: IntArray) -> 
     Args:
         kv_cache: [pages, page_size, 1, c+r].
         latent, k_pe: [n, c] and [n, r].
-        slots: [n].
+        slots: [n], none named twice: which row a slot would hold is not defined.
 
     Raises:
-        ValueError: a slot lies outside the cache.
+        ValueError: a slot lies outside the cache or is named twice.
     """
     pages, page_size, _, width = kv_cache.shape
     if slots.size and (slots.min() < -1 or slots.max() >= pages * page_size):
         raise ValueError(f"slots must lie in -1 .. {pages * page_size - 1}, got {slots.min()} .. {slots.max()}")
     rows = kv_cache.reshape(pages * page_size, width).copy()
     kept = slots >= 0
+    if len(np.unique(slots[kept])) < kept.sum():
+        raise ValueError("slots must be named once, -1 aside")
     rows[slots[kept]] = np.concatenate([latent, k_pe], axis=-1)[kept]
     return rows.reshape(kv_cache.shape)
 

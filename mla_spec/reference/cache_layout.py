@@ -197,7 +197,9 @@ def pack(stored: QuantisedRows, layout: CacheLayout, page_size: int) -> Bytes:
         raw = _segment_of(stored, layout, name)
         rows = np.zeros((len(pages) * page_size, raw.shape[-1]), dtype=np.uint8)
         rows[:tokens] = raw
-        segment(pages, layout, page_size, name)[..., : raw.shape[-1]] = rows.reshape(len(pages), page_size, -1)
+        segment(pages, layout, page_size, name)[..., : raw.shape[-1]] = rows.reshape(
+            len(pages), page_size, raw.shape[-1]
+        )
     return pages
 
 

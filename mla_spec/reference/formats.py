@@ -219,7 +219,7 @@ def from_bytes(raw: NDArray[np.uint8], name: str) -> Array:
     fmt = format_of(name)
     if fmt.bits == 4:
         halves = np.stack([raw & 15, raw >> 4], axis=-1)
-        return decode_bits(halves.reshape(*raw.shape[:-1], -1), name)
+        return decode_bits(halves.reshape(*raw.shape[:-1], 2 * raw.shape[-1]), name)
     if raw.shape[-1] % fmt.itemsize:
         raise ValueError(f"{raw.shape[-1]} bytes do not hold whole {name} numbers")
     return decode_bits(np.ascontiguousarray(raw).view(_word(fmt).newbyteorder("<")), name)

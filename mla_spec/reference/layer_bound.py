@@ -6,7 +6,7 @@ Every intermediate is taken to be rounded to the profile's dtype; keeping more p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -138,7 +138,7 @@ def _attend(q: Bounded, k: Bounded, v: Bounded, config: MLAConfig, profile: Prof
         k.value,
         v.value,
         softmax_scale=config.scale,
-        profile=profile,
+        profile=replace(profile, cache_dequantised=None),  # a layer's own cache holds the dtype
         inherited=InheritedError(q.error, k.error, v.error),
     )
     return Bounded(bounded.out, bounded.out_error.total)

@@ -13,6 +13,7 @@ import numpy as np
 
 from mla_spec.reference.attention import attention
 from mla_spec.reference.config import MLAConfig
+from mla_spec.reference.product import accurate_product
 from mla_spec.reference.rope import apply_rope
 from mla_spec.reference.typing import Array, IntArray
 
@@ -71,10 +72,12 @@ def project_query(hidden: Array, positions: IntArray, weights: Weights, config: 
         (q_nope [..., s, h, n], q_pe [..., s, h, r]).
     """
     if config.q_lora_rank is None:
-        q = hidden @ weights["q_proj"].T  # [..., s, h·(n+r)]
+        q = accurate_product(hidden, weights["q_proj"].T)  # [..., s, h·(n+r)]
     else:
-        c_q = rms_norm(hidden @ weights["q_a_proj"].T, weights["q_a_layernorm"], config.latent_norm_eps)
-        q = c_q @ weights["q_b_proj"].T  # [..., s, h·(n+r)]
+        c_q = rms_norm(
+            accurate_product(hidden, weights["q_a_proj"].T), weights["q_a_layernorm"], config.latent_norm_eps
+        )
+        q = accurate_product(c_q, weights["q_b_proj"].T)  # [..., s, h·(n+r)]
     q = q.reshape(*hidden.shape[:-1], config.num_heads, config.qk_head_dim)  # [..., s, h, n+r]
     q_nope, q_pe = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
     if config.rope is not None:
@@ -90,7 +93,7 @@ def project_latent(hidden: Array, positions: IntArray, weights: Weights, config:
     Returns:
         (latent [..., s, c], k_pe [..., s, r]).
     """
-    both = hidden @ weights["kv_a_proj_with_mqa"].T  # [..., s, c+r]
+    both = accurate_product(hidden, weights["kv_a_proj_with_mqa"].T)  # [..., s, c+r]
     latent, k_pe = both[..., : config.kv_lora_rank], both[..., config.kv_lora_rank :]
     if config.rope is not None:
         k_pe = apply_rope(k_pe, positions, config.rope)
@@ -133,8 +136,8 @@ def explicit(
     Returns:
         (out [..., s, h, v], lse [..., h, s]).
     """
-    k_nope = np.einsum("hnc,...tc->...thn", w_uk, latent)  # [..., t, h, n]
-    value = np.einsum("hvc,...tc->...thv", w_uv, latent)  # [..., t, h, v]
+    k_nope = _by_head(latent[..., None, :], np.swapaxes(w_uk, 1, 2))  # [..., t, h, n]
+    value = _by_head(latent[..., None, :], np.swapaxes(w_uv, 1, 2))  # [..., t, h, v]
     shared = np.broadcast_to(k_pe[..., None, :], (*k_nope.shape[:-1], k_pe.shape[-1]))  # [..., t, h, r]
     return attention(
         np.concatenate([q_nope, q_pe], axis=-1),
@@ -163,7 +166,7 @@ def absorbed(
     Multi-query attention over the cache itself (section 2.1.2: "absorb"). Arguments and result are those of
     ``explicit``, to which it is equal in exact arithmetic.
     """
-    q_latent = np.einsum("...shn,hnc->...shc", q_nope, w_uk)  # [..., s, h, c]
+    q_latent = _by_head(q_nope, w_uk)  # [..., s, h, c]
     out, lse = attention(
         np.concatenate([q_latent, q_pe], axis=-1),
         np.concatenate([latent, k_pe], axis=-1)[..., None, :],  # [..., t, 1, c+r]
@@ -172,7 +175,12 @@ def absorbed(
         cache_seqlens=cache_seqlens,
         causal=causal,
     )
-    return np.einsum("...shc,hvc->...shv", out, w_uv), lse
+    return _by_head(out, np.swapaxes(w_uv, 1, 2)), lse
+
+
+def _by_head(x: Array, weights: Array) -> Array:
+    """The product of each head with its own weights: x [..., t, h or 1, i], weights [h, i, o], result [..., t, h, o]."""
+    return np.swapaxes(accurate_product(np.swapaxes(x, -2, -3), weights), -2, -3)
 
 
 @dataclass(frozen=True)
@@ -218,7 +226,7 @@ def layer(
     cache = LatentCache(latent, k_pe) if cache is None else cache.append(latent, k_pe)
     w_uk, w_uv = absorb(weights["kv_b_proj"], config)
     out, _ = attend(q_nope, q_pe, cache.latent, cache.k_pe, w_uk, w_uv, softmax_scale=config.scale)
-    return out.reshape(*hidden.shape[:-1], -1) @ weights["o_proj"].T, cache
+    return accurate_product(out.reshape(*hidden.shape[:-1], -1), weights["o_proj"].T), cache
 
 
 def multi_head_as_mla(k: Array, v: Array, num_heads: int) -> tuple[Array, Array, Array]:

@@ -83,6 +83,8 @@ class Profile:
         value: accumulation of P·V.
         splits: parts into which the keys may be split and which are then merged by their LSEs, all at once;
             ``split_format`` stores the parts.
+        merge_shares: whether the shares exp(lse_part − lse) of merged parts are used as they are ("unnormalised") or
+            divided by their sum ("normalised").
         merge_every: keys after which the running result is merged by its LSE with the next part; None if never.
         output, output_rounding: format and rounding of the output.
         lse: format of the LSE.
@@ -110,6 +112,7 @@ class Profile:
     value: Accumulator = field(default_factory=Accumulator)
     splits: int = 1
     merge_every: int | None = None
+    merge_shares: Literal["unnormalised", "normalised"] = "unnormalised"
     split_format: str = "float32"
     output: str = ""
     output_rounding: Literal["nearest", "truncate"] = "nearest"
@@ -177,6 +180,7 @@ class Profile:
 
 _CHOICES = {
     "row_sum": ("unrounded", "rounded"),
+    "merge_shares": ("unnormalised", "normalised"),
     "output_rounding": ("nearest", "truncate"),
     "form": ("explicit", "absorbed"),
 }

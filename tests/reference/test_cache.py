@@ -73,6 +73,11 @@ def test_all_slots_may_be_skipped() -> None:
     np.testing.assert_array_equal(write_rows(cache, np.zeros((0, 2)), np.zeros((0, 1)), none), cache)
 
 
+def test_a_slot_is_written_once() -> None:
+    with pytest.raises(ValueError, match=r"^slots must be named once, -1 aside$"):
+        write_rows(np.zeros((2, 2, 1, 3)), np.zeros((3, 2)), np.zeros((3, 1)), np.array([1, -1, 1]))
+
+
 @pytest.mark.parametrize(("slots", "got"), [([-2, 0], r"-2 \.\. 0"), ([4], r"4 \.\. 4"), ([0, 7], r"0 \.\. 7")])
 def test_slots_outside_the_cache_are_refused(slots: list[int], got: str) -> None:
     n = len(slots)

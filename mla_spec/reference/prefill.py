@@ -1,0 +1,92 @@
+"""Ragged prefill: attention of packed sequences, each to its own keys, and its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mla_spec.reference.attention import attention
+from mla_spec.reference.bounds import BoundedAttention, attention_with_bound
+from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.reference.profile import Profile
+from mla_spec.reference.typing import Array, IntArray
+
+
+def prefill(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: IntArray,
+    cu_seqlens_k: IntArray,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+) -> tuple[Array, Array]:
+    """``attention`` of every sequence, sequence i being tokens cu[i] .. cu[i + 1] - 1 of the packed axis.
+
+    Args:
+        q: [tokens, h, d].
+        k, v: [key tokens, g, d] and [key tokens, g, dv], g dividing h.
+        cu_seqlens_q, cu_seqlens_k: [b + 1], from 0 to the number of tokens. A sequence may have no queries or no keys.
+        causal: whether query i of s sees keys 0 .. t - s + i of the t of its sequence (bottom-right), or all of them.
+
+    Returns:
+        (out [tokens, h, dv], lse [h, tokens]); a row that sees no key gives 0 and -inf.
+
+    Raises:
+        ValueError: offsets do not fit the tokens or each other; and as ``attention``.
+    """
+    parts = [
+        attention(q[queries], k[keys], v[keys], softmax_scale=softmax_scale, causal=causal)
+        for queries, keys in _sequences(q, k, cu_seqlens_q, cu_seqlens_k)
+    ]
+    return np.concatenate([out for out, _ in parts]), np.concatenate([lse for _, lse in parts], axis=-1)
+
+
+def prefill_with_bound(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: IntArray,
+    cu_seqlens_k: IntArray,
+    *,
+    softmax_scale: float,
+    profile: Profile,
+    causal: bool = True,
+) -> BoundedAttention:
+    """``prefill`` and the worst-case error of computing it as ``profile`` says; arguments and errors are those of both."""
+    parts = [
+        attention_with_bound(q[queries], k[keys], v[keys], softmax_scale=softmax_scale, profile=profile, causal=causal)
+        for queries, keys in _sequences(q, k, cu_seqlens_q, cu_seqlens_k)
+    ]
+    return BoundedAttention(
+        out=np.concatenate([part.out for part in parts]),
+        out_error=_joined([part.out_error for part in parts], axis=0),
+        lse=np.concatenate([part.lse for part in parts], axis=-1),
+        lse_error=_joined([part.lse_error for part in parts], axis=-1),
+        out_error_probable=_joined([part.out_error_probable for part in parts], axis=0),
+        lse_error_probable=_joined([part.lse_error_probable for part in parts], axis=-1),
+    )
+
+
+def _sequences(q: Array, k: Array, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray) -> list[tuple[slice, slice]]:
+    """Tokens of each sequence's queries and keys."""
+    for name, cu, tokens in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
+        if len(cu) < 2 or cu[0] != 0 or cu[-1] != tokens or (np.diff(cu) < 0).any():
+            raise ValueError(f"{name} must rise from 0 to the number of tokens {tokens}, got {np.asarray(cu).tolist()}")
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k must have one length, got {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
+        )
+    return [
+        (slice(*cu_seqlens_q[i : i + 2].tolist()), slice(*cu_seqlens_k[i : i + 2].tolist()))
+        for i in range(len(cu_seqlens_q) - 1)
+    ]
+
+
+def _joined(bounds: Sequence[ErrorBound], axis: int) -> ErrorBound:
+    """The bounds of sequences as one."""
+    return ErrorBound(
+        {name: np.concatenate([bound.terms[name] for bound in bounds], axis=axis) for name in bounds[0].terms}
+    )
