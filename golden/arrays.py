@@ -21,7 +21,15 @@ from mla_spec.golden.error import CorpusError
 Stored = NDArray[Any]
 """An array as it is in the file."""
 
-STORED_DTYPES = {"float64": "<f8", "float16": "<f2", "bfloat16": "<u2", "int64": "<i8", "int32": "<i4"}
+STORED_DTYPES = {
+    "float64": "<f8",
+    "float32": "<f4",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "int64": "<i8",
+    "int32": "<i4",
+    "uint8": "|u1",
+}
 """How each logical dtype is stored; bfloat16 as the upper 16 bits of the float32 of the same value."""
 
 _MAGIC = b"\x93NUMPY\x01\x00"
@@ -55,7 +63,7 @@ def encode(values: NDArray[Any], dtype: str) -> Stored:
         stored = (bits >> 16).astype("<u2")
     else:
         stored = values.astype(STORED_DTYPES[dtype])
-    if not np.array_equal(decode(stored, dtype), values, equal_nan=dtype in ("float64", "float16", "bfloat16")):
+    if not np.array_equal(decode(stored, dtype), values, equal_nan="float" in dtype):
         raise ValueError(f"values are not exactly representable in {dtype}")
     return stored
 
@@ -64,7 +72,7 @@ def decode(stored: Stored, dtype: str) -> Stored:
     """The values: float64 for every floating-point dtype, int64 for integers; exact."""
     if dtype == "bfloat16":
         return (stored.astype("<u4") << 16).view("<f4").astype(np.float64)
-    return stored.astype(np.int64 if dtype.startswith("int") else np.float64)
+    return stored.astype(np.float64 if "float" in dtype else np.int64)
 
 
 def write(path: Path, array: Stored, dtype: str) -> None:

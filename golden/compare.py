@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from mla_spec.golden.case import Values, config_from, layer_weights, rope_from
 from mla_spec.golden.error import CorpusError
-from mla_spec.golden.generate import Values, config_from, layer_weights, rope_from
 from mla_spec.reference.bounds import attention_with_bound
 from mla_spec.reference.cache import gather_rows, paged_decode
-from mla_spec.reference.formats import format_of
+from mla_spec.reference.cache_layout import QuantisedRows, layout_of, pack, unpack
+from mla_spec.reference.formats import decode_bits, format_of, round_to
 from mla_spec.reference.layer_bound import layer_with_bound
+from mla_spec.reference.merge import merge
 from mla_spec.reference.mla import absorb, absorbed, explicit, layer, rms_norm
 from mla_spec.reference.profile import Profile, gamma
+from mla_spec.reference.quantised_cache import dequantise
 from mla_spec.reference.rope import rope_cos_sin, rope_frequencies
 from mla_spec.reference.rope_bound import rope_with_bound
 from mla_spec.reference.typing import Array, IntArray
@@ -172,26 +175,56 @@ def _decode(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
     yield Computed("lse", lse, bounded.lse_error.terms[OWN])
 
 
-def _merge(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
-    """Merging is attention whose keys are the parts and whose scores are their LSEs."""
-    lses = np.moveaxis(x["lses"], 0, -1).swapaxes(1, 2)  # [b, s, h, parts]
-    values = np.moveaxis(x["outs"], 0, -2)  # [b, s, h, parts, v]
-    order = np.argsort(np.isneginf(lses), axis=-1, kind="stable")  # parts without keys last, where they are not seen
-    present: IntArray = np.isfinite(lses).sum(axis=-1)  # [b, s, h]
-    scores = np.nan_to_num(np.take_along_axis(lses, order, axis=-1), neginf=0.0)
+def merge_as_attention(outs: Array, lses: Array) -> tuple[Array, Array, Array, IntArray]:
+    """Operands (q, k, v, cache_seqlens) of the attention that a merge is: its keys are the parts, their scores the LSEs.
+
+    Args:
+        outs, lses: [parts, b, s, h, v] and [parts, b, h, s].
+
+    Returns:
+        q [b, s, h, 1, 1, 1], k [b, s, h, parts, 1, 1], v [b, s, h, parts, 1, v] and the number of parts with keys
+        [b, s, h]; those without come last.
+    """
+    scores = np.moveaxis(lses, 0, -1).swapaxes(1, 2)  # [b, s, h, parts]
+    values = np.moveaxis(outs, 0, -2)  # [b, s, h, parts, v]
+    order = np.argsort(np.isneginf(scores), axis=-1, kind="stable")
+    present: IntArray = np.isfinite(scores).sum(axis=-1)  # [b, s, h]
+    scores = np.nan_to_num(np.take_along_axis(scores, order, axis=-1), neginf=0.0)
     values = np.take_along_axis(values, order[..., None], axis=-2)
-    bounded = attention_with_bound(
-        np.ones((*present.shape, 1, 1, 1)),  # [b, s, h, 1, 1, 1]
-        scores[..., None, None],  # [b, s, h, parts, 1, 1]
-        values[..., None, :],  # [b, s, h, parts, 1, v]
-        softmax_scale=1.0,
-        cache_seqlens=present,
-        causal=False,
-        profile=_PROFILE,
-    )
-    yield Computed("out", bounded.out[..., 0, 0, :], bounded.out_error.terms[OWN][..., 0, 0, :])
-    lse, error = (a[..., 0, 0].swapaxes(1, 2) for a in (bounded.lse, bounded.lse_error.terms[OWN]))
-    yield Computed("lse", lse, error)
+    return np.ones((*present.shape, 1, 1, 1)), scores[..., None, None], values[..., None, :], present
+
+
+def _merge(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    q, k, v, present = merge_as_attention(x["outs"], x["lses"])
+    bounded = attention_with_bound(q, k, v, softmax_scale=1.0, cache_seqlens=present, causal=False, profile=_PROFILE)
+    merged_out, merged_lse = merge(x["outs"], x["lses"])
+    yield Computed("out", merged_out, bounded.out_error.terms[OWN][..., 0, 0, :])
+    yield Computed("lse", merged_lse, np.swapaxes(bounded.lse_error.terms[OWN][..., 0, 0], 1, 2))
+
+
+def _exact(name: str, value: Array) -> Iterator[Computed]:
+    yield Computed(name, value, np.zeros(value.shape))
+
+
+def _bits(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    return _exact("out", decode_bits(x["bits"], p["format"]))
+
+
+def _round(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    return _exact("out", round_to(x["x"], p["format"], overflow=p["overflow"]))
+
+
+def _pack(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    layout = layout_of(p["layout"])
+    none = np.zeros((len(x["codes"]), 0))
+    stored = QuantisedRows(decode_bits(x["codes"], layout.code), x.get("scales", none), x.get("plain", none))
+    return _exact("pages", pack(stored, layout, p["page_size"]).astype(np.float64))
+
+
+def _unpack(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+    layout = layout_of(p["layout"])
+    stored = unpack(x["pages"].astype(np.uint8), layout, p["page_size"], tensor_scale=p["tensor_scale"])
+    return _exact("rows", dequantise(stored, layout).reshape(-1, layout.width)[: p["tokens"]])
 
 
 COMPUTED: dict[str, Callable[[Values, Mapping[str, Any]], Iterator[Computed]]] = {
@@ -203,4 +236,8 @@ COMPUTED: dict[str, Callable[[Values, Mapping[str, Any]], Iterator[Computed]]] =
     "prefill": _prefill,
     "decode": _decode,
     "merge": _merge,
+    "bits": _bits,
+    "round": _round,
+    "pack": _pack,
+    "unpack": _unpack,
 }

@@ -9,24 +9,26 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from mla_spec.golden import arrays, figures
+from mla_spec.golden.case import Case
 from mla_spec.golden.compare import compare
 from mla_spec.golden.error import CorpusError
-from mla_spec.golden.generate import Case, cases
+from mla_spec.golden.generate import cases
+from mla_spec.golden.swap import PENDING, roll_back, swap
 
 __all__ = ["CorpusError", "StoredCase", "load", "regenerate", "verify"]
 
 FORMAT, VERSION = "mla-spec golden corpus", 1
 MANIFEST, ARRAYS = "manifest.json", "arrays"
+_FILES = (ARRAYS, *figures.DOCUMENTS, MANIFEST)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -43,6 +45,7 @@ class StoredCase:
     operation: str
     purpose: str
     catches: str
+    sources: list[str]
     parameters: Mapping[str, Any]
     inputs: dict[str, NDArray[Any]]
     expected: dict[str, NDArray[Any]]
@@ -64,6 +67,7 @@ def load(directory: str | os.PathLike[str] | None = None) -> list[StoredCase]:
         CorpusError: a file is missing, damaged, unexpected, or not what the manifest says.
     """
     root = installed() if directory is None else Path(directory)
+    roll_back(root, _FILES)
     manifest = _read_json(root, MANIFEST)
     for key, want in (("format", FORMAT), ("version", VERSION)):
         if not isinstance(manifest, dict) or manifest.get(key) != want:
@@ -96,9 +100,14 @@ def _load_case(root: Path, entry: Any, where: str) -> StoredCase:
         if array.get("comparison") == "exact":
             exact.append(key)
     texts = {key: _field(entry, key, str, where) for key in ("operation", "purpose", "catches")}
-    parameters = _field(entry, "parameters", dict, where)
     return StoredCase(
-        name=name, parameters=parameters, inputs=values["input"], expected=values["expected"], exact=exact, **texts
+        name=name,
+        sources=_field(entry, "sources", list, where),
+        parameters=_field(entry, "parameters", dict, where),
+        inputs=values["input"],
+        expected=values["expected"],
+        exact=exact,
+        **texts,
     )
 
 
@@ -188,23 +197,34 @@ def verify(directory: str | os.PathLike[str] | None = None) -> str:
 def regenerate(directory: str | os.PathLike[str] | None = None) -> str:
     """Make the whole corpus anew and put it in the place of the old one; a line for each file that changed.
 
-    Everything is written to a temporary folder first, and four renames put it in place. On any failure or interrupt the
-    old corpus is as it was; only a kill between those renames leaves a mixture, which ``verify`` refuses.
+    Everything is written to a folder beside the corpus first, and a few renames put it in place. On a failure or interrupt
+    they are undone; after a kill, by the next ``load`` or ``regenerate``. One at a time may work on a corpus.
 
     Raises:
         CorpusError: python-flint is missing, or the folder is no corpus or cannot be written.
     """
     root = installed() if directory is None else Path(directory)
-    if (root / ARRAYS).exists() and not (root / MANIFEST).exists():
-        raise CorpusError(f"{root} has {ARRAYS} but no {MANIFEST}; expected a golden corpus or a folder without either")
     try:
         root.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".regenerate-") as temporary:
-            new = Path(temporary, "new")
-            _write(new)
-            changes = list(_changes(root, new))
+        roll_back(root, _FILES)
+        if (root / ARRAYS).exists() and not (root / MANIFEST).exists():
+            raise CorpusError(
+                f"{root} has {ARRAYS} but no {MANIFEST}; expected a golden corpus or a folder without either"
+            )
+        pending = root / PENDING
+        shutil.rmtree(pending, ignore_errors=True)
+        pending.mkdir()
+        try:
+            _write(pending / "new")
+            changes = list(_changes(root, pending / "new"))
             if changes:
-                _swap(root, new, Path(temporary, "old"))
+                swap(root, _FILES)
+        except BaseException:
+            roll_back(root, _FILES)
+            raise
+        finally:
+            if not (pending / "old").exists():
+                shutil.rmtree(pending)
     except OSError as error:
         raise CorpusError(f"cannot write the corpus in {root}: {error.strerror}") from error
     return "\n".join(changes) or "nothing changed"
@@ -232,6 +252,7 @@ def _write(root: Path) -> None:
                 "operation": case.operation,
                 "purpose": case.purpose,
                 "catches": case.catches,
+                "sources": list(case.sources),
                 "parameters": case.parameters,
                 "arrays": listed,
             }
@@ -243,7 +264,9 @@ def _write(root: Path) -> None:
 
 def _write_array(root: Path, case: Case, role: str, name: str, values: NDArray[Any]) -> dict[str, Any]:
     """Write one array and return its entry in the manifest."""
-    dtype = str(values.dtype) if values.dtype != np.float64 else case.dtype if role == "input" else "float64"
+    dtype = str(values.dtype)
+    if dtype == "float64" and role == "input":
+        dtype = case.dtypes.get(name, case.dtype)
     stored = arrays.encode(values, dtype)
     arrays.write(root / _file(case.name, name), stored, dtype)
     entry = {
@@ -276,19 +299,3 @@ def _changes(old: Path, new: Path) -> Iterator[str]:
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
             yield f"{'added' if name not in before else 'removed' if name not in after else 'changed'} {name}"
-
-
-def _swap(root: Path, new: Path, old: Path) -> None:
-    """Move the corpus in ``root`` to ``old`` and the one in ``new`` to ``root``; on any failure, back."""
-    old.mkdir()
-    moves = [(root / name, old / name) for name in os.listdir(new) if (root / name).exists()]
-    moves += [(new / name, root / name) for name in os.listdir(new)]
-    done = []
-    try:
-        for source, target in moves:
-            os.rename(source, target)
-            done.append((source, target))
-    except BaseException:
-        for source, target in reversed(done):
-            os.rename(target, source)
-        raise

@@ -12,32 +12,38 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from mla_spec.harness.cases import YARN, DecodeCase, LayerCase, RopeCase
+from mla_spec.harness.cases import YARN, DecodeCase, MergeCase, PrefillCase, RopeCase, WriteCase
 from mla_spec.harness.contract import Supports
+from mla_spec.harness.rope_cases import LONGROPE
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.profile import Profile
 
 SEEDS = st.integers(0, 2**32 - 1)
 THETAS = (10000.0, 50000.0, 1000000.0, 500.0)
 PAGE_SIZES = (1, 2, 3, 16, 64, 7, 128)
-DECODE_REGIMES = ("typical", "outlier", "ties", "offset", "sink")
-LOGIT_STDS = (1.0, 4.0, 0.1, 16.0, 64.0, 0.01, 1e5)
+DECODE_REGIMES = ("typical", "outlier", "ties", "offset", "sink", "cancelling")
+LOGIT_STDS = (1.0, 4.0, 0.1, 16.0, 64.0, 0.01, 256.0, 1e3, 1e4, 1e5)
 """The last puts whole rows of scores beyond -5e4, which some kernels use for -inf."""
 
+LSE_MEANS = (0.0, 5.0, -5.0, 200.0, -200.0, -51000.0, 51000.0)
+"""exp(200) is beyond float32, and some kernels use -5e4 for -inf."""
 
-def _layouts(supports: Supports) -> SearchStrategy[str]:
+
+def layouts(supports: Supports) -> SearchStrategy[str]:
+    """Layouts of the rotated pairs."""
     return st.sampled_from(supports.rope_layouts)
 
 
-def _yarns(supports: Supports) -> SearchStrategy[str]:
-    """Names of YaRN scalings."""
-    if not supports.yarn:
-        return st.just("none")
-    equal = [name for name, y in YARN.items() if y is None or y.mscale == y.mscale_all_dim]
-    return st.sampled_from(equal if supports.yarn_mscale_rule == "equal" else list(YARN))
+def scalings(supports: Supports) -> SearchStrategy[dict[str, str]]:
+    """The field of a case that names its YaRN or LongRoPE scaling, or none."""
+    yarns = list(YARN) if supports.yarn else ["none"]
+    if supports.yarn_mscale_rule == "equal":
+        yarns = [name for name in yarns if (y := YARN[name]) is None or y.mscale == y.mscale_all_dim]
+    longropes = [name for name in LONGROPE if name != "none"] if supports.longrope else []
+    return st.sampled_from([*({"yarn": name} for name in yarns), *({"longrope": name} for name in longropes)])
 
 
-def _judgeable(logit_stds: tuple[float, ...], profile: Profile, head_dim: int) -> tuple[float, ...]:
+def judgeable_stds(logit_stds: tuple[float, ...], profile: Profile, head_dim: int) -> tuple[float, ...]:
     """Those that leave the scores an error below about 0.4, and so the bound a meaning."""
     rounding = profile.score_roundings * format_of(profile.score_format).unit_roundoff
     gamma = profile.score.relative_error(head_dim + profile.operand_roundings)
@@ -55,9 +61,9 @@ def rope_cases(draw: DrawFn, supports: Supports, profile: Profile) -> RopeCase:
         s=draw(st.integers(1, 5)),
         heads=draw(st.integers(0, 3)),
         dim=dim,
-        layout=draw(_layouts(supports)),
+        layout=draw(layouts(supports)),
         theta=draw(st.sampled_from(THETAS)),
-        yarn=draw(_yarns(supports)),
+        **draw(scalings(supports)),
         start=draw(st.sampled_from((0, 1, 60, 63, 64, 1023, 4095, 4096)) | st.integers(0, 8192)),
         stride=draw(st.sampled_from((1, 2, 17))),
         shift=draw(st.integers(1, 4096)),
@@ -102,10 +108,10 @@ def decode_cases(
     if supports.latent_dims is not None:
         c, r = draw(st.sampled_from([dims for dims in supports.latent_dims if dims[1] >= min_rope]))
     else:
-        c, r = draw(
-            st.tuples(st.integers(1, 24), st.integers(min_rope // 2, 6).map(lambda half: 2 * half))
-            | st.sampled_from([(32, 16), (48, 8), (512, 64)])
-        )
+        c = draw(st.integers(1, 24) | st.sampled_from((32, 48, 512)))
+        r = 2 * draw(st.integers(min_rope // 2, 6) | st.sampled_from((8, 32)))
+    regime = draw(st.sampled_from(regimes))
+    stds = [std for std in judgeable_stds(logit_stds, profile, c + r) if std <= 4 or regime != "cancelling"]
     return DecodeCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
@@ -116,51 +122,109 @@ def decode_cases(
         qk_rope_head_dim=r,
         page_size=page_size,
         causal=is_causal,
-        logit_std=draw(st.sampled_from(_judgeable(logit_stds, profile, c + r))),
-        regime=draw(st.sampled_from(regimes)),
+        logit_std=draw(st.sampled_from(stds)),
+        regime=regime,
         qk_nope_head_dim=draw(st.integers(1, 8)),
         v_head_dim=draw(st.integers(1, 8)),
     )
 
 
 @st.composite
-def layer_cases(
-    draw: DrawFn, supports: Supports, profile: Profile, *, min_prompt: int = 1, min_steps: int = 0, max_steps: int = 3
-) -> LayerCase:
-    """Layers with all dimensions different, with and without query compression, rope and YaRN.
+def prefill_cases(
+    draw: DrawFn,
+    supports: Supports,
+    profile: Profile,
+    *,
+    min_batch: int = 1,
+    min_past: int | None = None,
+    min_queries: int = 0,
+    causal: bool | None = None,
+    logit_stds: tuple[float, ...] = LOGIT_STDS,
+) -> PrefillCase:
+    """Packed sequences of unequal lengths, some of them empty; V narrower than, as wide as, and wider than QK.
 
-    16-bit formats get aligned weights, small dims and small query gains: there the worst-case bound still means something.
+    ``min_past`` is the least number of keys before a sequence's first query; None allows fewer keys than queries. Where the
+    subject has no rule for rows without keys, none occur.
     """
-    narrow = format_of(profile.dtype).precision <= 11
-    coarse = format_of(profile.dtype).precision <= 8
-    rope_dim = 2 * draw(st.integers(0 if supports.rope_optional else 1, 4))
-    layouts = [*supports.rope_layouts] * 2 + ["none"] * supports.rope_optional
-    layout = draw(st.sampled_from(layouts)) if rope_dim else "none"
-    eps = st.just(supports.latent_norm_eps) if supports.latent_norm_eps else st.sampled_from((1e-6, 1e-5))
-    heads = draw(st.integers(1, 2 if coarse else 4))
-    largest = 6 if narrow else 16
-    multiple = supports.layer_dim_multiple
-    return LayerCase(
+    is_causal = draw(st.sampled_from([c for c in supports.causal if causal is None or c == causal]))
+    around_tiles = st.builds(lambda tiles, off: 16 * tiles + off, st.integers(1, 2), st.integers(-1, 1))
+    queries = draw(
+        st.lists(st.integers(min_queries, 9) | around_tiles, min_size=min_batch, max_size=max(min_batch, 4)).filter(any)
+    )
+    past = st.integers(-3 if min_past is None else min_past, 12) | around_tiles
+    keys = [max(0, n + draw(past)) for n in queries]
+    if supports.empty_row == "unsupported":
+        keys = [max(t, n if is_causal else min(n, 1)) for n, t in zip(queries, keys, strict=True)]
+    d, v = draw(
+        st.sampled_from(supports.prefill_dims)
+        if supports.prefill_dims is not None
+        else st.tuples(st.integers(1, 24), st.integers(1, 16)) | st.sampled_from([(192, 128), (40, 40), (24, 48)])
+    )
+    return PrefillCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
-        batch=draw(st.integers(1, 3)),
-        prompt=draw(st.integers(min_prompt, 9)),
-        steps=draw(st.integers(min_steps, max(min_steps, max_steps))),
-        hidden_size=heads * draw(st.integers(2, 4 if narrow else 12)),
-        num_heads=heads,
-        q_lora_rank=draw(st.none() | st.integers(1, largest)),
-        kv_lora_rank=multiple * draw(st.integers(-(-2 // multiple), largest // multiple)),
-        qk_nope_head_dim=multiple * draw(st.integers(1, max(1, largest // 2 // multiple))),
-        qk_rope_head_dim=rope_dim,
-        v_head_dim=draw(st.integers(1, largest // 2)),
-        layout=layout,
-        theta=draw(st.sampled_from(THETAS)),
-        yarn=draw(_yarns(supports)) if layout != "none" else "none",
-        start=draw(st.sampled_from((0, 0, 1, 60, 4090))) if not narrow else draw(st.sampled_from((0, 1, 60))),
-        latent_norm_eps=draw(eps),
-        weights="aligned" if narrow else "dense",
-        gain=draw(st.sampled_from((0.0625, 0.125) if coarse else (1.0, 0.5, 2.0))),
-        hidden_scale=draw(st.sampled_from((1.0, 2.0**-10))),
+        seqlens_q=tuple(queries),
+        seqlens_k=tuple(keys),
+        num_heads=draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4, 5, 8, 16))),
+        qk_head_dim=d,
+        v_head_dim=v,
+        causal=is_causal,
+        logit_std=draw(st.sampled_from(judgeable_stds(logit_stds, profile, d))),
+        regime=draw(st.sampled_from(("typical", "outlier", "ties"))),
+    )
+
+
+@st.composite
+def merge_cases(
+    draw: DrawFn,
+    supports: Supports,
+    profile: Profile,
+    *,
+    min_parts: int = 1,
+    min_empty: float = 0.0,
+    lse_means: tuple[float, ...] = LSE_MEANS,
+) -> MergeCase:
+    """One part to many, with and without a batch axis; LSEs near each other, far apart, and beyond what exp can take.
+
+    ``min_empty`` is the least share of rows without keys; none occur where the subject has no rule for them.
+    """
+    u = format_of(profile.softmax).unit_roundoff
+    mean = draw(st.sampled_from([m for m in lse_means if abs(m) * u <= LSE_MEANS[-1] * 2.0**-24]))
+    many = st.integers(min_parts, 6) | st.sampled_from((8, 17, 33))
+    empties = [share for share in (0.0, 0.3, 0.7, 1.0) if share >= min_empty]
+    return MergeCase(
+        dtype=profile.dtype,
+        seed=draw(SEEDS),
+        parts=draw(st.integers(min_parts, supports.max_parts) if supports.max_parts else many),
+        batch=draw(st.integers(0, 3)),
+        s=draw(st.integers(1, 5)),
+        num_heads=draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4, 5, 8, 16, 20))),
+        head_dim_v=draw(st.integers(1, 24) | st.sampled_from((128, 512))),
+        lse_mean=mean,
+        lse_std=draw(st.sampled_from((1.0, 4.0, 30.0, 0.01, 0.0, *([1000.0] if abs(mean) <= 200 else [])))),
+        empty=0.0 if supports.empty_row == "unsupported" else draw(st.sampled_from(empties)),
+    )
+
+
+@st.composite
+def write_cases(
+    draw: DrawFn, supports: Supports, profile: Profile, *, min_tokens: int = 1, min_skipped: float = 0.0
+) -> WriteCase:
+    """New tokens for a pool of any page size; ``min_skipped`` is the least share of tokens with slot -1."""
+    c, r = draw(
+        st.sampled_from(supports.latent_dims)
+        if supports.latent_dims is not None
+        else st.tuples(st.integers(1, 24), st.integers(0, 6).map(lambda half: 2 * half))
+        | st.sampled_from([(32, 16), (48, 8), (512, 64)])
+    )
+    return WriteCase(
+        dtype=profile.dtype,
+        seed=draw(SEEDS),
+        tokens=draw(st.integers(min_tokens, 20) | st.sampled_from((63, 64, 129))),
+        kv_lora_rank=c,
+        qk_rope_head_dim=r,
+        page_size=draw(st.sampled_from(supports.page_sizes or PAGE_SIZES)),
+        skipped=draw(st.sampled_from([share for share in (0.0, 0.3, 1.0) if share >= min_skipped])),
     )
 
 

@@ -41,3 +41,84 @@ VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
     ),
 }
 """Ways to pass the same arguments, by name."""
+
+MERGE_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
+    "outs with the parts innermost in memory": lambda t: t | {"outs": _transposed(t["outs"], 0, -1)},
+    "outs as slices of wider rows": lambda t: t | {"outs": _slice_of_wider(t["outs"], -1, ROW_PADDING)},
+    "outs stored with heads before queries": lambda t: t | {"outs": _transposed(t["outs"], -3, -2)},
+    "lses stored with queries before heads": lambda t: t | {"lses": _transposed(t["lses"], -2, -1)},
+    "lses narrowed from longer rows": lambda t: t | {"lses": _slice_of_wider(t["lses"], -1, 3)},
+}
+"""Ways to pass the same arguments of ``merge``."""
+
+
+def _one_projection(t: Tensors) -> Tensors:
+    """Latent and k_pe as slices of one row, as kv_a_proj_with_mqa returns them."""
+    both = torch.cat([t["latent"], t["k_pe"]], dim=-1)
+    c = t["latent"].shape[-1]
+    return t | {"latent": both[:, :c], "k_pe": both[:, c:]}
+
+
+QUANTISED_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
+    name: view for name, view in VIEWS.items() if not name.startswith("kv_cache")
+} | {"pages of two layers alternating in memory": lambda t: t | {"kv_cache": t["kv_cache"].repeat_interleave(2, 0)[::2]}}
+"""Ways to pass the same arguments of ``decode_quantized``, whose pages are called "kv_cache"."""
+
+WRITE_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
+    "latent and k_pe as slices of one row": _one_projection,
+    "slot_mapping as every other element": lambda t: t | {"slot_mapping": t["slot_mapping"].repeat_interleave(2)[::2]},
+    "kv_cache with rows longer than c + r": lambda t: t | {"kv_cache": _slice_of_wider(t["kv_cache"], -1, ROW_PADDING)},
+    "kv_cache with pages further apart than a page": lambda t: t | {"kv_cache": _slice_of_wider(t["kv_cache"], 1, 3)},
+}
+"""Ways to pass the same arguments of ``write_cache``."""
+
+
+def _keys_and_values_together(t: Tensors) -> Tensors:
+    """K and v as slices of one row per head, as kv_b_proj returns them."""
+    both = torch.cat([t["k"], t["v"]], dim=-1)
+    d = t["k"].shape[-1]
+    return t | {"k": both[..., :d], "v": both[..., d:]}
+
+
+PREFILL_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
+    "q as a slice of a wider row": lambda t: t | {"q": _slice_of_wider(t["q"], -1, ROW_PADDING)},
+    "q stored with heads before tokens": lambda t: t | {"q": _transposed(t["q"], 0, 1)},
+    "k and v as slices of one row": _keys_and_values_together,
+    "v padded to wider rows": lambda t: t | {"v": _slice_of_wider(t["v"], -1, ROW_PADDING)},
+    "k and v stored with heads before tokens": lambda t: (
+        t | {"k": _transposed(t["k"], 0, 1), "v": _transposed(t["v"], 0, 1)}
+    ),
+    "cu_seqlens as every other element": lambda t: (
+        t | {name: t[name].repeat_interleave(2)[::2] for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    ),
+}
+"""Ways to pass the same arguments of ``prefill``."""
+
+_SPARSE_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
+    "q as a slice of a wider row": lambda t: t | {"q": _slice_of_wider(t["q"], -1, ROW_PADDING)},
+    "q stored with heads first": lambda t: t | {"q": _transposed(t["q"], 0, -2)},
+    "rows of keys longer than c + r": lambda t: t | {"kv": _slice_of_wider(t["kv"], -1, ROW_PADDING)},
+    "indices narrowed from wider rows": lambda t: t | {"indices": _slice_of_wider(t["indices"], -1, 3)},
+    "topk_length as every other element": lambda t: (
+        t | {name: t[name].repeat_interleave(2)[::2] for name in ("topk_length",) if name in t}
+    ),
+}
+
+SPARSE_PREFILL_VIEWS = _SPARSE_VIEWS
+"""Ways to pass the same arguments of ``sparse_prefill``."""
+
+SPARSE_DECODE_VIEWS = _SPARSE_VIEWS | {
+    "pages further apart than a page": lambda t: t | {"kv": _slice_of_wider(t["kv"], 1, 3)}
+}
+"""Ways to pass the same arguments of ``sparse_decode``, whose cache is called "kv"."""
+
+INDEXER_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
+    "q as a slice of a wider row": lambda t: t | {"q": _slice_of_wider(t["q"], -1, ROW_PADDING)},
+    "q stored with heads before tokens": lambda t: t | {"q": _transposed(t["q"], 0, 1)},
+    "k as a slice of a wider row": lambda t: t | {"k": _slice_of_wider(t["k"], -1, ROW_PADDING)},
+    "weights stored with heads before tokens": lambda t: t | {"weights": _transposed(t["weights"], 0, 1)},
+    "cu_seqlens as every other element": lambda t: (
+        t | {name: t[name].repeat_interleave(2)[::2] for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    ),
+}
+"""Ways to pass the same arguments of ``indexer``."""

@@ -73,7 +73,7 @@ def rope_configs() -> Iterator[RopeConfig]:
     yield RopeConfig(dim=2, yarn=YARN)
     yield RopeConfig(dim=8, interleaved=False, yarn=replace(YARN, mscale=0.707, mscale_all_dim=0.5))
     yield RopeConfig(dim=16, yarn=replace(YARN, factor=1.0))
-    yield RopeConfig(dim=16, yarn=replace(YARN, original_max_position_embeddings=1))
+    yield RopeConfig(dim=16, yarn=replace(YARN, original_max_position_embeddings=64))
 
 
 def test_frequencies_are_correctly_rounded_and_tables_within_one_ulp_of_1() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +20,16 @@ import numpy as np
 import pytest
 
 from mla_spec.golden import arrays, compare, corpus, figures
+from mla_spec.golden.case import Case, rope_from
 from mla_spec.golden.corpus import CorpusError
-from mla_spec.golden.generate import Case, cases
+from mla_spec.golden.generate import cases
 from mla_spec.harness.cli import main
 from mla_spec.reference import attention as reference_attention
-from mla_spec.reference.config import YarnScaling
+from mla_spec.reference import cache_layout
+from mla_spec.reference.config import RopeConfig, YarnScaling
+from mla_spec.reference.formats import decode_bits, round_to
+from mla_spec.reference.merge import merge
+from mla_spec.reference.quantised_cache import dequantise
 from mla_spec.reference.rope import half_from_interleaved
 from mla_spec.reference.typing import Array
 
@@ -98,11 +108,52 @@ def test_no_allowance_is_vacuous() -> None:
                 assert np.median(got.error[seen] if seen.any() else 0.0) < 2.0**-29 * rms, (case.name, got.name)
 
 
+# The format, read by its description alone
+
+ELEMENTS = {"<f8": "d", "<f4": "f", "<f2": "e", "<i8": "q", "<i4": "i", "|u1": "B", "<u2": "H"}
+
+
+def read_by_hand(root: Path, entry: dict[str, Any]) -> tuple[float, ...]:
+    """The elements of an array, with no more than README.md says."""
+    data = (root / entry["file"]).read_bytes()
+    assert data[:8] == b"\x93NUMPY\x01\x00"
+    (n,) = struct.unpack_from("<H", data, 8)
+    content = data[10 + n :]
+    assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+    values = struct.unpack(f"<{math.prod(entry['shape'])}{ELEMENTS[entry['stored_as']]}", content)
+    if entry["dtype"] == "bfloat16":
+        return tuple(struct.unpack("<f", struct.pack("<I", bits << 16))[0] for bits in values)
+    return values
+
+
+def test_the_description_of_the_format_is_enough_to_read_every_array() -> None:
+    root = corpus.installed()
+    manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+    seen = set()
+    for entry, case in zip(manifest["cases"], corpus.load(), strict=True):
+        for array in entry["arrays"]:
+            values = case.inputs if array["role"] == "input" else case.expected
+            np.testing.assert_array_equal(read_by_hand(root, array), values[array["name"]].ravel())
+            seen.add(array["stored_as"])
+    assert seen == set(arrays.STORED_DTYPES.values()) == set(ELEMENTS)
+
+
+def test_the_description_names_everything() -> None:
+    text = (corpus.installed() / "README.md").read_text(encoding="utf-8").replace("\\|", "|")
+    manifest = json.loads((corpus.installed() / "manifest.json").read_text(encoding="utf-8"))
+    words = {"`" + stored + "`" for stored in ELEMENTS}
+    for case in manifest["cases"]:
+        words |= {f"`{case['operation']}`", *(f"`{key}`" for key in case if key != "name")}
+    assert [word for word in sorted(words) if word not in text] == []
+
+
 # Regeneration
 
 SETTINGS = [
     {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_NUM_THREADS": "1"},
     {"OPENBLAS_CORETYPE": "Sandybridge", "OPENBLAS_NUM_THREADS": "2"},
+    {"OPENBLAS_CORETYPE": "Prescott", "OPENBLAS_NUM_THREADS": "4", "OMP_NUM_THREADS": "4"},
+    {"OPENBLAS_CORETYPE": "SkylakeX", "LC_ALL": "C", "PYTHONUTF8": "0"},
     {"NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 AVX512F X86_V3 X86_V4", "PYTHONHASHSEED": "1"},
 ]
 
@@ -137,8 +188,13 @@ def test_regenerating_says_what_changed_and_heals_it(copy: Path) -> None:
 
 
 @needs_flint
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("step", ["computing", *range(8)])
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        *(("computing", error) for error in (RuntimeError, KeyboardInterrupt, OSError)),
+        *zip(range(9), [RuntimeError, KeyboardInterrupt, OSError] * 3, strict=True),
+    ],
+)
 def test_an_interrupted_regeneration_leaves_the_old_corpus(
     step: str | int, error: type[BaseException], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +220,53 @@ def test_an_interrupted_regeneration_leaves_the_old_corpus(
         corpus.regenerate(copy)
     monkeypatch.undo()
     assert contents(copy) == before
-    assert not list(copy.glob(".regenerate-*"))
+    assert not (copy / ".regenerate").exists()
+
+
+KILLED = """
+import os, signal, sys
+from mla_spec.golden import corpus, figures
+step, rename, made = int(sys.argv[2]), os.rename, []
+
+def killed_rename(source, target):
+    if len(made) == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.append(source)
+    rename(source, target)
+
+def killed_write(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+os.rename = killed_rename
+if step < 0:
+    figures.DOCUMENTS["cache_sizes.json"] = killed_write
+corpus.regenerate(sys.argv[1])
+"""
+
+
+@needs_flint
+@pytest.mark.parametrize("step", [-1, 0, 3, 4, 6, 8])
+def test_a_killed_regeneration_leaves_the_old_corpus(step: int, copy: Path) -> None:
+    edit_manifest(copy, lambda m: m["cases"].reverse())  # a corpus that is valid and not the one to come
+    before = contents(copy)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(copy), str(step)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (copy / ".regenerate").exists()
+    corpus.load(copy)
+    assert contents(copy) == before
+    assert "changed manifest.json" in corpus.regenerate(copy)
+    assert contents(copy) == contents(corpus.installed())
+    assert not (copy / ".regenerate").exists()
+
+
+@needs_flint
+def test_a_first_regeneration_that_is_killed_can_be_repeated(tmp_path: Path) -> None:
+    root = tmp_path / "new"
+    for step in (0, 2):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(root), str(step)], check=False)
+        assert done.returncode == -signal.SIGKILL
+    corpus.regenerate(root)
+    assert contents(root) == contents(corpus.installed())
 
 
 def test_regenerating_without_flint_names_the_extra(copy: Path) -> None:
@@ -400,11 +502,40 @@ def test_faults_named_by_the_cases_are_found(monkeypatch: pytest.MonkeyPatch) ->
     def pages_in_order(**x: Any) -> Any:
         return paged_decode(**{**x, "block_table": np.sort(x["block_table"], axis=1)})
 
+    def truncated(parameters: Any) -> RopeConfig:
+        return rope_from({**parameters, "yarn": {**parameters["yarn"], "truncate": True}})
+
+    def merge_in_base_2(outs: Array, lses: Array) -> Any:
+        out, lse = merge(outs, lses * math.log(2))
+        return out, lse / math.log(2)
+
+    def least_score(**x: Any) -> Any:
+        out, lse = paged_decode(**x)
+        return np.where(np.moveaxis(lse, 1, 2)[..., None] < -5e4, 0.0, out), lse
+
+    def twice_rounded(x: Array, name: str, **options: Any) -> Array:
+        with np.errstate(over="ignore"):
+            return round_to(x.astype(np.float32).astype(np.float64), name, **options)
+
+    def bfloat16_scales(stored: Any, layout: Any) -> Array:
+        return dequantise(replace(stored, scales=round_to(stored.scales, "bfloat16")), layout)
+
+    def scales_beside_codes(name: str) -> Any:
+        return replace(cache_layout.layout_of(name), row=("codes", "scales", "plain"), tail=())
+
     paged_decode, limit = compare.paged_decode, reference_attention._visible_keys
     refused_with("layer-yarn", YarnScaling, "softmax_factor", 1.0)
     refused_with("rope-yarn-factor", YarnScaling, "cos_sin_factor", 1.0)
     refused_with("rms-norm-eps", compare, "rms_norm", eps_outside)
     refused_with("decode-paged", compare, "paged_decode", pages_in_order)
+    refused_with("rope-table-yarn-untruncated", compare, "rope_from", truncated)
+    refused_with("merge-three-parts", compare, "merge", merge_in_base_2)
+    refused_with("decode-beyond-float16", compare, "paged_decode", least_score)
+    refused_with("bits-e5m2", compare, "decode_bits", lambda bits, name: decode_bits(bits, "float8_e4m3fn"))
+    refused_with("round-bfloat16", compare, "round_to", twice_rounded)
+    refused_with("unpack-fp8-ds-mla", compare, "dequantise", bfloat16_scales)
+    refused_with("pack-nvfp4-ds-mla", cache_layout, "_scale_order", lambda layout: np.arange(layout.groups))
+    refused_with("unpack-deepseek-v4", compare, "layout_of", scales_beside_codes)
     refused_with("prefill-ragged", reference_attention, "_visible_keys", aligned_top_left(limit))
 
 
@@ -427,3 +558,5 @@ def test_every_case_says_what_it_catches() -> None:
     made: list[Case] = cases()
     assert len({case.name for case in made}) == len(made)
     assert all(case.purpose and case.catches for case in made)
+    assert sum(bool(case.sources) for case in made) > len(made) / 2
+    assert all(source.startswith("https://github.com/") for case in made for source in case.sources)

@@ -85,7 +85,14 @@ class DeepseekV3:
     profile: Mapping[str, Profile] = {
         d: _profile(d, eager=False, rope=RopeProfile(table=d, rotation=d)) for d in _DTYPES
     }
-    supports = Supports(dtypes=_DTYPES, rope_optional=False, latent_norm_eps=1e-6)
+    supports = Supports(
+        dtypes=_DTYPES,
+        rope_optional=False,
+        latent_norm_eps=1e-6,
+        longrope=False,
+        mla_scale_lora=False,
+        llama_4_scaling=False,
+    )
 
     @staticmethod
     def unavailable() -> str:
@@ -145,6 +152,9 @@ class DeepseekV2(DeepseekV3):
         rope_optional=False,
         latent_norm_eps=1e-6,
         rope_layouts=("interleaved",),
+        longrope=False,
+        mla_scale_lora=False,
+        llama_4_scaling=False,
         layer_dim_multiple=2,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from mla_spec.harness.cases import parse_case
 from mla_spec.harness.check import check_subject, find_laws
 from mla_spec.harness.contract import DTYPES, subject_name
-from mla_spec.harness.isolation import check_in_worker
+from mla_spec.harness.isolation import WorkerPool
 from mla_spec.harness.laws import Options
 from mla_spec.harness.report import describe_subject, exit_code, report_of
 from mla_spec.harness.subjects import UnknownSubject, available_subjects, resolve_subject
@@ -29,44 +30,51 @@ def check(options: argparse.Namespace) -> int:
         subjects = [(spec, resolve_subject(spec, options.signature)) for spec in specs]
     except (ValueError, UnknownSubject) as error:
         raise UsageError(str(error)) from error
-    done = 0
-
-    def progress(record: Record) -> None:
-        nonlocal done
-        done += 1
-        show_progress(f"[{done}/{len(laws) * len(subjects)}] {record.law} [{record.subject}]")
-
-    def run(spec: str, subject: object) -> list[Record]:
-        signature = () if options.signature is None else ("--signature", options.signature)
-        settings = made | {"spec": (spec, *signature)}
-        if options.in_process:
-            return check_subject(subject, laws=laws, options=Options(**settings), progress=progress)
-        return check_in_worker(
-            subject_name(subject),
-            laws,
-            Options(**settings),
-            signature=options.signature,
-            timeout=options.timeout,
-            progress=progress,
-        )
-
     everything: list[Record] = []
-    with ThreadPoolExecutor(_jobs(options)) as pool:
-        pending = [pool.submit(run, spec, subject) for spec, subject in subjects]
-        for (_, subject), future in zip(subjects, pending, strict=True):
-            records = future.result()
-            show_progress("")
-            print(f"{describe_subject(subject)}\n{report_of(records)}\n", flush=True)
-            everything += records
+    for subject, records in _records(subjects, laws, made, options):
+        show_progress("")
+        print(f"{describe_subject(subject)}\n{report_of(records)}\n", flush=True)
+        everything += records
     if options.json is not None:
         write_json(options.json, [record.as_dict() for record in everything])
     return exit_code(everything)
 
 
-def _jobs(options: argparse.Namespace) -> int:
+def _records(
+    subjects: list[tuple[str, object]], laws: list[str], made: dict[str, Any], options: argparse.Namespace
+) -> Iterator[tuple[object, list[Record]]]:
+    """Each subject with the records of its laws, in order; worker processes are busy with the subjects that follow."""
+    signature = () if options.signature is None else ("--signature", options.signature)
+    settings = [Options(**made, spec=(spec, *signature)) for spec, _ in subjects]
+    progress = _Progress(len(laws) * len(subjects))
     if options.in_process:
-        return 1
-    return int(options.jobs or (2 if options.device == "cpu" else 1))
+        for (_, subject), options_of_one in zip(subjects, settings, strict=True):
+            yield subject, check_subject(subject, laws=laws, options=options_of_one, progress=progress)
+        return
+    with WorkerPool(options.jobs or (2 if options.device == "cpu" else 1), options.timeout) as pool:
+        pending = [
+            [pool.submit(law, subject_name(subject), options_of_one, options.signature) for law in laws]
+            for (_, subject), options_of_one in zip(subjects, settings, strict=True)
+        ]
+        for future in (future for futures in pending for future in futures):
+            future.add_done_callback(progress.of_future)
+        for (_, subject), futures in zip(subjects, pending, strict=True):
+            yield subject, [future.result() for future in futures]
+
+
+class _Progress:
+    """Counts records, and names the law that has just run."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+
+    def of_future(self, future: Future[Record]) -> None:
+        if not future.cancelled():
+            self(future.result())
+
+    def __call__(self, record: Record) -> None:
+        self.done += 1
+        show_progress(f"[{self.done}/{self.total}] {record.law} [{record.subject}]")
 
 
 def _law_options(options: argparse.Namespace) -> dict[str, Any]:

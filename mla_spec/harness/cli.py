@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mla_spec import __version__
-
-
-class UsageError(Exception):
-    """The command cannot be carried out as given; the text is one sentence."""
+from mla_spec.harness.terminal import UsageError, show_progress, write_json
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,7 +52,39 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (1)")
     check.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
     check.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
+    check.add_argument("--jobs", type=int, metavar="N", help="worker processes (CPU: 2, else 1)")
+    check.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
+    check.add_argument("--in-process", action="store_true", help="no worker processes, for debuggers")
     check.add_argument("--json", metavar="FILE", help="also write the records to FILE")
+
+    soundness = commands.add_parser("soundness", help="hold emulated honest kernels against the bounds")
+    soundness.set_defaults(run=_soundness)
+    soundness.add_argument("--cases", type=int, default=1000, metavar="N", help="emulated kernels (1000)")
+    soundness.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
+    soundness.add_argument("--first", type=int, default=0, metavar="N", help="number of the first case (0)")
+    soundness.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
+
+    sensitivity = commands.add_parser("sensitivity", help="the smallest faults that the laws would detect in a subject")
+    sensitivity.set_defaults(run=_sensitivity)
+    sensitivity.add_argument("subject", metavar="SUBJECT", help="as for check")
+    sensitivity.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
+    sensitivity.add_argument("--cases", type=int, default=20, metavar="N", help="cases per law and fault (20)")
+    sensitivity.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
+    sensitivity.add_argument("--json", metavar="FILE", help="also write the card to FILE")
+
+    selftest = commands.add_parser("selftest", help="run the suite on the planted bugs")
+    selftest.set_defaults(run=_selftest)
+    selftest.add_argument("--bug", action="append", default=[], metavar="ID", help="only this bug; repeatable")
+    selftest.add_argument("--quick", action="store_true", help="stop at the first law that kills a bug")
+    selftest.add_argument("--peers", action="store_true", help="also under the inputs and criteria of other projects")
+    selftest.add_argument("--catalogue", action="store_true", help="only list the reported faults, planted or not")
+    selftest.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
+    selftest.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
+    selftest.add_argument("--device", default="cpu", help="torch device of the laws (cpu)")
+    selftest.add_argument("--jobs", type=int, default=2, metavar="N", help="bugs at once (2)")
+    selftest.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
+    selftest.add_argument("--json", metavar="FILE", help="also write all records to FILE")
+    selftest.add_argument("--markdown", metavar="FILE", help="also write the score to FILE, between its marks")
 
     laws = commands.add_parser("laws", help="list the laws")
     laws.set_defaults(run=_laws)
@@ -71,100 +99,73 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--tokens", type=int, default=1, metavar="N", help="tokens per sequence (1)")
     cache.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (1)")
     cache.add_argument("--page-size", type=int, default=1, metavar="N", help="tokens per page (1)")
+    cache.add_argument("--layout", metavar="NAME", help="also in this quantised layout, e.g. fp8_ds_mla")
 
-    golden = commands.add_parser("golden", help="verify or regenerate the golden files")
+    golden = commands.add_parser(
+        "golden", help="verify or regenerate the golden files, or certify the reference in ball arithmetic"
+    )
     golden.set_defaults(run=_golden)
-    golden.add_argument("action", choices=("verify", "regenerate"))
-    golden.add_argument("--dir", metavar="DIR", help="the corpus (default: the installed one)")
+    golden.add_argument("action", choices=("verify", "regenerate", "certify"))
+    golden.add_argument("--dir", metavar="DIR", help="the corpus to verify or regenerate (default: the installed one)")
+    golden.add_argument("--cases", type=int, default=240, metavar="N", help="cases to certify (240)")
+    golden.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases to certify (0)")
     return parser
 
 
 def _check(options: argparse.Namespace) -> int:
     # Before numpy is imported: cases are so small that BLAS threads only wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from mla_spec.harness.cases import parse_case
-    from mla_spec.harness.check import check_subject, find_laws
-    from mla_spec.harness.contract import DTYPES
-    from mla_spec.harness.laws import Options
-    from mla_spec.harness.report import HEADER, describe_subject, exit_code, format_table, record_row, summary
-    from mla_spec.harness.subjects import UnknownSubject, available_subjects, resolve_subject
+    from mla_spec.harness.check_command import check
 
-    for name in ("examples", "threads"):
+    return check(options)
+
+
+def _soundness(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.harness.soundness import exit_code, report, run_soundness
+
+    for name in ("cases", "jobs"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    for dtype in options.dtype or ():
-        if dtype not in DTYPES:
-            raise UsageError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    if options.case is not None and len(options.law) != 1:
-        raise UsageError("--case needs exactly one --law")
-    _require_device(options.device)
+    judged = run_soundness(
+        options.cases,
+        seed=options.seed,
+        first=options.first,
+        jobs=options.jobs,
+        progress=lambda done: show_progress(f"{done}/{options.cases}"),
+    )
+    show_progress("")
+    print(report(judged, options.seed))
+    return exit_code(judged, options.cases)
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.harness.sensitivity import report, sensitivity_card
+    from mla_spec.harness.subjects import UnknownSubject, resolve_subject
+
     try:
-        laws = [made.name for made in find_laws(options.law)]
-        case = None if options.case is None else parse_case(options.case)
-        specs = options.subjects or available_subjects()
-        subjects = [(spec, resolve_subject(spec, options.signature)) for spec in specs]
+        rows = sensitivity_card(
+            resolve_subject(options.subject),
+            dtypes=options.dtype,
+            count=options.cases,
+            seed=options.seed,
+            progress=lambda row: show_progress(f"{row.dtype} {row.fault}"),
+        )
     except (ValueError, UnknownSubject) as error:
         raise UsageError(str(error)) from error
-
-    everything = []
-    for spec, subject in subjects:
-        signature = () if options.signature is None else ("--signature", options.signature)
-        settings = Options(
-            examples=options.examples,
-            seed=options.seed,
-            device=options.device,
-            threads=options.threads,
-            dtypes=None if options.dtype is None else tuple(options.dtype),
-            case=case,
-            spec=(spec, *signature),
-        )
-        print(describe_subject(subject), flush=True)
-        progress = _Progress(len(laws))
-        records = check_subject(subject, laws=laws, options=settings, progress=progress)
-        progress.clear()
-        print(format_table([HEADER, *(record_row(record) for record in records)]))
-        for record in records:
-            if record.verdict not in ("pass", "unsupported"):
-                print("\n" + record.text())
-        print(f"\n{summary(records)} in {sum(r.seconds for r in records):.1f} s\n", flush=True)
-        everything += records
+    show_progress("")
+    print(report(rows))
     if options.json is not None:
-        _write_json(options.json, [record.as_dict() for record in everything])
-    return exit_code(everything)
+        write_json(options.json, [row.as_dict() for row in rows])
+    return 0
 
 
-class _Progress:
-    """Names the law that has just run, on a terminal only."""
+def _selftest(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.harness.selftest_command import selftest
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-
-    def __call__(self, record: Any) -> None:
-        self.done += 1
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K[{self.done}/{self.total}] {record.law}", end="", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def _require_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _write_json(path: str, content: Any) -> None:
-    from mla_spec.harness.files import write_atomically
-
-    try:
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    return selftest(options)
 
 
 def _laws(options: argparse.Namespace) -> int:
@@ -204,7 +205,8 @@ def _cache(options: argparse.Namespace) -> int:
     from mla_spec.harness.cache_report import cache_report
 
     try:
-        print(cache_report(options.model, options.dtype, options.tokens, options.batch, options.page_size))
+        sizes = options.tokens, options.batch, options.page_size
+        print(cache_report(options.model, options.dtype, *sizes, layout=options.layout))
     except ValueError as error:
         raise UsageError(str(error)) from error
     return 0
@@ -213,6 +215,8 @@ def _cache(options: argparse.Namespace) -> int:
 def _golden(options: argparse.Namespace) -> int:
     from importlib import import_module
 
+    if options.action == "certify":
+        return _certify(options)
     corpus = import_module("mla_spec.golden.corpus")
     try:
         print(getattr(corpus, options.action)(options.dir))
@@ -220,6 +224,22 @@ def _golden(options: argparse.Namespace) -> int:
         print(f"mla-spec: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _certify(options: argparse.Namespace) -> int:
+    if options.cases < 1:
+        raise UsageError(f"--cases must be at least 1, got {options.cases}")
+    try:
+        from mla_spec.harness.certification import certification, report
+    except ModuleNotFoundError as error:
+        if error.name != "flint":
+            raise
+        raise UsageError(
+            "certifying needs python-flint, which is not installed: pip install 'mla-spec[golden]'"
+        ) from error
+    summaries = certification(options.cases, options.seed, progress=show_progress)
+    print(report(summaries))
+    return 0 if all(summary.certified for summary in summaries) else 1
 
 
 if __name__ == "__main__":

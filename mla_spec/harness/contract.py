@@ -3,24 +3,88 @@
 A subject is any object with some of the methods below. It gets and returns torch tensors on its own device. ``name``,
 ``profile`` and ``supports`` are optional attributes; an absent method means the operation is not offered.
 
-=============  =====================================================================  ==============================
-operation      call                                                                   returns
-=============  =====================================================================  ==============================
-``rope``       ``rope(x, positions, *, rope)``                                        x rotated, same shape
-``absorb``     ``absorb(kv_b_proj, *, config)``                                       (w_uk [h,n,c], w_uv [h,v,c])
-``decode``     ``decode(q, kv_cache, block_table, cache_seqlens, *,                   (out [b,s,h,c],
-               head_dim_v, softmax_scale, causal)``                                   lse [b,h,s] or None)
-``layer``      ``layer(weights, config)``                                             an object with ``prefill``,
-                                                                                      ``decode``, ``reset`` and
-                                                                                      ``cache_bytes``
-=============  =====================================================================  ==============================
+====================  ===============================================================  ==============================
+operation             call                                                             returns
+====================  ===============================================================  ==============================
+``rope``              ``rope(x, positions, *, rope)``                                  x rotated, same shape
+``absorb``            ``absorb(kv_b_proj, *, config)``                                 (w_uk [h,n,c], w_uv [h,v,c])
+``prefill``           ``prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, *,                (out [tokens,h,v],
+                      softmax_scale, causal)``                                         lse [h,tokens] or None)
+``decode``            ``decode(q, kv_cache, block_table, cache_seqlens, *,             (out [b,s,h,c],
+                      head_dim_v, softmax_scale, causal)``                             lse [b,h,s] or None)
+``merge``             ``merge(outs, lses)``                                            (out [(b,) s,h,v],
+                                                                                       lse [(b,) h,s])
+``write_cache``       ``write_cache(latent, k_pe, kv_cache, slot_mapping)``            None; changes kv_cache
+``quantize_cache``    ``quantize_cache(rows, *, format, page_size, tensor_scale)``     pages
+``dequantize_cache``  ``dequantize_cache(pages, *, format, page_size,                  kv_cache, as ``decode``
+                      tensor_scale, dtype)``                                           takes it
+``decode_quantized``  ``decode_quantized(q, pages, block_table, cache_seqlens, *,      (out [b,s,h,v],
+                      format, page_size, tensor_scale, head_dim_v,                     lse [b,h,s] or None)
+                      softmax_scale, causal)``
+``sparse_prefill``    ``sparse_prefill(q, kv, indices, *, head_dim_v,                  (out [s,h,c],
+                      softmax_scale, attn_sink=None, topk_length=None)``               max_logits [s,h],
+                                                                                       lse [s,h])
+``sparse_decode``     ``sparse_decode(q, kv_cache, indices, *, head_dim_v,             (out [b,s,h,c],
+                      softmax_scale, attn_sink=None, topk_length=None)``               lse [b,h,s])
+``indexer``           ``indexer(q, k, weights, cu_seqlens_q, cu_seqlens_k, *,          (logits [tokens, key tokens],
+                      top_k)``                                                         indices [tokens, top_k])
+``layer``             ``layer(weights, config)``                                       an object with ``prefill``,
+                                                                                       ``decode``, ``reset`` and
+                                                                                       ``cache_bytes``
+====================  ===============================================================  ==============================
 
 Shapes: x is positions.shape + (r,) or positions.shape + (h, r); kv_b_proj [h·(n+v), c], viewed as (h, n + v, c);
 q [b, s, h, c + r]; kv_cache [pages, page_size, 1, c + r], latent first; block_table int32 [b, max pages]; cache_seqlens
 int32 [b], counting the s new tokens; positions int64. ``rope`` is a RopeConfig and ``config`` an MLAConfig.
 
+prefill: q and k [tokens, h, n + r] and v [tokens, h, v], the tokens of all sequences on one axis, sequence i being
+cu_seqlens[i] .. cu_seqlens[i + 1] - 1 (int32 [b + 1]). Query i of the s of a sequence sees keys 0 .. t - s + i of its t
+when causal (bottom-right), all of them otherwise. Sequences may have more keys than queries, or fewer, or none of either.
+
 decode: query i of s sees keys 0 .. seqlen - s + i when causal, all keys otherwise. The LSE is the natural logarithm, in
 float32 or better. Whatever lies beyond a sequence's length, in pages or in table entries, may hold anything.
+
+merge: outs [parts, (b,) s, h, v] and lses [parts, (b,) h, s] of one attention over disjoint keys, with a batch axis as
+``decode`` returns them or without one as ``prefill`` does. LSEs are natural logarithms, in float32, or float64 where the
+outs are; the output has the dtype of the outs. A part without keys has the output and the LSE that ``supports.empty_row``
+declares, and so has a row whose parts are all empty. Whatever finite numbers an empty part's output holds, they have no
+weight.
+
+write_cache: latent [n, c] and k_pe [n, r] of n new tokens are stored, bit for bit, as rows [latent | k_pe] of kv_cache
+[pages, page_size, 1, c + r], token i in row slot % page_size of page slot // page_size with slot = slot_mapping[i] (int64
+[n]). Slot -1 stores nothing. Only the named slots change. No slot is named twice, since the order of writes is open. The
+pool is written in place through its strides: pages may lie further apart than a page is long, and rows further apart than
+a row; offsets may exceed 2^31 elements.
+
+Quantised caches: ``format`` is a name of ``mla_spec.reference.cache_layout.LAYOUTS``, whose layout says where the bytes of
+pages [pages, bytes per page] (uint8) lie; pages may lie further apart than their bytes. ``tensor_scale`` is the float32
+scale of all codes of a format that stores none, and 1 for the others. quantize_cache stores rows [n, width], [latent | k_pe]
+or keys of an indexer, in token order in as few pages as hold them, with scales within ``scale_limits``, the nearest codes
+and the nearest plain elements, none beyond the largest number (``mla_spec.reference.quantised_cache``), computed in float32
+or better. Padding and unused rows may hold anything, which readers ignore. dequantize_cache returns all rows,
+[pages, page_size, 1, width] in ``dtype``; those that hold no token may be anything. decode_quantized is ``decode`` of these
+rows, of which the first head_dim_v elements are the values. A reader that rounds code times scale to a format narrower than
+its softmax's arithmetic declares that as ``Profile.cache_dequantised``.
+
+sparse_prefill: q [s, h, c + r], kv [s_kv, 1, c + r] whose first head_dim_v columns are the values, indices int32
+[s, 1, k], as FlashMLA's ``flash_mla_sparse_fwd`` takes them. Query i attends to the rows that indices[i] selects, and there
+is no other mask. -1, or an index of s_kv or more, selects nothing, anywhere in a row. An index that occurs twice is two
+keys. Neither the order of a row nor what no index selects matters. topk_length int32 [s]: the entries of row i from
+topk_length[i] on are not read. attn_sink float32 [h] (float64 for float64 tensors): out is multiplied by
+1/(1 + exp(attn_sink - lse)); -inf changes nothing and +inf gives out exactly 0. max_logits, the largest of softmax_scale
+times q·k, and the LSE do not count the sink; both are natural, in float32 or better. A row that selects nothing gives
+what ``supports.empty_row`` declares, and max_logits -inf. Both may be None where ``supports.lse`` is False.
+
+sparse_decode: the same for q [b, s, h, c + r] and kv_cache [pages, page_size, 1, c + r], indices int32 [b, s, k] counting
+its slots, page · page_size + row, and topk_length int32 [b]. s_kv is pages · page_size.
+
+indexer: the lightning indexer of DeepSeek-V3.2 on q [tokens, h, d], k [key tokens, d] and weights [tokens, h], float32
+(float64 for float64 tensors), with every scale factor already in the weights and rotary embedding already applied. Packed
+sequences are those of ``prefill``, and always causal. logits, in float32 or better, are Σ_h weights · relu(q·k); where a
+query does not see a key they may hold anything. indices, int32 or int64, count key tokens over all sequences, as
+``sparse_prefill`` takes them. Row i names the top_k keys with the largest logits that query i sees, in any order; -1 fills
+the row from there on where it sees fewer. Of equal logits the smaller index is selected, unless ``supports.indexer_ties``
+says "any".
 
 layer: ``prefill(hidden, positions)`` and ``decode(hidden, positions)`` take hidden [b, s, e] and positions [b, s], append
 to the layer's own cache and return [b, s, e]; ``reset()`` empties the cache; ``cache_bytes()`` is what its rows occupy.
@@ -33,11 +97,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from mla_spec.reference.formats import FORMATS
+from mla_spec.reference.cache_layout import LAYOUTS
 from mla_spec.reference.profile import Profile
 
-OPERATIONS = ("rope", "absorb", "decode", "layer")
-DTYPES = tuple(FORMATS)
+QUANTISED = ("quantize_cache", "dequantize_cache", "decode_quantized")
+SPARSE = ("sparse_prefill", "sparse_decode", "indexer")
+OPERATIONS = ("rope", "absorb", "prefill", "decode", "merge", "write_cache", *QUANTISED, *SPARSE, "layer")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +114,35 @@ class Supports:
         dtypes: of the tensors.
         page_sizes: of the cache, in tokens; None for any.
         num_heads: None for any.
-        latent_dims: pairs (kv_lora_rank, qk_rope_head_dim) of ``decode``; None for any.
+        latent_dims: pairs (kv_lora_rank, qk_rope_head_dim) of ``decode``, ``write_cache`` and sparse attention; None
+            for any.
         max_s: most queries per sequence in ``decode``; None for any.
-        lse: whether ``decode`` returns the LSE.
-        causal: the values of ``causal`` that ``decode`` accepts.
+        max_parts: most parts that ``merge`` takes; None for any.
+        prefill_dims: pairs (qk_nope_head_dim + qk_rope_head_dim, v_head_dim) of ``prefill``; None for any.
+        cache_formats: of quantised caches.
+        topk_multiple: the number of indices per query of sparse attention is a multiple of it.
+        attention_sink: whether sparse attention takes ``attn_sink``.
+        topk_length: whether sparse attention takes ``topk_length``.
+        indexer_dims: pairs (h, d) of ``indexer``; None for any.
+        indexer_top_k: values of ``top_k``; None for any.
+        indexer_logits: whether ``indexer`` returns the logits, or None.
+        indexer_ties: of equal logits that not all can be selected, the ones with the "smaller index" are, or "any".
+        lse: whether attention returns the LSE.
+        causal: the values of ``causal`` that ``decode`` and ``prefill`` accept.
         empty_row: what a row without keys gives, as "out/lse"; "unsupported" where such rows may not occur.
         rope_layouts: pair layouts, of "interleaved" and "half".
         rope_optional: whether a layer may have no rotary embedding (NoPE).
         yarn: whether YaRN is implemented.
         yarn_mscale_rule: whether only "equal" mscale and mscale_all_dim are implemented, or "any".
+        longrope: whether LongRoPE is implemented.
+        mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors.
+        llama_4_scaling: whether a layer's queries may have a temperature by position.
         layer_dim_multiple: kv_lora_rank and qk_nope_head_dim of a layer must be multiples of it.
         latent_norm_eps: the only eps of the latent norms, or None for any.
         cache_page: tokens to which a layer's cache is rounded up.
 
     Raises:
-        ValueError: an unknown dtype, empty-row rule or rope layout.
+        ValueError: an unknown dtype, cache format, empty-row rule or rope layout.
     """
 
     dtypes: tuple[str, ...] = DTYPES
@@ -70,6 +150,16 @@ class Supports:
     num_heads: tuple[int, ...] | None = None
     latent_dims: tuple[tuple[int, int], ...] | None = None
     max_s: int | None = None
+    max_parts: int | None = None
+    prefill_dims: tuple[tuple[int, int], ...] | None = None
+    cache_formats: tuple[str, ...] = tuple(LAYOUTS)
+    topk_multiple: int = 1
+    attention_sink: bool = True
+    topk_length: bool = True
+    indexer_dims: tuple[tuple[int, int], ...] | None = None
+    indexer_top_k: tuple[int, ...] | None = None
+    indexer_logits: bool = True
+    indexer_ties: Literal["smaller index", "any"] = "smaller index"
     lse: bool = True
     causal: tuple[bool, ...] = (True, False)
     empty_row: Literal["zero/-inf", "zero/+inf", "unsupported"] = "zero/-inf"
@@ -77,14 +167,19 @@ class Supports:
     rope_optional: bool = True
     yarn: bool = True
     yarn_mscale_rule: Literal["any", "equal"] = "any"
+    longrope: bool = True
+    mla_scale_lora: bool = True
+    llama_4_scaling: bool = True
     layer_dim_multiple: int = 1
     latent_norm_eps: float | None = None
     cache_page: int = 1
 
     def __post_init__(self) -> None:
         _require_known("dtypes", self.dtypes, DTYPES)
+        _require_known("cache_formats", self.cache_formats, tuple(LAYOUTS))
         _require_known("rope_layouts", self.rope_layouts, ("interleaved", "half"))
         _require_known("empty_row", (self.empty_row,), ("zero/-inf", "zero/+inf", "unsupported"))
+        _require_known("indexer_ties", (self.indexer_ties,), ("smaller index", "any"))
         _require_known("yarn_mscale_rule", (self.yarn_mscale_rule,), ("any", "equal"))
 
     def restrictions(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mla_spec.harness.cases import DecodeInputs
+from mla_spec.harness.cases import DecodeInputs, MergeInputs, PrefillInputs, WriteInputs
 from mla_spec.harness.contract import supports_of
 from mla_spec.harness.verdict import SubjectCrashed, Violation
 from mla_spec.reference.config import MLAConfig, RopeConfig
@@ -41,6 +41,10 @@ class Result:
 
     def __getitem__(self, index: Any) -> Result:
         return Result(self.value[index], self.bits[index], self.what)
+
+    def arranged(self, arrange: Callable[[Any], Any]) -> Result:
+        """The same elements in another shape or order."""
+        return Result(arrange(self.value), arrange(self.bits), self.what)
 
 
 def computed(value: Array, what: str) -> Result:
@@ -109,13 +113,41 @@ class Driver:
 
     def absorb(self, kv_b_proj: Array, config: MLAConfig) -> tuple[Result, Result]:
         returned = self.guard(lambda: self.subject.absorb(self.tensor(kv_b_proj), config=config))
-        if not (isinstance(returned, tuple) and len(returned) == 2):
-            raise Violation(f"absorb must return (w_uk, w_uv), got {type(returned).__name__}")
+        returned = _pair(returned, "absorb", "(w_uk, w_uv)")
         h, c = config.num_heads, config.kv_lora_rank
         return (
             self.result(returned[0], "w_uk", (h, config.qk_nope_head_dim, c)),
             self.result(returned[1], "w_uv", (h, config.v_head_dim, c)),
         )
+
+    def prefill_tensors(self, inputs: PrefillInputs) -> dict[str, torch.Tensor]:
+        """The tensor arguments of ``prefill`` by name."""
+        return {
+            "q": self.tensor(inputs.q),
+            "k": self.tensor(inputs.k),
+            "v": self.tensor(inputs.v),
+            "cu_seqlens_q": self.integers(inputs.cu_seqlens_q, torch.int32),
+            "cu_seqlens_k": self.integers(inputs.cu_seqlens_k, torch.int32),
+        }
+
+    def prefill(
+        self, inputs: PrefillInputs, tensors: dict[str, torch.Tensor] | None = None
+    ) -> tuple[Result, Result | None]:
+        """(out, lse), lse None where the subject declares none. ``tensors`` replace those built from ``inputs``."""
+        out, lse = self.prefill_raw(inputs, tensors or self.prefill_tensors(inputs))
+        tokens, h = inputs.q.shape[:2]
+        result = self.result(out, "out", (tokens, h, inputs.v.shape[-1]))
+        if not self.supports.lse:
+            return result, None
+        return result, self.result(lse, "lse", (h, tokens), (torch.float32, torch.float64))
+
+    def prefill_raw(self, inputs: PrefillInputs, tensors: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+        """What ``prefill`` returned, unread."""
+        arguments = [tensors[name] for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")]
+        returned = self.guard(
+            lambda: self.subject.prefill(*arguments, softmax_scale=inputs.softmax_scale, causal=inputs.causal)
+        )
+        return _pair(returned, "prefill", "(out, lse)")
 
     def decode_tensors(self, inputs: DecodeInputs) -> dict[str, torch.Tensor]:
         """The tensor arguments of ``decode`` by name."""
@@ -150,13 +182,53 @@ class Driver:
                 causal=inputs.causal,
             )
         )
-        if not (isinstance(returned, tuple) and len(returned) == 2):
-            raise Violation(f"decode must return (out, lse), got {type(returned).__name__}")
-        return returned
+        return _pair(returned, "decode", "(out, lse)")
+
+    def merge_tensors(self, inputs: MergeInputs) -> dict[str, torch.Tensor]:
+        """The tensor arguments of ``merge`` by name; LSEs of empty parts are what the subject declares."""
+        lses = inputs.lses
+        if self.supports.empty_row == "zero/+inf":
+            lses = np.where(np.isneginf(lses), np.inf, lses)
+        dtype = torch.float64 if self.dtype == "float64" else torch.float32
+        return {"outs": self.tensor(inputs.outs), "lses": torch.from_numpy(lses).to(self.device, dtype)}
+
+    def merge(self, inputs: MergeInputs, tensors: dict[str, torch.Tensor] | None = None) -> tuple[Result, Result]:
+        """(out, lse). ``tensors`` replace those built from ``inputs``."""
+        out, lse = self.merge_raw(tensors or self.merge_tensors(inputs))
+        return (
+            self.result(out, "merged out", inputs.outs.shape[1:]),
+            self.result(lse, "merged lse", inputs.lses.shape[1:], (torch.float32, torch.float64)),
+        )
+
+    def merge_raw(self, tensors: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+        """What ``merge`` returned, unread."""
+        return _pair(self.guard(lambda: self.subject.merge(tensors["outs"], tensors["lses"])), "merge", "(out, lse)")
+
+    def write_tensors(self, inputs: WriteInputs) -> dict[str, torch.Tensor]:
+        """The tensor arguments of ``write_cache`` by name."""
+        return {
+            "latent": self.tensor(inputs.latent),
+            "k_pe": self.tensor(inputs.k_pe),
+            "kv_cache": self.tensor(inputs.kv_cache),
+            "slot_mapping": self.integers(inputs.slot_mapping, torch.int64),
+        }
+
+    def write_cache(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write into ``tensors["kv_cache"]``; Violation when something is returned."""
+        names = ("latent", "k_pe", "kv_cache", "slot_mapping")
+        returned = self.guard(lambda: self.subject.write_cache(*(tensors[name] for name in names)))
+        if returned is not None:
+            raise Violation(f"write_cache must return None, got {type(returned).__name__}")
 
     def layer(self, weights: dict[str, Array], config: MLAConfig) -> LayerDriver:
         tensors = {name: self.tensor(w) for name, w in weights.items()}
         return LayerDriver(self, self.guard(lambda: self.subject.layer(tensors, config)), tensors)
+
+
+def _pair(returned: Any, operation: str, names: str) -> tuple[Any, Any]:
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise Violation(f"{operation} must return {names}, got {type(returned).__name__}")
+    return returned
 
 
 class LayerDriver:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -17,30 +18,40 @@ from mla_spec.harness.verdict import Record
 _CONTEXT = multiprocessing.get_context("spawn")  # a forked child could not use CUDA
 
 
-def check_in_worker(
-    subject_name: str,
-    laws: Iterable[str],
-    options: Options,
-    *,
-    signature: str | None = None,
-    timeout: float | None = None,
-    progress: Callable[[Record], None] = lambda record: None,
-) -> list[Record]:
-    """``check_subject`` for the subject that ``options.spec`` names, in processes of its own.
+class WorkerPool:
+    """Processes that run laws, ``jobs`` at a time; a context manager.
 
-    A law during which the process dies, or a case takes more than ``timeout`` seconds, is *crashed*; the laws after it run
-    in a new process.
+    A law during which its process dies, or a case takes more than ``timeout`` seconds, is *crashed*; what follows runs in a
+    new process. A process serves one subject, as long as laws of that subject are next.
     """
-    assert options.spec is not None
-    worker = _Worker(options, signature)
-    records = []
-    try:
-        for law in laws:
-            records.append(worker.run(law, subject_name, timeout))
-            progress(records[-1])
-    finally:
-        worker.stop()
-    return records
+
+    def __init__(self, jobs: int = 1, timeout: float | None = None) -> None:
+        self.timeout = timeout
+        self._threads = ThreadPoolExecutor(jobs)
+        self._own = threading.local()
+        self._workers: list[_Worker] = []
+
+    def submit(self, law: str, subject_name: str, options: Options, signature: str | None = None) -> Future[Record]:
+        """Run a law on the subject that ``options.spec`` names, when a process is free; first come, first served."""
+        assert options.spec is not None
+        return self._threads.submit(self._run, law, subject_name, options, signature)
+
+    def _run(self, law: str, subject_name: str, options: Options, signature: str | None) -> Record:
+        worker: _Worker | None = getattr(self._own, "worker", None)
+        if worker is None or worker.options is not options:
+            if worker is not None:
+                worker.stop()
+            worker = self._own.worker = _Worker(options, signature)
+            self._workers.append(worker)
+        return worker.run(law, subject_name, self.timeout)
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(wait=error[0] is None, cancel_futures=True)
+        for worker in self._workers:
+            worker.stop()
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mla_spec.reference.bounds import InheritedError, attention_with_bound
-from mla_spec.reference.config import MLAConfig
+from mla_spec.reference.config import Llama4Scaling, MLAConfig
 from mla_spec.reference.error_bound import ErrorBound, half_ulp
 from mla_spec.reference.formats import FORMATS, format_of
 from mla_spec.reference.mla import Weights, absorb, check_weights, rms_norm
@@ -82,6 +82,38 @@ def _rms_norm(x: Bounded, weight: Array, eps: float, profile: Profile) -> Bounde
     return _rounded(Bounded(value, error), profile.dtype)
 
 
+def _foldable(x: Bounded, factor: float, dtype: str) -> Bounded:
+    """A normalised latent before it is multiplied by ``factor``, which may be folded into the norm's weight instead.
+
+    Folding rounds the product with the weight, and then the latent at its final size (vLLM, models/longcat_flash.py);
+    roundoffs relative to x, unlike halves of an ulp, bound the latter at either size.
+    """
+    if factor == 1.0:
+        return x
+    u, least = FORMATS[dtype].unit_roundoff, FORMATS[dtype].smallest_subnormal / 2
+    return Bounded(x.value, x.error + 2 * u * (np.abs(x.value) + x.error) + least * max(1.0, 1 / factor))
+
+
+def _scaled(x: Bounded, factor: Array | float, relative: float, dtype: str) -> Bounded:
+    """X times a factor that is computed to the error ``relative``; a factor of 1 rounds nothing."""
+    value, error = factor * x.value, factor * x.error
+    error = error + relative * (np.abs(value) + error)
+    rounded = _rounded(Bounded(value, error), dtype)
+    one = np.asarray(factor) == 1.0
+    return Bounded(value, np.where(one, x.error, rounded.error))
+
+
+def _temperature(q: Bounded, positions: IntArray, scaling: Llama4Scaling | None, profile: Profile) -> Bounded:
+    """Queries [..., s, h, ·] times the factor of their position, which is itself rounded to the dtype (transformers)."""
+    if scaling is None:
+        return q
+    factor = scaling.factor(positions)[..., None, None]  # [..., s, 1, 1]
+    u = format_of(profile.rope.angle).unit_roundoff
+    # beta and each of ln, product and sum are rounded, all of them positive; the reference's own likewise.
+    relative = 8 * (u + _U64) + format_of(profile.dtype).unit_roundoff
+    return _scaled(q, factor, relative, profile.dtype)
+
+
 def _rope(x: Bounded, positions: IntArray, config: MLAConfig, profile: Profile) -> Bounded:
     if config.rope is None:
         return x
@@ -106,16 +138,23 @@ def layer_with_bound(
     check_weights(weights, config)
     h, n, v = config.num_heads, config.qk_nope_head_dim, config.v_head_dim
     x = Bounded(hidden, np.zeros_like(hidden))
+    scalar = 2 * format_of(profile.norm).unit_roundoff + 3 * _U64  # a stated factor, and the product with it
     if config.q_lora_rank is None:
         q = _product("oe,...e->...o", weights["q_proj"], x, profile)
     else:
         c_q = _product("oe,...e->...o", weights["q_a_proj"], x, profile)
         c_q = _rms_norm(c_q, weights["q_a_layernorm"], config.latent_norm_eps, profile)
+        c_q = _foldable(c_q, config.q_lora_scale, profile.dtype)
         q = _product("oe,...e->...o", weights["q_b_proj"], c_q, profile)
+        q = _scaled(q, config.q_lora_scale, scalar, profile.dtype)
     q = q.reshape(*hidden.shape[:-1], h, config.qk_head_dim)
     q_nope, q_pe = q[..., :n], _rope(q[..., n:], positions, config, profile)
+    q_nope, q_pe = (_temperature(part, positions, config.llama_4_scaling, profile) for part in (q_nope, q_pe))
     both = _product("oe,...e->...o", weights["kv_a_proj_with_mqa"], x, profile)
     latent = _rms_norm(both[..., : config.kv_lora_rank], weights["kv_a_layernorm"], config.latent_norm_eps, profile)
+    latent = _scaled(
+        _foldable(latent, config.kv_lora_scale, profile.dtype), config.kv_lora_scale, scalar, profile.dtype
+    )
     k_pe = _rope(both[..., config.kv_lora_rank :], positions, config, profile)[..., None, :]  # [..., t, 1, r]
     w_uk, w_uv = absorb(weights["kv_b_proj"], config)
     if profile.form == "explicit":

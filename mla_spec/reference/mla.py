@@ -64,6 +64,9 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 def project_query(hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig) -> tuple[Array, Array]:
     """The queries, equations 37-40: c_Q = W_DQ h, [q_C; q_R] = [W_UQ; W_QR] c_Q, q_R rotated.
 
+    LongCat-Flash multiplies c_Q by sqrt(e / q_lora_rank) after its norm (transformers models/longcat_flash), Mistral-Large-3
+    the finished query by ``llama_4_scaling``.
+
     Args:
         hidden: [..., s, e].
         positions: [..., s].
@@ -77,18 +80,22 @@ def project_query(hidden: Array, positions: IntArray, weights: Weights, config: 
         c_q = rms_norm(
             accurate_product(hidden, weights["q_a_proj"].T), weights["q_a_layernorm"], config.latent_norm_eps
         )
-        q = accurate_product(c_q, weights["q_b_proj"].T)  # [..., s, h·(n+r)]
+        q = accurate_product(config.q_lora_scale * c_q, weights["q_b_proj"].T)  # [..., s, h·(n+r)]
     q = q.reshape(*hidden.shape[:-1], config.num_heads, config.qk_head_dim)  # [..., s, h, n+r]
     q_nope, q_pe = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
     if config.rope is not None:
         q_pe = apply_rope(q_pe, positions, config.rope)
+    if config.llama_4_scaling is not None:
+        factor = config.llama_4_scaling.factor(positions)[..., None, None]  # [..., s, 1, 1]
+        q_nope, q_pe = factor * q_nope, factor * q_pe
     return q_nope, q_pe
 
 
 def project_latent(hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig) -> tuple[Array, Array]:
     """What is cached, equations 41 and 43: the normalised latent c_KV = W_DKV h, and k_R = RoPE(W_KR h).
 
-    The RMSNorm on the latents is in every published implementation; the paper mentions it in section 3.1.2.
+    The RMSNorm on the latents is in every published implementation; the paper mentions it in section 3.1.2. LongCat-Flash
+    multiplies the latent, not k_R, by sqrt(e / kv_lora_rank) after it (transformers models/longcat_flash).
 
     Returns:
         (latent [..., s, c], k_pe [..., s, r]).
@@ -97,7 +104,8 @@ def project_latent(hidden: Array, positions: IntArray, weights: Weights, config:
     latent, k_pe = both[..., : config.kv_lora_rank], both[..., config.kv_lora_rank :]
     if config.rope is not None:
         k_pe = apply_rope(k_pe, positions, config.rope)
-    return rms_norm(latent, weights["kv_a_layernorm"], config.latent_norm_eps), k_pe
+    latent = rms_norm(latent, weights["kv_a_layernorm"], config.latent_norm_eps)
+    return config.kv_lora_scale * latent, k_pe
 
 
 def absorb(kv_b_proj: Array, config: MLAConfig) -> tuple[Array, Array]:

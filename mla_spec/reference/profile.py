@@ -92,7 +92,7 @@ class Profile:
         linear, norm: accumulation of a layer's projections, and the format of RMSNorm's arithmetic.
         rope: formats of the rotary embedding.
         cache_dequantised: format to which the rows of a quantised cache are rounded before they are used; None where
-            code times scale stays exact.
+            code times scale stays exact, or is rounded to the softmax's format only.
         batch_invariant: a sequence gives the same bits alone and in any batch.
 
     Raises:

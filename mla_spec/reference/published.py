@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
-from mla_spec.reference.config import MLAConfig, RopeConfig
+from mla_spec.reference.config import Llama4Scaling, MLAConfig, RopeConfig
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class PublishedModel:
             raise ValueError(f"{self.name}: attention is {self.fields['attention']!r}, not MLA")
         if self.not_modelled:
             raise ValueError(f"{self.name}: MLAConfig does not express {self.not_modelled[0]!r}")
+        temperature = self.fields.get("llama_4_scaling")
         return MLAConfig(
             hidden_size=self._published("hidden_size"),
             num_heads=self._published("num_attention_heads"),
@@ -59,18 +60,25 @@ class PublishedModel:
             qk_rope_head_dim=self._published("qk_rope_head_dim"),
             v_head_dim=self._published("v_head_dim"),
             rope=self._rope(),
+            latent_norm_eps=self._published("latent_norm_eps"),
+            mla_scale_q_lora=self.fields.get("mla_scale_q_lora", False),
+            mla_scale_kv_lora=self.fields.get("mla_scale_kv_lora", False),
+            llama_4_scaling=None if temperature is None else Llama4Scaling(**temperature),
         )
 
     def _rope(self) -> RopeConfig | None:
         if self.fields["rope"] != "rotary":
             return None
         dim, theta = self._published("qk_rope_head_dim"), self._published("rope_theta")
+        scaling = self.fields["rope_scaling"]
+        for name in [] if scaling is None else [key for key, value in scaling.items() if value is None]:
+            raise ValueError(f"{self.name}: rope_scaling.{name} is not published")
         try:
             return RopeConfig.from_checkpoint(
                 dim=dim,
                 theta=theta,
                 interleaved=self.fields["rope_interleave"],
-                rope_scaling=self.fields["rope_scaling"],
+                rope_scaling=scaling,
                 max_position_embeddings=self.fields["max_position_embeddings"],
             )
         except ValueError as error:

@@ -1,7 +1,8 @@
 """Rotary position embedding, to float64 accuracy at any position.
 
 Frequencies are computed in 60-digit decimal arithmetic and angles are reduced exactly, so cos and sin carry one rounding
-however large the position. RoFormer (arXiv 2104.09864), equation 34; YaRN (arXiv 2309.00071), section 3.2.
+however large the position. RoFormer (arXiv 2104.09864), equation 34; YaRN (arXiv 2309.00071), section 3.2; LongRoPE
+(arXiv 2402.13753), equation 3.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def _decimal_frequencies(rope: RopeConfig) -> tuple[Decimal, ...]:
     with localcontext(DIGITS):
         ln_theta = Decimal(rope.theta).ln()
         frequencies = [(-ln_theta * (2 * i) / rope.dim).exp() for i in range(rope.dim // 2)]
+        if rope.frequency_divisors is not None:
+            return tuple(f / Decimal(d) for f, d in zip(frequencies, rope.frequency_divisors, strict=True))
         yarn = rope.active_yarn
         if yarn is None:
             return tuple(frequencies)
@@ -61,7 +64,7 @@ def rope_frequencies(rope: RopeConfig) -> Array:
     """Angle per position of each pair, correctly rounded to float64; [r/2], pair i in element i.
 
     theta^(-2i/r); with YaRN, that frequency and the same divided by ``factor`` are blended linearly in i over the
-    correction range.
+    correction range; with LongRoPE, it is divided by the pair's own factor.
     """
     return np.array([float(f) for f in _decimal_frequencies(rope)])
 

@@ -22,14 +22,14 @@ def angle_error(positions: IntArray, rope: RopeConfig, profile: RopeProfile) -> 
     """Worst error of position · frequency, in radians; [..., r/2] for positions [...].
 
     theta^(-2i/r) inherits ln(theta) · 2i/r roundoffs from its exponent; YaRN's ramp, where it is neither 0 nor 1, is off by
-    a few roundoffs of the frequency before interpolation. The frequency 1 is exact; a position that the angle's format cannot
-    hold is rounded too.
+    a few roundoffs of the frequency before interpolation; LongRoPE's factor is rounded, and so is the product with it. The
+    frequency 1 is exact; a position that the angle's format cannot hold is rounded too.
     """
     pairs = np.arange(rope.dim // 2)
     frequency = rope_frequencies(rope)  # [r/2]
     exponent = pairs * 2 / rope.dim
     u_f, u_a = format_of(profile.frequency).unit_roundoff, format_of(profile.angle).unit_roundoff
-    relative = u_f * (math.log(rope.theta) * exponent + 8)
+    relative = u_f * (math.log(rope.theta) * exponent + (8 if rope.frequency_divisors is None else 10))
     blended = np.zeros(rope.dim // 2)
     if rope.active_yarn is not None:
         low, high = rope.yarn_correction_range()

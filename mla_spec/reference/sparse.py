@@ -68,7 +68,34 @@ def sparse_attention(
         topk_length: [...] or [..., s]; entries from there on are not read. All when None.
 
     Returns:
-        out [..., s, h, head_dim_v] and lse [..., h, s]; a row that selects nothing gives 0 and -inf.
+        out [..., s, h, head_dim_v] and lse [..., h, s]; a row that selects nothing gives 0 and -inf. A sink of +inf gives
+        exactly 0.
+    """
+    rows, count = selected_rows(kv, indices, topk_length)
+    rows = rows[..., None, :]  # [..., s, k, 1, d]
+    bounded = attention_with_bound(
+        q[..., None, :, :],  # one query per set of keys
+        rows,
+        rows[..., :head_dim_v],
+        softmax_scale=softmax_scale,
+        profile=profile,
+        cache_seqlens=count,
+        causal=False,
+        attn_sink=attn_sink,
+    )
+    bounded = bounded.map(lambda x: x[..., 0, :, :], lambda x: np.swapaxes(x[..., 0], -1, -2))
+    if attn_sink is None:
+        return bounded
+    return bounded.map(lambda x: np.where(np.isposinf(attn_sink)[:, None], 0.0, x), lambda x: x)
+
+
+def selected_rows(kv: Array, indices: IntArray, topk_length: IntArray | None = None) -> tuple[Array, IntArray]:
+    """The rows of kv that each row of ``indices`` selects, first, and how many they are.
+
+    Arguments are those of ``sparse_attention``.
+
+    Returns:
+        (rows [..., s, k, d], count [..., s]); rows from ``count`` on mean nothing.
     """
     if topk_length is not None:
         length = np.expand_dims(topk_length, tuple(range(topk_length.ndim, indices.ndim)))  # [..., s or 1, 1]
@@ -76,15 +103,5 @@ def sparse_attention(
     valid = (indices >= 0) & (indices < kv.shape[-2])  # [..., s, k]
     order = np.argsort(~valid, axis=-1, kind="stable")  # the valid ones first
     chosen = np.take_along_axis(np.where(valid, indices, 0), order, axis=-1)
-    rows = np.take_along_axis(kv[..., None, :, :], chosen[..., None], axis=-2)[..., None, :]  # [..., s, k, 1, d]
-    bounded = attention_with_bound(
-        q[..., None, :, :],  # one query per set of keys
-        rows,
-        rows[..., :head_dim_v],
-        softmax_scale=softmax_scale,
-        profile=profile,
-        cache_seqlens=valid.sum(axis=-1),
-        causal=False,
-        attn_sink=attn_sink,
-    )
-    return bounded.map(lambda x: x[..., 0, :, :], lambda x: np.swapaxes(x[..., 0], -1, -2))
+    rows = np.take_along_axis(kv[..., None, :, :], chosen[..., None], axis=-2)  # [..., s, k, d]
+    return rows, valid.sum(axis=-1)

@@ -110,6 +110,8 @@ def test_nothing_that_applies_is_incomplete(kernel: str, capsys: pytest.CaptureF
         (["cache", "DeepSeekV3"], "unknown model 'DeepSeekV3'; did you mean DeepSeek-V3"),
         (["cache", "DeepSeek-V4-Pro"], "not MLA"),
         (["cache", "DeepSeek-V3", "--dtype", "int3"], "unknown number format 'int3'"),
+        (["cache", "DeepSeek-V3", "--layout", "fp6"], "unknown cache layout 'fp6'; known layouts are fp8_per_tensor"),
+        (["cache", "DeepSeek-V3", "--layout", "indexer_fp8"], "indexer_fp8 stores rows of 128 elements; DeepSeek-V3"),
         (["cache", "DeepSeek-V3", "--tokens", "-1"], "tokens must be at least 1, got -1"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
         (["check", "torch-explicit", "--rtol", "1e-2"], "unrecognized arguments: --rtol 1e-2"),
@@ -154,6 +156,35 @@ def test_cache_prints_the_published_size(capsys: pytest.CaptureFixture[str]) -> 
     rows = {line.split()[0]: line.split() for line in out.splitlines()[2:]}
     assert rows["MLA"][1:] == ["576", "1152", "70272", str(2 * 128 * 70272)]
     assert rows["MHA"][1:4] == ["40960", "81920", str(81920 * 61)]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "per_token", "page_of_64", "layers", "share"),
+    [
+        ("DeepSeek-V3", "fp8_ds_mla", 656, 41984, 61, "56.9"),
+        ("DeepSeek-V3", "fp8_per_tensor", 576, 36864, 61, "50.0"),
+        ("DeepSeek-V3", "nvfp4_ds_mla", 352, 22528, 61, "30.6"),
+        ("GLM-5.2 / 5.3", "indexer_fp8", 132, 8448, 21, "3.1"),
+    ],
+)
+def test_cache_prints_the_bytes_of_a_layout(
+    model: str,
+    layout: str,
+    per_token: int,
+    page_of_64: int,
+    layers: int,
+    share: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("--tokens", "100", "--page-size", "64", "--batch", "2", "--layout", layout)
+    code, out, _ = run(capsys, "cache", model, *arguments)
+    assert code == 0
+    header, first, second = (line.split() for line in out.splitlines()[1:4])
+    assert header[-2:] == [layout, "is"]
+    assert first[0] == layout
+    assert first[2:] == [str(per_token), str(layers * per_token), str(4 * layers * page_of_64)]
+    assert second[0] == "MLA"
+    assert second[-2:] == [share, "%"]
 
 
 def test_models_are_listed_with_what_is_unverified(capsys: pytest.CaptureFixture[str]) -> None:

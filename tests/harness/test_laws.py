@@ -29,7 +29,8 @@ def test_shipped_subjects_conform(subject: TorchExplicit, name: str) -> None:
         assert not subject.supports.lse
         return
     assert record.verdict == "pass", record.text()
-    assert record.cases >= 0.9 * FEW.examples
+    fixed = isinstance(LAWS[name].cases(subject.supports, Profile.default("float32")), list)
+    assert fixed or record.cases >= 0.9 * FEW.examples
 
 
 class Bad(TorchAbsorbed):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mla_spec.harness.cli import main
+from mla_spec.harness.decode_cases import DecodeCase
 from mla_spec.harness.soundness import HonestCase, Ratios, draw_case, exit_code, judge_case, report, run_soundness
 from mla_spec.reference.profile import Profile
 from mla_spec.reference.profile_presets import PRESETS
@@ -46,7 +47,8 @@ def test_kernel_whose_scores_overflow_is_outside_by_any_bound() -> None:
     """A score beyond the range of float16 is no number, and so is the result."""
     profile = Profile.default("float32", score_format="float16")
     case = lying(5, profile, {"exp2": False})
-    overflow = replace(case, inputs=replace(case.inputs, logit_std=1e7))
+    inputs = DecodeCase(dtype="float32", seqlens=(8,), num_heads=4, kv_lora_rank=4, logit_std=1e7)
+    overflow = replace(case, inputs=inputs)
     judged = judge_case(overflow)
     assert judged.out.outside > 0
     assert judged.out.worst == np.inf

@@ -26,6 +26,7 @@ from mla_spec.reference.mla import (
     rms_norm,
     weight_shapes,
 )
+from mla_spec.reference.product import accurate_product
 from mla_spec.reference.profile import Profile
 from mla_spec.reference.rope import rope_frequencies
 from mla_spec.reference.typing import Array
@@ -327,7 +328,7 @@ def test_cache_rows_are_normalised_latents_and_rotated_keys() -> None:
     _, cache = layer(hidden, np.arange(4), weights, config)
     np.testing.assert_array_equal(cache.latent, latent)
     np.testing.assert_array_equal(cache.k_pe, k_pe)
-    down = hidden @ weights["kv_a_proj_with_mqa"].T
+    down = accurate_product(hidden, weights["kv_a_proj_with_mqa"].T)
     np.testing.assert_array_equal(k_pe[0], down[0, 12:])  # position 0 rotates by nothing
     unit = latent / weights["kv_a_layernorm"]
     ms = np.mean(down[:, :12] ** 2, axis=-1)

@@ -1,0 +1,135 @@
+"""Layers of the PyTorch subjects: projections, norms, and the layer with its latent cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mla_spec.adapters.pytorch_steps import TorchAttention, TorchRope, wide
+from mla_spec.reference.config import Llama4Scaling, MLAConfig
+
+
+class TorchLayerSteps(TorchRope, TorchAttention):
+    """The steps of a layer, in the explicit form."""
+
+    def absorb(self, kv_b_proj: Tensor, *, config: MLAConfig) -> tuple[Tensor, Tensor]:
+        """(w_uk [h, n, c], w_uv [h, v, c])."""
+        per_head = kv_b_proj.view(config.num_heads, -1, config.kv_lora_rank)  # [h, n+v, c]
+        w_uk, w_uv = per_head.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        return w_uk, w_uv
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
+        return TorchLayer(self, weights, config)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """X Wᵀ, rounded to the dtype of x."""
+        dtype = wide(x.dtype)
+        return (x.to(dtype) @ weight.to(dtype).transpose(-1, -2)).to(x.dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y = x.to(wide(x.dtype))
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)
+        return (y * weight.to(y.dtype)).to(x.dtype)
+
+    def scaled(self, x: Tensor, factor: Tensor | float) -> Tensor:
+        return (x.to(wide(x.dtype)) * factor).to(x.dtype)
+
+    def softmax_scale(self, config: MLAConfig) -> float:
+        return config.scale
+
+    def layer_rope(self, x: Tensor, positions: Tensor, config: MLAConfig) -> Tensor:
+        return x if config.rope is None else self.rope(x, positions, rope=config.rope)
+
+    def project_output(self, out: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
+        """[b, s, e] of out [b, s, h, v]."""
+        return self.linear(out.flatten(-2), weights["o_proj"])
+
+    def project_query(
+        self, hidden: Tensor, positions: Tensor, weights: Mapping[str, Tensor], config: MLAConfig
+    ) -> tuple[Tensor, Tensor]:
+        """(q_nope [b, s, h, n], q_pe [b, s, h, r])."""
+        if config.q_lora_rank is None:
+            q = self.linear(hidden, weights["q_proj"])
+        else:
+            c_q = self.linear(hidden, weights["q_a_proj"])
+            c_q = self.rms_norm(c_q, weights["q_a_layernorm"], config.latent_norm_eps)
+            q = self.scaled(self.linear(c_q, weights["q_b_proj"]), config.q_lora_scale)
+        q = q.unflatten(-1, (config.num_heads, config.qk_head_dim))
+        q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_pe = self.layer_rope(q_pe, positions, config)
+        if config.llama_4_scaling is None:
+            return q_nope, q_pe
+        factor = self.temperature(positions, config.llama_4_scaling, wide(q.dtype))
+        return self.scaled(q_nope, factor), self.scaled(q_pe, factor)
+
+    def temperature(self, positions: Tensor, scaling: Llama4Scaling, dtype: torch.dtype) -> Tensor:
+        """The factor of the queries, [b, s, 1, 1] for positions [b, s]."""
+        periods = (positions // scaling.original_max_position_embeddings).to(dtype)
+        return (1 + scaling.beta * torch.log1p(periods))[..., None, None]
+
+    def project_latent(
+        self, hidden: Tensor, positions: Tensor, weights: Mapping[str, Tensor], config: MLAConfig
+    ) -> tuple[Tensor, Tensor]:
+        """What is cached: (latent [b, s, c], k_pe [b, s, r])."""
+        both = self.linear(hidden, weights["kv_a_proj_with_mqa"])
+        latent, k_pe = both.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        latent = self.rms_norm(latent, weights["kv_a_layernorm"], config.latent_norm_eps)
+        latent = self.scaled(latent, config.kv_lora_scale)
+        return latent, self.layer_rope(k_pe, positions, config)
+
+    def attend_latent(
+        self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float
+    ) -> Tensor:
+        """Attention of the last s tokens to all t cached rows; [b, s, h, v]. The explicit form."""
+        k_nope = self.linear(latent[:, None], w_uk)  # [b, h, t, n]
+        value = self.linear(latent[:, None], w_uv)  # [b, h, t, v]
+        shared = k_pe[:, None].expand(-1, k_nope.shape[1], -1, -1)  # [b, h, t, r]
+        q = torch.cat([q_nope, q_pe], dim=-1).transpose(1, 2)  # [b, h, s, n+r]
+        k = torch.cat([k_nope, shared], dim=-1)
+        out, _ = self.attend(q, k, value, self.layer_visible(q, k), scale)
+        return out.transpose(1, 2)
+
+    def layer_visible(self, q: Tensor, k: Tensor) -> Tensor:
+        """[b, 1, s, t]: causal, bottom-right, for a batch of equal lengths."""
+        t = k.shape[-2]
+        return self.visible(q.shape[-2], t, torch.full((q.shape[0],), t, device=q.device), causal=True)
+
+
+class TorchLayer:
+    """One layer of a PyTorch subject, with its latent cache."""
+
+    def __init__(self, subject: TorchLayerSteps, weights: Mapping[str, Tensor], config: MLAConfig) -> None:
+        self.subject = subject
+        self.weights = weights
+        self.config = config
+        self.w_uk, self.w_uv = subject.absorb(weights["kv_b_proj"], config=config)
+        self.reset()
+
+    def reset(self) -> None:
+        self.cache: tuple[Tensor, Tensor] | None = None
+
+    def prefill(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return self.forward(hidden, positions)
+
+    def decode(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return self.forward(hidden, positions)
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        q_nope, q_pe = self.subject.project_query(hidden, positions, self.weights, self.config)
+        self.append(*self.subject.project_latent(hidden, positions, self.weights, self.config))
+        assert self.cache is not None
+        out = self.subject.attend_latent(
+            q_nope, q_pe, *self.cache, self.w_uk, self.w_uv, self.subject.softmax_scale(self.config)
+        )
+        return self.subject.project_output(out, self.weights, self.config)
+
+    def append(self, latent: Tensor, k_pe: Tensor) -> None:
+        if self.cache is not None:
+            latent = torch.cat([self.cache[0], latent], dim=1)
+            k_pe = torch.cat([self.cache[1], k_pe], dim=1)
+        self.cache = latent, k_pe
+
+    def cache_bytes(self) -> int:
+        return 0 if self.cache is None else sum(x.numel() * x.element_size() for x in self.cache)

@@ -1,0 +1,135 @@
+"""The steps of the PyTorch subjects below the layer: rotary embedding, attention, merging, the paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mla_spec.reference.config import RopeConfig
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which to compute on ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class TorchRope:
+    """Rotary embedding."""
+
+    def rope(self, x: Tensor, positions: Tensor, *, rope: RopeConfig) -> Tensor:
+        """Rotate x = positions.shape + (r,) or positions.shape + (h, r)."""
+        cos, sin = self.cos_sin(positions, rope, wide(x.dtype))  # [..., r/2]
+        if x.ndim == positions.ndim + 2:
+            cos, sin = cos[..., None, :], sin[..., None, :]  # [..., 1, r/2]
+        return self.rotate(x.to(cos.dtype), cos, sin, rope.interleaved).to(x.dtype)
+
+    def frequencies(self, rope: RopeConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Angle per position of each pair, [r/2]."""
+        pair = torch.arange(rope.dim // 2, device=device, dtype=dtype)
+        extrapolated = 1.0 / rope.theta ** (2 * pair / rope.dim)
+        if rope.frequency_divisors is not None:
+            return extrapolated / torch.tensor(rope.frequency_divisors, device=device, dtype=dtype)
+        yarn = rope.active_yarn
+        if yarn is None:
+            return extrapolated
+        low, high = rope.yarn_correction_range()
+        if low == high:
+            assert yarn.ramp_guard is not None
+            high += yarn.ramp_guard
+        ramp = ((pair - low) / (high - low)).clamp(0, 1)
+        return extrapolated / yarn.factor * ramp + extrapolated * (1 - ramp)
+
+    def angles(self, positions: Tensor, rope: RopeConfig, dtype: torch.dtype) -> Tensor:
+        """[..., r/2] for positions [...]."""
+        return positions[..., None].to(dtype) * self.frequencies(rope, positions.device, dtype)
+
+    def cos_sin(self, positions: Tensor, rope: RopeConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cos and sin with their factor, each [..., r/2]."""
+        angles = self.angles(positions, rope, dtype)
+        factor = self.cos_sin_factor(rope)
+        return angles.cos() * factor, angles.sin() * factor
+
+    def cos_sin_factor(self, rope: RopeConfig) -> float:
+        return rope.cos_sin_factor
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        """Rotate the pairs of x [..., r]."""
+        if interleaved:
+            first, second = x[..., 0::2], x[..., 1::2]
+            pairs = [first * cos - second * sin, first * sin + second * cos]
+            return torch.stack(pairs, dim=-1).flatten(-2)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class TorchAttention:
+    """Attention of one dense batch, and the merge of parts."""
+
+    def visible(self, s: int, t: int, seqlens: Tensor, causal: bool) -> Tensor:
+        """Which of t keys each of s queries sees, bottom-right aligned; [b, 1, s, t]."""
+        key = torch.arange(t, device=seqlens.device)
+        last = seqlens[:, None] - 1  # [b, 1]
+        if causal:
+            last = last - s + 1 + torch.arange(s, device=seqlens.device)  # [b, s]
+        return (key <= last[..., None])[:, None].expand(-1, -1, s, -1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+        """softmax(scale · q kᵀ) v with its LSE; q [b, h, s, d], k and v [b, h or 1, t, ·], visible [b, 1, s, t]."""
+        scores = self.scores(q, k, softmax_scale)  # [b, h, s, t]
+        p, lse = self.softmax(self.masked(scores, visible))
+        return self.weighted_values(p, v).to(q.dtype), lse
+
+    def scores(self, q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
+        dtype = wide(q.dtype)
+        return q.to(dtype) @ k.to(dtype).transpose(-1, -2) * softmax_scale
+
+    def masked(self, scores: Tensor, visible: Tensor) -> Tensor:
+        return scores.masked_fill(~visible, -torch.inf)
+
+    def softmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights, LSE); weights are 0 and the LSE -inf in a row that sees nothing."""
+        if scores.shape[-1] == 0:
+            return scores, scores.new_full(scores.shape[:-1], -torch.inf)
+        m = scores.amax(dim=-1, keepdim=True)
+        m = m.masked_fill(m == -torch.inf, 0.0)
+        weights = torch.exp(scores - m)
+        total = weights.sum(dim=-1, keepdim=True)
+        lse = (m + total.log()).squeeze(-1)
+        return weights / total.masked_fill(total == 0, 1.0), lse
+
+    def weighted_values(self, p: Tensor, v: Tensor) -> Tensor:
+        return p @ v.to(p.dtype)
+
+    def merge(self, outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+        """Parts outs [parts, (b,) s, h, v] and lses [parts, (b,) h, s] of one attention, joined."""
+        shares, lse = self.shares(lses)
+        return self.weighted_parts(shares.transpose(-1, -2)[..., None], outs), lse
+
+    def shares(self, lses: Tensor) -> tuple[Tensor, Tensor]:
+        """(exp(lses - lse) [parts, (b,) h, s], lse [(b,) h, s]): a softmax over the parts."""
+        shares, lse = self.softmax(lses.movedim(0, -1))
+        return shares.movedim(-1, 0), lse
+
+    def weighted_parts(self, shares: Tensor, outs: Tensor) -> Tensor:
+        """[(b,) s, h, v] of shares [parts, (b,) s, h, 1]."""
+        return (shares * outs.to(shares.dtype)).sum(dim=0).to(outs.dtype)
+
+
+class TorchCache:
+    """Reading and writing a paged latent cache [pages, page_size, 1, c+r]."""
+
+    def gather(self, kv_cache: Tensor, table: Tensor, length: int) -> Tensor:
+        """Rows 0 .. length - 1 of one sequence, [length, c+r]."""
+        page_size = kv_cache.shape[1]
+        token = torch.arange(length, device=kv_cache.device)
+        return kv_cache[table[token // page_size].long(), token % page_size, 0]
+
+    def write_cache(self, latent: Tensor, k_pe: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        """Store rows [latent | k_pe] in their slots of the pool; slot -1 stores nothing."""
+        kept = slot_mapping >= 0
+        self.store(torch.cat([latent, k_pe], dim=-1)[kept], kv_cache, slot_mapping[kept])
+
+    def store(self, rows: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+        """Rows [n, c+r] into slots [n] ≥ 0."""
+        page_size = kv_cache.shape[1]
+        kv_cache[slots // page_size, slots % page_size, 0] = rows

@@ -1,0 +1,60 @@
+"""What every case is: plain data with an id that carries all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, get_type_hints
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Base of all cases. ``kind`` begins the id."""
+
+    kind: ClassVar[str]
+    dtype: str
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        """kind:field=value,...; tuples are joined by "+"."""
+        return f"{self.kind}:" + ",".join(f"{f.name}={_write(getattr(self, f.name))}" for f in fields(self))
+
+    def generator(self) -> np.random.Generator:
+        """The generator of the case's values."""
+        return np.random.default_rng([self.seed, sum(self.kind.encode())])
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(str(v) for v in value)
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _read(text: str, hint: Any) -> Any:
+    if hint is bool:
+        return {"true": True, "false": False}[text]
+    if hint == int | None:
+        return None if text == "none" else int(text)
+    if hint == tuple[int, ...]:
+        return tuple(int(part) for part in text.split("+") if part)
+    return hint(text)
+
+
+def read_case(cls: type[Case], text: str) -> Case:
+    """The case of this class with the id ``text``; ValueError names the part that cannot be read."""
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for part in text.partition(":")[2].split(","):
+        name, _, value = part.partition("=")
+        if name not in hints or name == "kind":
+            raise ValueError(f"case {text!r}: a {cls.kind} case has no field {name!r}")
+        try:
+            values[name] = _read(value, hints[name])
+        except (ValueError, KeyError):
+            raise ValueError(f"case {text!r}: {name} cannot be {value!r}") from None
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"case {text!r}: {error}") from None

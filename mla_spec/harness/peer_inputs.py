@@ -1,0 +1,157 @@
+"""The inputs of a peer's test, and what a subject returns for them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mla_spec.harness.cases import DecodeInputs, PrefillInputs, QuantisedDecodeCase
+from mla_spec.harness.driver import Driver
+from mla_spec.harness.peers import Peer
+from mla_spec.harness.quantised_cases import QuantisedDecodeInputs
+from mla_spec.harness.quantised_driver import QuantisedDriver
+from mla_spec.harness.sparse_cases import SparseInputs
+from mla_spec.harness.sparse_driver import SparseDriver
+from mla_spec.harness.subjects import resolve_subject
+from mla_spec.reference.cache import gather_rows
+from mla_spec.reference.cache_layout import layout_of, pack
+from mla_spec.reference.formats import round_to
+from mla_spec.reference.quantised_cache import dequantised_cache, quantise
+from mla_spec.reference.typing import Array
+
+HEADS, LATENT, ROPE = 16, 512, 64
+FORMAT = "fp8_per_tensor"
+
+Returned = tuple[Array, Array | None]
+
+
+@dataclass(frozen=True)
+class PeerCall:
+    """One call of a peer's test, with its reference.
+
+    Attributes:
+        inputs: of the operation.
+        want: out and LSE of a correct subject in float32, from the same inputs.
+        coarse: out with every step rounded to the dtype.
+    """
+
+    peer: Peer
+    inputs: Any
+    want: Returned
+    coarse: Array
+
+    def run(self, subject: Any) -> Returned:
+        """What the subject returns; Violation or SubjectCrashed where that is nothing to compare."""
+        return run(self.peer, self.inputs, subject, self.peer.dtype)
+
+
+@functools.cache
+def peer_call(peer: Peer, seed: int) -> PeerCall:
+    """The call of a seed: seeds 1, 3, ... have two queries per sequence."""
+    rng = np.random.default_rng([seed, 5])
+    make = {"sparse_prefill": _sparse_inputs, "prefill": _prefill_inputs}.get(peer.operation)
+    inputs: Any = make(peer, rng) if make else _decode_inputs(peer, rng, 1 + seed % 2)
+    want = _reference(peer, inputs)
+    return PeerCall(peer, inputs, want, _low_precision(inputs, peer.dtype) if _is_decode(inputs) else want[0])
+
+
+def run(peer: Peer, inputs: Any, subject: Any, dtype: str) -> Returned:
+    """Out and LSE, in float64, of the operation on tensors of ``dtype``."""
+    driver = Driver(subject, dtype)
+    if isinstance(inputs, QuantisedDecodeInputs):
+        case = QuantisedDecodeCase(dtype=dtype, seed=0, format=FORMAT, page_size=peer.page_size)
+        out, lse = QuantisedDriver(driver, case, 1.0).decode(inputs)
+    elif isinstance(inputs, SparseInputs):
+        result = SparseDriver(driver, "sparse_prefill").call(inputs)
+        out, lse = result.out, result.lse
+    elif isinstance(inputs, PrefillInputs):
+        out, lse = driver.prefill(inputs)
+    else:
+        out, lse = driver.decode(inputs)
+    return out.value, None if lse is None else lse.value
+
+
+def pages_of_one_token(inputs: DecodeInputs) -> DecodeInputs:
+    """The same cache with pages of one token."""
+    size = inputs.kv_cache.shape[1]
+    table = inputs.block_table[:, :, None] * size + np.arange(size)
+    return replace(
+        inputs,
+        kv_cache=inputs.kv_cache.reshape(-1, 1, 1, inputs.kv_cache.shape[-1]),
+        block_table=table.reshape(len(table), -1).astype(np.int32),
+    )
+
+
+def _reference(peer: Peer, inputs: Any) -> Returned:
+    exact = inputs.exact if isinstance(inputs, QuantisedDecodeInputs) else inputs
+    return run(peer, exact, resolve_subject("torch-explicit"), "float32")
+
+
+def _is_decode(inputs: Any) -> bool:
+    return isinstance(inputs, DecodeInputs)
+
+
+def _decode_inputs(peer: Peer, rng: np.random.Generator, s: int) -> DecodeInputs | QuantisedDecodeInputs:
+    pages = [-(-length // peer.page_size) for length in peer.lengths]
+    order = rng.permutation(sum(pages)) if peer.shuffled else np.arange(sum(pages))
+    table = np.zeros((len(pages), max(pages)), dtype=np.int32)
+    for row, count, first in zip(table, pages, np.cumsum([0, *pages[:-1]]), strict=True):
+        row[:count] = order[first : first + count]
+    cache = round_to(peer.values(rng, (sum(pages), peer.page_size, 1, LATENT + ROPE)), peer.dtype)
+    q = round_to(peer.values(rng, (len(pages), s, HEADS, LATENT + ROPE)), peer.dtype)
+    inputs = DecodeInputs(
+        q=q,
+        kv_cache=cache,
+        block_table=table,
+        cache_seqlens=np.array(peer.lengths, dtype=np.int32),
+        head_dim_v=LATENT,
+        softmax_scale=peer.softmax_scale,
+        causal=True,
+    )
+    if peer.operation == "decode_quantized":
+        return _quantised(inputs, peer.page_size)
+    for row, count, length in zip(table, pages, peer.lengths, strict=True):
+        cache[row[count - 1], length - (count - 1) * peer.page_size :] = peer.unused
+    return inputs
+
+
+def _quantised(inputs: DecodeInputs, page_size: int) -> QuantisedDecodeInputs:
+    layout = layout_of(FORMAT)
+    pages = pack(quantise(inputs.kv_cache.reshape(-1, layout.width), layout, tensor_scale=1.0), layout, page_size)
+    return QuantisedDecodeInputs(pages, 1.0, replace(inputs, kv_cache=dequantised_cache(pages, layout, page_size)))
+
+
+def _sparse_inputs(peer: Peer, rng: np.random.Generator) -> SparseInputs:
+    s, s_kv, top_k = 16, peer.lengths[0], 128
+    indices = np.stack([rng.permutation(s_kv)[:top_k] for _ in range(s)])
+    indices[rng.random(indices.shape) < 0.1] = -1
+    return SparseInputs(
+        q=round_to(peer.values(rng, (s, HEADS, LATENT + ROPE)), peer.dtype),
+        kv=round_to(peer.values(rng, (s_kv, 1, LATENT + ROPE)), peer.dtype),
+        indices=indices[:, None].astype(np.int32),
+        head_dim_v=LATENT,
+        softmax_scale=peer.softmax_scale,
+        attn_sink=None,
+        topk_length=None,
+    )
+
+
+def _prefill_inputs(peer: Peer, rng: np.random.Generator) -> PrefillInputs:
+    offsets = np.cumsum([0, *peer.lengths]).astype(np.int32)
+    q, k, v = (round_to(peer.values(rng, (int(offsets[-1]), HEADS, width)), peer.dtype) for width in (192, 192, 128))
+    return PrefillInputs(q, k, v, offsets, offsets, peer.softmax_scale, True)
+
+
+def _low_precision(inputs: DecodeInputs, dtype: str) -> Array:
+    """Decode with scores, weights and output each rounded to ``dtype``, [b, s, h, c]."""
+    rows = np.nan_to_num(gather_rows(inputs.kv_cache, inputs.block_table, inputs.cache_seqlens))  # [b, t, c+r]
+    s, t = inputs.q.shape[1], rows.shape[1]
+    last = inputs.cache_seqlens[:, None] - s + np.arange(s)  # [b, s]
+    scores = round_to(np.einsum("bshd,btd->bsht", inputs.q, rows) * inputs.softmax_scale, dtype)
+    scores = np.where((np.arange(t) <= last[..., None])[:, :, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = round_to(weights / weights.sum(axis=-1, keepdims=True), dtype)
+    return round_to(np.einsum("bsht,btc->bshc", weights, rows[..., : inputs.head_dim_v]), dtype)

@@ -1,0 +1,159 @@
+"""What the peers' inputs and criteria let pass, of the planted bugs: emulated, next to what this suite kills."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
+
+from mla_spec.harness.contract import offers, supports_of
+from mla_spec.harness.peer_inputs import PeerCall, pages_of_one_token, peer_call, run
+from mla_spec.harness.peers import PEERS, Peer
+from mla_spec.harness.reach import operations_that_differ
+from mla_spec.harness.selftest import Matrix, planted_bugs
+from mla_spec.harness.subjects import resolve_subject
+from mla_spec.harness.verdict import SubjectCrashed, Violation
+
+SEEDS = (0, 1, 2)
+CORRECT = ("torch-explicit", "torch-absorbed", "torch-sdpa")
+"""Subjects that every peer ought to accept."""
+
+DISCLAIMER = (
+    "This emulates the inputs and pass criteria that these projects publish, on a CPU, with small batches; it does not run "
+    "their tests."
+)
+
+
+def accepted(peer: Peer, subject: Any) -> bool:
+    """Whether the subject passes on every seed. One that raises, or returns nothing to compare, does not."""
+    try:
+        return all(_accepts(peer_call(peer, seed), subject) for seed in SEEDS)
+    except (Violation, SubjectCrashed):
+        return False
+
+
+def _accepts(call: PeerCall, subject: Any) -> bool:
+    peer = call.peer
+    out, lse = call.run(subject)
+    want, want_lse = call.want
+    if peer.against_itself:
+        want, want_lse = run(peer, pages_of_one_token(call.inputs), subject, peer.dtype)
+    if not peer.out.accepts(out, want, call.coarse):
+        return False
+    if peer.lse is None or lse is None or want_lse is None:
+        return True
+    return peer.lse.accepts(lse, want_lse, want_lse)
+
+
+def can_see(peer: Peer, bug: Any) -> bool:
+    """Whether the bug is in an operation that the peer's test calls, with a dtype that it uses."""
+    if peer.operation not in operations_that_differ(bug.make):
+        return False
+    subject = bug.make()
+    return offers(subject, peer.operation) and peer.dtype in supports_of(subject).dtypes
+
+
+def judge_bug(bug_id: str) -> dict[str, bool]:
+    """By the name of each peer that can see the bug, whether it accepts it."""
+    (bug,) = planted_bugs([bug_id])
+    return {peer.name: accepted(peer, bug.make()) for peer in PEERS if can_see(peer, bug)}
+
+
+def rejected_correct() -> dict[str, list[str]]:
+    """By peer, the correct subjects that the emulation rejects; it should reject none."""
+    rejected = {}
+    for peer in PEERS:
+        names = [name for name in CORRECT if not accepted(peer, resolve_subject(name))]
+        if names:
+            rejected[peer.name] = names
+    return rejected
+
+
+@dataclass(frozen=True)
+class PeerResults:
+    """By bug and peer, whether the peer accepts the bug; and what this suite said of the same bugs."""
+
+    accepted: dict[str, dict[str, bool]]
+    ours: Matrix
+    rejected_correct: dict[str, list[str]] = field(default_factory=dict)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Per peer: its name, operation, inputs, criterion, the bugs it can see, those it kills, and those this suite does."""
+        killed = {result.bug for result in self.ours.killed}
+        rows = []
+        for peer in PEERS:
+            seen = [bug for bug, verdicts in self.accepted.items() if peer.name in verdicts]
+            theirs = sum(not self.accepted[bug][peer.name] for bug in seen)
+            criterion = str(peer.out) + (f"; LSE: {peer.lse}" if peer.lse is not None else "")
+            counts = (str(len(seen)), str(theirs), str(len(killed.intersection(seen))))
+            rows.append((peer.name, peer.operation, peer.inputs, criterion, *counts))
+        seen = [bug for bug, verdicts in self.accepted.items() if verdicts]
+        theirs = sum(not all(self.accepted[bug].values()) for bug in seen)
+        counts = (str(len(seen)), str(theirs), str(len(killed.intersection(seen))))
+        return [*rows, ("all of them together", "", "", "", *counts)]
+
+    @property
+    def missed_by_all(self) -> list[str]:
+        """Bugs that some peer can see and all of those accept."""
+        return [bug for bug, verdicts in self.accepted.items() if verdicts and all(verdicts.values())]
+
+    def as_dict(self) -> dict[str, Any]:
+        sources = {
+            peer.name: {"source": peer.source, "inputs": peer.inputs, "passes_when": str(peer.out)} for peer in PEERS
+        }
+        return {
+            "note": DISCLAIMER,
+            "peers": sources,
+            "accepted": self.accepted,
+            "missed_by_all": self.missed_by_all,
+            "rejected_correct_subjects": self.rejected_correct,
+        }
+
+
+HEADER = ("peer", "operation", "inputs", "passes when", "bugs it can see", "it kills", "this suite kills")
+
+
+def markdown(results: PeerResults) -> str:
+    """The side-by-side table, with links to the sources."""
+    sources = {peer.name: peer.source for peer in PEERS}
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    for name, *cells in results.rows():
+        linked = f"[{name}]({sources[name]})" if name in sources else name
+        lines.append("| " + " | ".join([linked, *(cell.replace("|", "\\|") for cell in cells)]) + " |")
+    missed = ", ".join(results.missed_by_all) or "none"
+    return "\n".join([DISCLAIMER, "", *lines, "", f"Accepted by every peer that can see them: {missed}."])
+
+
+def run_peers(
+    bugs: Iterable[Any], ours: Matrix, *, jobs: int = 1, progress: Callable[[str], None] = lambda bug: None
+) -> PeerResults:
+    """Evaluate the bugs under every peer's inputs and criterion, in processes of their own."""
+    ids = [bug.id for bug in bugs]
+    verdicts: dict[str, dict[str, bool]] = {}
+    try:
+        with _pool(jobs) as pool:
+            for bug_id, verdict in zip(ids, pool.map(judge_bug, ids), strict=True):
+                verdicts[bug_id] = verdict
+                progress(bug_id)
+    except BrokenProcessPool:
+        for bug_id in ids[len(verdicts) :]:
+            verdicts[bug_id] = _alone(bug_id)
+            progress(bug_id)
+    return PeerResults(verdicts, ours, rejected_correct())
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _alone(bug_id: str) -> dict[str, bool]:
+    """A bug's verdicts; one that ends its process is accepted by no peer that can see it."""
+    try:
+        with _pool(1) as pool:
+            return pool.submit(judge_bug, bug_id).result()
+    except BrokenProcessPool:
+        (bug,) = planted_bugs([bug_id])
+        return {peer.name: False for peer in PEERS if can_see(peer, bug)}

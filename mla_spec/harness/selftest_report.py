@@ -1,0 +1,76 @@
+"""Prints the results of ``mla-spec selftest`` as text and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mla_spec.harness.files import write_atomically
+from mla_spec.harness.report import format_table
+from mla_spec.harness.selftest import BugResult, Matrix
+
+BEGIN, END = "<!-- mla-spec selftest: begin -->", "<!-- mla-spec selftest: end -->"
+"""Between these lines of an existing Markdown file its table stands."""
+
+HEADER = ("bug", "law", "verdict", "cases", "seconds", "case")
+
+
+def report(matrix: Matrix) -> str:
+    """One row per kill, then what the matrix as a whole says."""
+    rows = [row for result in matrix.results for row in _rows(result)]
+    return f"{format_table([HEADER, *rows])}\n\n{summary(matrix)}"
+
+
+def summary(matrix: Matrix) -> str:
+    """Score, survivors, and of a complete matrix the laws that killed nothing and the sole killers."""
+    lines = [matrix.score, f"surviving: {_names(result.bug for result in matrix.survivors)}"]
+    if matrix.complete:
+        lines.append(f"laws that killed nothing: {_names(matrix.idle_laws)}")
+        sole = (f"{law} ({', '.join(bugs)})" for law, bugs in matrix.sole_killers.items())
+        lines.append(f"sole killers: {_names(sole)}")
+    else:
+        lines.append("Only the first law that kills each bug ran; without --quick all do.")
+    return "\n".join(lines)
+
+
+def _rows(result: BugResult) -> list[tuple[str, ...]]:
+    if result.survives:
+        return [(result.bug, f"{len(result.records)} laws", "survives", "", "", "")]
+    return [
+        (result.bug, record.law, record.verdict, str(record.cases), f"{record.seconds:.1f}", record.case)
+        for record in result.kills
+    ]
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def markdown(matrix: Matrix, tables: Sequence[str] = ()) -> str:
+    """The score and a table with one row per bug, then other tables."""
+    header = "| bug | symptom | killed by | others | cases | seconds |\n|---|---|---|---|---|---|"
+    rows = [
+        f"| {result.bug} | {result.symptom} | {_first(result)} | {max(0, len(result.kills) - 1)} | "
+        f"{result.cases_to_kill} | {result.seconds_to_kill:.1f} |"
+        for result in matrix.results
+    ]
+    paragraphs = summary(matrix).split("\n")
+    return "\n\n".join([*paragraphs, "\n".join([header, *rows]), *tables])
+
+
+def _first(result: BugResult) -> str:
+    return "**survives**" if result.survives else f"`{result.kills[0].law}`"
+
+
+def write_markdown(path: str, text: str) -> None:
+    """Replace what stands between the two marks of the file; a file without them, or none, becomes the text alone.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file = Path(path)
+    content = file.read_text(encoding="utf-8") if file.exists() else ""
+    if BEGIN in content and END in content:
+        before, rest = content.split(BEGIN, 1)
+        text = f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}"
+    write_atomically(file, text if text.endswith("\n") else text + "\n")

@@ -1,0 +1,44 @@
+"""Parts of one attention, as a subject computed and merges them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mla_spec.harness.cases import MergeInputs
+from mla_spec.harness.driver import Result
+from mla_spec.harness.laws import Run
+from mla_spec.properties.expected import declared_lse
+from mla_spec.reference.bounds import BoundedAttention
+from mla_spec.reference.formats import format_of
+from mla_spec.reference.merge_bound import BoundedMerge, merge_with_bound
+from mla_spec.reference.typing import Array
+
+Expected = BoundedMerge | BoundedAttention
+
+
+def judge_merge(run: Run, got: tuple[Result, Result], want: Expected, *, gate: bool = True) -> None:
+    """Judge out and LSE of a merge against the exact result."""
+    run.within(got[0], want.out, want.out_error, gate=gate)
+    run.within(got[1], declared_lse(want.lse, run.supports), want.lse_error, gate=False)
+
+
+def judge_merged_results(run: Run, got: Sequence[tuple[Result, Result]], want: Sequence[Expected]) -> None:
+    """Have the subject merge what it returned for some parts, and judge that against the merge of their exact values."""
+    whole = merge_with_bound(
+        np.stack([part.out for part in want]),
+        np.stack([part.lse for part in want]),
+        run.profile,
+        out_errors=np.stack([part.out_error.total for part in want]),
+        lse_errors=np.stack([part.lse_error.total + _conversion_error(run, part.lse) for part in want]),
+    )
+    outs, lses = (np.stack([part[i].value for part in got]) for i in (0, 1))
+    lses = np.where(np.isposinf(lses), -np.inf, lses) if run.supports.empty_row == "zero/+inf" else lses
+    judge_merge(run, run.driver.merge(MergeInputs(outs=outs, lses=lses)), whole)
+
+
+def _conversion_error(run: Run, lse: Array) -> Array:
+    """What an LSE that was returned in float64 loses when it is passed on in float32."""
+    u = format_of("float64" if run.driver.dtype == "float64" else "float32").unit_roundoff
+    return np.where(np.isneginf(lse), 0.0, 2 * u * np.abs(lse))

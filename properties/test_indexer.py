@@ -1,0 +1,217 @@
+"""Laws of the operation ``indexer``: logits of the lightning indexer, and which keys they select."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mla_spec.harness.cases import IndexerCase
+from mla_spec.harness.contract import Supports
+from mla_spec.harness.driver import Result
+from mla_spec.harness.laws import Run, law
+from mla_spec.harness.sparse_cases import IndexerInputs
+from mla_spec.harness.sparse_driver import IndexerDriver
+from mla_spec.harness.verdict import Violation
+from mla_spec.properties.memory import require_unmodified
+from mla_spec.properties.sparse_strategies import indexer_cases
+from mla_spec.properties.strategies import narrowed
+from mla_spec.properties.views import INDEXER_VIEWS
+from mla_spec.reference.config import RopeConfig
+from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.reference.profile import Profile
+from mla_spec.reference.rope_bound import rope_with_bound
+from mla_spec.reference.sparse import select_top_k
+from mla_spec.reference.sparse_bound import indexer_with_bound, selection_shortfall
+from mla_spec.reference.typing import Array, BoolArray, IntArray
+
+INDEXER = ("indexer",)
+THETA = 10000.0
+
+
+def _needs_logits(supports: Supports) -> str:
+    return "" if supports.indexer_logits else "indexer returns no logits"
+
+
+def _needs_tie_rule(supports: Supports) -> str:
+    return "" if supports.indexer_ties == "smaller index" else "any of equal logits may be selected"
+
+
+def _needs_rope_dims(supports: Supports) -> str:
+    dims = supports.indexer_dims
+    wide = dims is None or any(d > 1 for _, d in dims)
+    return _needs_logits(supports) or ("" if wide else "indexer has no rope dims")
+
+
+def _visible(inputs: IndexerInputs) -> BoolArray:
+    """Which keys each query sees, [tokens, key tokens]."""
+    key = np.arange(len(inputs.k))
+    return (key >= inputs.first_key[:, None]) & (key < inputs.end_key[:, None])
+
+
+def _expected(inputs: IndexerInputs, profile: Profile) -> tuple[Array, ErrorBound]:
+    """Exact logits of all pairs of queries and keys, and their bound; [tokens, key tokens]."""
+    return indexer_with_bound(inputs.q, inputs.k, inputs.weights, profile)
+
+
+def _judge_logits(run: Run, got: Result | None, want: Array, bound: ErrorBound, visible: BoolArray) -> None:
+    """Judge the logits of visible keys."""
+    if got is not None:
+        shown = Result(np.where(visible, got.value, want), got.bits, got.what)
+        run.within(shown, want, bound, gate=False)
+
+
+def _judge_selection(run: Run, indices: IntArray, inputs: IndexerInputs, logits: Array, error: Array) -> BoolArray:
+    """Raise Violation unless each row names, once, keys that may be the largest; which ones, [tokens, key tokens]."""
+    visible = _visible(inputs)
+    count = np.minimum(visible.sum(axis=-1), inputs.top_k)
+    named = np.zeros_like(visible)
+    for i, row in enumerate(indices):
+        chosen = row[: count[i]]
+        at = (
+            f"indices[{i}] = {row.tolist()}, of a query that sees keys {inputs.first_key[i]} .. {inputs.end_key[i] - 1}"
+        )
+        run.require(bool((row[count[i] :] == -1).all()), f"{at}: must be -1 from entry {count[i]} on")
+        inside = (chosen >= inputs.first_key[i]) & (chosen < inputs.end_key[i])
+        run.require(bool(inside.all()), f"{at}: entry {chosen[~inside].tolist()} is no key that it sees")
+        run.require(len(np.unique(chosen)) == len(chosen), f"{at}: a key is named twice")
+        named[i, chosen] = True
+    shortfall = selection_shortfall(logits, error, named, visible)
+    worst = int(np.argmax(shortfall))
+    run.require(
+        bool(shortfall[worst] <= 0),
+        f"indices[{worst}] leaves out a larger logit than one that it names, by {shortfall[worst]:.3g} more than the "
+        f"errors of both explain",
+    )
+    return named
+
+
+@law(needs=INDEXER, cases=indexer_cases, missing=_needs_logits)
+def test_indexer_logits_agree_with_reference(run: Run, case: IndexerCase) -> None:
+    """Logits are Σ_h w_h relu(q_h · k) for every visible key, within the worst-case bound of the profile."""
+    inputs = case.build()
+    want, bound = _expected(inputs, run.profile)
+    _judge_logits(run, IndexerDriver(run.driver).call(inputs)[0], want, bound, _visible(inputs))
+
+
+@law(needs=INDEXER, cases=indexer_cases)
+def test_indexer_selects_the_largest_logits(run: Run, case: IndexerCase) -> None:
+    """Each row names the top_k largest exact logits up to the error of theirs, each key once, then -1."""
+    inputs = case.build()
+    logits, bound = _expected(inputs, run.profile)
+    _judge_selection(run, IndexerDriver(run.driver).call(inputs)[1], inputs, logits, bound.total)
+
+
+@law(needs=INDEXER, cases=narrowed(indexer_cases, regimes=("integers",)), missing=_needs_tie_rule)
+def test_indexer_ties_go_to_the_smaller_index(run: Run, case: IndexerCase) -> None:
+    """Where logits are exact in every format, the keys named are the reference's: of equal ones the first."""
+    inputs = case.build()
+    logits, bound = _expected(inputs, run.profile)
+    named = _judge_selection(run, IndexerDriver(run.driver).call(inputs)[1], inputs, logits, np.zeros_like(bound.total))
+    for i, (first, end) in enumerate(zip(inputs.first_key, inputs.end_key, strict=True)):
+        want = first + select_top_k(logits[i, first:end], min(case.top_k, end - first), np.array(end - first))
+        got = np.flatnonzero(named[i])
+        run.require(
+            np.array_equal(got, np.sort(want)),
+            f"indices[{i}] names keys {got.tolist()}, want {np.sort(want).tolist()}: of equal logits the smaller index",
+        )
+
+
+@law(needs=INDEXER, cases=narrowed(indexer_cases, min_queries=2, min_past=0))
+def test_indexer_ignores_future_keys(run: Run, case: IndexerCase) -> None:
+    """Changing the last key of a sequence changes no bit but of its last query."""
+    inputs = case.build()
+    k = inputs.k.copy()
+    k[inputs.cu_seqlens_k[1:] - 1] *= -1.0
+    past = np.setdiff1d(np.arange(len(inputs.q)), inputs.cu_seqlens_q[1:] - 1)
+    why = "only the last key of each sequence, which these queries do not see, was changed"
+    _require_same(run, replace(inputs, k=k), inputs, past, why)
+
+
+@law(needs=INDEXER, cases=narrowed(indexer_cases, min_batch=2, min_queries=1, min_past=0))
+def test_indexer_sequences_do_not_see_each_other(run: Run, case: IndexerCase) -> None:
+    """NaN in the keys of all other sequences changes no bit of a sequence."""
+    inputs = case.build()
+    sequence = np.repeat(np.arange(len(case.seqlens_k)), case.seqlens_k)  # [key tokens]
+    for i in range(len(case.seqlens_k)):
+        k = np.where((sequence == i)[:, None], inputs.k, np.nan)
+        own = np.arange(inputs.cu_seqlens_q[i], inputs.cu_seqlens_q[i + 1])
+        _require_same(run, replace(inputs, k=k), inputs, own, f"keys of all sequences but {i} were set to nan")
+
+
+def _require_same(run: Run, changed: IndexerInputs, inputs: IndexerInputs, queries: IntArray, why: str) -> None:
+    """The same logits of visible keys, and the same keys selected, for some queries."""
+    driver, visible = IndexerDriver(run.driver), _visible(inputs)[queries]
+    (got, got_indices), (want, want_indices) = driver.call(changed), driver.call(inputs)
+    if got is not None and want is not None:
+        run.same_bits(_shown(got[queries], visible), _shown(want[queries], visible), why)
+    if run.supports.indexer_ties == "smaller index":
+        same = np.sort(got_indices[queries]) == np.sort(want_indices[queries])
+        run.require(bool(same.all()), f"other keys were selected: {why}")
+
+
+def _shown(logits: Result, visible: BoolArray) -> Result:
+    """0 where a query does not see a key."""
+    return logits.arranged(lambda x: np.where(visible, x, 0))
+
+
+@law(
+    needs=("rope", "indexer"),
+    cases=narrowed(indexer_cases, regimes=("typical",), min_head_dim=2),
+    missing=_needs_rope_dims,
+)
+def test_indexer_of_rotated_operands(run: Run, case: IndexerCase) -> None:
+    """With the leading dims of q and k rotated by the subject, in either layout, logits are those of exact rotation."""
+    if case.head_dim < 2:
+        return
+    inputs = case.build()
+    lengths_q, lengths_k = np.array(case.seqlens_q), np.array(case.seqlens_k)
+    position_k = np.arange(len(inputs.k)) - np.repeat(inputs.cu_seqlens_k[:-1], lengths_k)
+    position_q = np.arange(len(inputs.q)) - np.repeat(
+        inputs.cu_seqlens_q[:-1] - np.maximum(lengths_k - lengths_q, 0), lengths_q
+    )
+    for layout in run.supports.rope_layouts:
+        rope = RopeConfig(dim=case.head_dim // 4 * 2 or 2, theta=THETA, interleaved=layout == "interleaved")
+        q, exact_q, q_error = _rotated(run, inputs.q, position_q, rope)
+        k, exact_k, k_error = _rotated(run, inputs.k, position_k, rope)
+        want, bound = indexer_with_bound(
+            exact_q, exact_k, inputs.weights, run.profile, q_error=q_error, k_error=k_error
+        )
+        got = IndexerDriver(run.driver).call(replace(inputs, q=q, k=k))[0]
+        try:
+            _judge_logits(run, got, want, bound, _visible(inputs))
+        except Violation as violation:
+            raise Violation(f"after rotation in the {layout} layout:\n{violation}") from None
+
+
+def _rotated(run: Run, x: Array, positions: IntArray, rope: RopeConfig) -> tuple[Array, Array, Array]:
+    """(x with its leading dims as the subject rotates them, rotated exactly, the error of that)."""
+    part, rest = x[..., : rope.dim], x[..., rope.dim :]
+    exact, error = rope_with_bound(part, positions, rope, run.profile.rope, output=run.driver.dtype)
+    got = run.driver.rope(part, positions, rope).value
+    joined = [np.concatenate([y, rest], axis=-1) for y in (got, exact)]
+    return joined[0], joined[1], np.concatenate([error.total, np.zeros_like(rest)], axis=-1)
+
+
+@law(needs=INDEXER, cases=indexer_cases)
+def test_indexer_reads_strides(run: Run, case: IndexerCase) -> None:
+    """Views of larger or transposed tensors are read by their strides."""
+    inputs = case.build()
+    driver = IndexerDriver(run.driver)
+    want, bound = _expected(inputs, run.profile)
+    for name, view in INDEXER_VIEWS.items():
+        try:
+            logits, indices = driver.call(inputs, view(driver.tensors(inputs)))
+            _judge_logits(run, logits, want, bound, _visible(inputs))
+            _judge_selection(run, indices, inputs, want, bound.total)
+        except Violation as violation:
+            raise Violation(f"with {name}:\n{violation}") from None
+
+
+@law(needs=INDEXER, cases=indexer_cases)
+def test_indexer_does_not_modify_its_inputs(run: Run, case: IndexerCase) -> None:
+    """No argument has changed when indexer returns."""
+    inputs = case.build()
+    driver = IndexerDriver(run.driver)
+    tensors = driver.tensors(inputs)
+    require_unmodified(run, "indexer", tensors, lambda: driver.raw(inputs, tensors))

@@ -1,0 +1,155 @@
+"""Laws of the operation ``merge``: parts of one attention joined by their LSEs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mla_spec.harness.cases import DecodeCase, DecodeInputs, MergeCase, MergeInputs
+from mla_spec.harness.contract import Supports
+from mla_spec.harness.laws import Run, law
+from mla_spec.harness.verdict import Violation
+from mla_spec.properties.expected import declared_lse, decode_expected
+from mla_spec.properties.memory import require_own_outputs, require_unmodified
+from mla_spec.properties.parts import judge_merge, judge_merged_results
+from mla_spec.properties.strategies import decode_cases, merge_cases, narrowed
+from mla_spec.properties.views import MERGE_VIEWS
+from mla_spec.reference.merge_bound import BoundedMerge, merge_with_bound
+from mla_spec.reference.typing import IntArray
+
+MERGE = ("merge",)
+
+
+def _needs_empty_rows(supports: Supports) -> str:
+    return "no rule for rows without keys" if supports.empty_row == "unsupported" else ""
+
+
+def _needs_lse(supports: Supports) -> str:
+    return "" if supports.lse else "decode returns no LSE"
+
+
+def _expected(run: Run, inputs: MergeInputs) -> BoundedMerge:
+    return merge_with_bound(inputs.outs, inputs.lses, run.profile)
+
+
+@law(needs=MERGE, cases=merge_cases)
+def test_merge_agrees_with_reference(run: Run, case: MergeCase) -> None:
+    """Out = Σ exp(lse_i - lse) · out_i, within the worst-case bound of the profile, and 0 where no part has keys."""
+    inputs = case.build()
+    want = _expected(run, inputs)
+    run.within(run.driver.merge(inputs)[0], want.out, want.out_error)
+
+
+@law(needs=MERGE, cases=merge_cases)
+def test_merge_lse_agrees_with_reference(run: Run, case: MergeCase) -> None:
+    """Lse = log Σ exp(lse_i), natural, laid out like each part's, the declared value where no part has keys."""
+    inputs = case.build()
+    want = _expected(run, inputs)
+    run.within(run.driver.merge(inputs)[1], declared_lse(want.lse, run.supports), want.lse_error, gate=False)
+
+
+@law(needs=MERGE, cases=narrowed(merge_cases, min_parts=2))
+def test_merge_order_of_parts_changes_nothing(run: Run, case: MergeCase) -> None:
+    """Parts in another order give the same, but for rounding."""
+    inputs = case.build()
+    want = _expected(run, inputs)
+    order = np.random.default_rng([case.seed, 4]).permutation(case.parts)
+    shuffled = MergeInputs(outs=inputs.outs[order], lses=inputs.lses[order])
+    why = f"the parts came in the order {order.tolist()}"
+    first, second = run.driver.merge(inputs), run.driver.merge(shuffled)
+    run.same_function(second[0], first[0], want.out_error, why)
+    run.same_function(second[1], first[1], want.lse_error, why)
+
+
+@law(needs=MERGE, cases=narrowed(merge_cases, min_parts=2, lse_means=(0.0, 5.0, -5.0, 200.0, -200.0)))
+def test_merge_is_associative(run: Run, case: MergeCase) -> None:
+    """Merging some parts, the rest, and then the two results is merging all at once."""
+    inputs = case.build()
+    cut = 1 + case.seed % (case.parts - 1)
+    groups = [MergeInputs(inputs.outs[i:j], inputs.lses[i:j]) for i, j in ((0, cut), (cut, case.parts))]
+    parts = [(run.driver.merge(group), _expected(run, group)) for group in groups]
+    judge_merged_results(run, [got for got, _ in parts], [want for _, want in parts])
+
+
+@law(needs=MERGE, cases=narrowed(merge_cases, min_parts=2, min_empty=0.3), missing=_needs_empty_rows)
+def test_merge_ignores_outputs_of_empty_parts(run: Run, case: MergeCase) -> None:
+    """Whatever finite number the output of a part without keys holds changes no bit."""
+    inputs = case.build()
+    want = run.driver.merge(inputs)
+    empty = np.isneginf(np.swapaxes(inputs.lses, -1, -2))
+    for left_over in (1.0, -(2.0**15 if case.dtype == "float16" else 2.0**100)):
+        outs = np.where(empty[..., None], left_over, inputs.outs)
+        got = run.driver.merge(replace(inputs, outs=outs))
+        for a, b in zip(got, want, strict=True):
+            run.same_bits(a, b, f"outputs of parts with LSE -inf were set to {left_over:g}")
+
+
+@law(needs=MERGE, cases=merge_cases)
+def test_merge_does_not_modify_its_inputs(run: Run, case: MergeCase) -> None:
+    """No argument has changed when merge returns."""
+    tensors = run.driver.merge_tensors(case.build())
+    require_unmodified(run, "merge", tensors, lambda: run.driver.merge_raw(tensors))
+
+
+@law(needs=MERGE, cases=merge_cases)
+def test_merge_output_is_not_aliased(run: Run, case: MergeCase) -> None:
+    """Outputs share no memory with arguments, nor with the outputs of the next call."""
+    tensors = run.driver.merge_tensors(case.build())
+    require_own_outputs(run, tensors, lambda: run.driver.merge_raw(tensors))
+
+
+@law(needs=MERGE, cases=merge_cases)
+def test_merge_reads_strides(run: Run, case: MergeCase) -> None:
+    """Views of larger or transposed tensors are read by their strides."""
+    inputs = case.build()
+    want = _expected(run, inputs)
+    for name, view in MERGE_VIEWS.items():
+        try:
+            judge_merge(run, run.driver.merge(inputs, view(run.driver.merge_tensors(inputs))), want)
+        except Violation as violation:
+            raise Violation(f"with {name}:\n{violation}") from None
+
+
+@law(
+    needs=("merge", "decode"),
+    cases=narrowed(decode_cases, max_s=1, min_length=1, logit_stds=(1.0, 4.0, 0.1, 16.0)),
+    missing=_needs_lse,
+)
+def test_merge_of_decoded_parts_is_the_whole(run: Run, case: DecodeCase) -> None:
+    """Keys cut into any number of parts, decoded part by part and merged, are decoded whole."""
+    inputs = case.build()
+    got, want = [], []
+    for part in _parts_of_keys(inputs, np.random.default_rng([case.seed, 5]), run.supports):
+        out, lse = run.driver.decode(part)
+        assert lse is not None
+        got.append((out, lse))
+        want.append(decode_expected(part, run.profile))
+    judge_merged_results(run, got, want)
+
+
+def _parts_of_keys(inputs: DecodeInputs, rng: np.random.Generator, supports: Supports) -> list[DecodeInputs]:
+    """Each sequence's keys cut into the same number of consecutive parts, some of them empty if they may be."""
+    lengths = inputs.cache_seqlens
+    shortest = int(lengths.min())
+    may_be_empty = supports.empty_row != "unsupported"
+    count = min(int(rng.integers(1, 6)), supports.max_parts or 5, 5 if may_be_empty else shortest)
+    if may_be_empty:
+        cuts = np.sort(rng.integers(0, lengths[:, None] + 1, (len(lengths), count - 1)), axis=1)
+    else:
+        cuts = np.sort([rng.permutation(np.arange(1, n))[: count - 1] for n in lengths], axis=1).reshape(-1, count - 1)
+    edges: IntArray = np.concatenate([0 * lengths[:, None], cuts, lengths[:, None]], axis=1)
+    return [_key_range(inputs, edges[:, i], edges[:, i + 1]) for i in range(count)]
+
+
+def _key_range(inputs: DecodeInputs, start: IntArray, stop: IntArray) -> DecodeInputs:
+    """Keys start .. stop - 1 of each sequence, copied to pages of their own."""
+    page_size, b = inputs.kv_cache.shape[1], len(start)
+    width = -(-max(1, int((stop - start).max())) // page_size)  # pages of a sequence
+    cache = np.zeros((b * width, *inputs.kv_cache.shape[1:]))
+    for i in range(b):
+        token = np.arange(start[i], stop[i])
+        rows = inputs.kv_cache[inputs.block_table[i, token // page_size], token % page_size]
+        cache[i * width : (i + 1) * width].reshape(-1, *rows.shape[1:])[: len(token)] = rows
+    table = np.arange(b * width, dtype=np.int32).reshape(b, width)
+    return replace(inputs, kv_cache=cache, block_table=table, cache_seqlens=(stop - start).astype(np.int32))

@@ -1,0 +1,188 @@
+"""Laws of the operation ``write_cache``: new tokens into the slots of a paged pool. No number may change on its way."""
+
+from __future__ import annotations
+
+import tempfile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mla_spec.harness.cases import DecodeCase, WriteCase, WriteInputs
+from mla_spec.harness.driver import tensor_bits
+from mla_spec.harness.laws import Run, law
+from mla_spec.harness.verdict import Violation
+from mla_spec.properties.expected import decode_expected, judge_attention
+from mla_spec.properties.memory import require_unmodified
+from mla_spec.properties.strategies import decode_cases, narrowed, write_cases
+from mla_spec.properties.views import ROW_PADDING, WRITE_VIEWS
+from mla_spec.reference.cache import slot_mapping
+from mla_spec.reference.typing import IntArray
+
+WRITE = ("write_cache",)
+FAR_PAGE = 2**30 + ROW_PADDING
+"""Elements from page to page, so that the third lies beyond 2^31."""
+
+
+def _storage(x: Tensor) -> Tensor:
+    """Everything in the memory that x is a view of, [elements]."""
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+
+
+class _Write:
+    """A call of ``write_cache``, with what it had to store and, if ``keep``, the memory of the pool before it."""
+
+    def __init__(self, run: Run, tensors: dict[str, Tensor], *, keep: bool = True) -> None:
+        self.run, self.pool = run, tensors["kv_cache"]
+        kept = tensors["slot_mapping"] >= 0
+        slots = tensors["slot_mapping"][kept]
+        self.slots = slots // self.pool.shape[1], slots % self.pool.shape[1], 0  # page, row, the one head
+        self.rows = torch.cat([tensors["latent"], tensors["k_pe"]], dim=-1)[kept]
+        self.before = _storage(self.pool).clone() if keep else None
+        run.driver.write_cache(tensors)
+
+    def require_stored(self) -> None:
+        """Raise Violation unless every named slot holds its row, bit for bit."""
+        got = self.pool[self.slots]
+        wrong = np.argwhere(tensor_bits(got) != tensor_bits(self.rows))
+        if len(wrong):
+            i, column = (int(x) for x in wrong[0])
+            page, row = int(self.slots[0][i]), int(self.slots[1][i])
+            self.run.require(
+                False,
+                f"page {page}, row {row}, column {column} holds {float(got[i, column])!r}, want "
+                f"{float(self.rows[i, column])!r}; {len(wrong)} of {got.numel()} elements differ, none may",
+            )
+
+    def require_rest_unchanged(self) -> None:
+        """Raise Violation if the memory of the pool has changed outside the named slots."""
+        assert self.before is not None
+        after = _storage(self.pool).clone()
+        for memory in (self.before, after):
+            memory.as_strided(self.pool.shape, self.pool.stride(), self.pool.storage_offset())[self.slots] = 0.0
+        changed = np.flatnonzero(tensor_bits(self.before) != tensor_bits(after))
+        self.run.require(
+            not len(changed),
+            f"write_cache changed {len(changed)} elements of the pool's memory outside the slots it was given, first at "
+            f"offset {changed[:1].tolist()}",
+        )
+
+    def require_all(self) -> None:
+        """Raise Violation unless it did all it should and nothing else."""
+        self.require_stored()
+        self.require_rest_unchanged()
+
+
+@law(needs=WRITE, cases=write_cases)
+def test_write_cache_stores_latent_then_rope(run: Run, case: WriteCase) -> None:
+    """Each named slot holds [latent | k_pe] of its token, bit for bit."""
+    _Write(run, run.driver.write_tensors(case.build())).require_stored()
+
+
+@law(needs=WRITE, cases=write_cases)
+def test_write_cache_changes_named_slots_only(run: Run, case: WriteCase) -> None:
+    """Every other byte of the pool is what it was."""
+    _Write(run, run.driver.write_tensors(case.build())).require_rest_unchanged()
+
+
+@law(needs=WRITE, cases=narrowed(write_cases, min_tokens=2, min_skipped=0.3))
+def test_write_cache_skips_slot_minus_one(run: Run, case: WriteCase) -> None:
+    """Tokens with slot -1 might as well be absent, wherever they stand."""
+    tensors = run.driver.write_tensors(case.build())
+    kept = tensors["slot_mapping"] >= 0
+    if not kept.any():
+        _Write(run, tensors).require_all()
+        return
+    pools = []
+    for tokens in (slice(None), kept):
+        arguments = _tokens(tensors, tokens)
+        run.driver.write_cache(arguments)
+        pools.append(tensor_bits(arguments["kv_cache"]))
+    changed = int((pools[0] != pools[1]).sum())
+    run.require(changed == 0, f"{changed} elements of the pool depend on tokens whose slot is -1")
+
+
+def _tokens(tensors: dict[str, Tensor], which: Tensor | slice) -> dict[str, Tensor]:
+    """The arguments for some of the tokens, and a pool of their own."""
+    chosen = {name: tensors[name][which] for name in ("latent", "k_pe", "slot_mapping")}
+    return chosen | {"kv_cache": tensors["kv_cache"].clone()}
+
+
+@law(needs=WRITE, cases=write_cases)
+def test_write_cache_does_not_modify_its_inputs(run: Run, case: WriteCase) -> None:
+    """Rows and slots have not changed when write_cache returns."""
+    tensors = run.driver.write_tensors(case.build())
+    arguments = {name: x for name, x in tensors.items() if name != "kv_cache"}
+    require_unmodified(run, "write_cache", arguments, lambda: run.driver.write_cache(tensors))
+
+
+@law(needs=WRITE, cases=narrowed(write_cases, min_tokens=3))
+def test_write_cache_calls_are_independent(run: Run, case: WriteCase) -> None:
+    """A longer write and then a shorter one into the same pool do what each should."""
+    tensors = run.driver.write_tensors(case.build())
+    cut = case.tokens // 2 + 1
+    for part in (slice(cut), slice(cut, None)):
+        _Write(run, _tokens(tensors, part) | {"kv_cache": tensors["kv_cache"]}).require_all()
+
+
+@law(needs=WRITE, cases=write_cases)
+def test_write_cache_reads_strides(run: Run, case: WriteCase) -> None:
+    """Views of larger tensors and pools are read and written by their strides, and nothing between their rows changes."""
+    for name, view in WRITE_VIEWS.items():
+        try:
+            _Write(run, view(run.driver.write_tensors(case.build()))).require_all()
+        except Violation as violation:
+            raise Violation(f"with {name}:\n{violation}") from None
+
+
+@law(needs=WRITE, cases=narrowed(write_cases, min_tokens=2))
+def test_write_cache_reaches_beyond_2_31_elements(run: Run, case: WriteCase) -> None:
+    """Pages so far apart that offsets exceed 2^31 elements are written as any other."""
+    pages, page_size = 3, case.page_size
+    count = min(case.tokens, pages * page_size)
+    slots = np.random.default_rng([case.seed, 6]).permutation(pages * page_size)[:count]
+    if slots.max() < 2 * page_size:
+        slots[-1] = pages * page_size - 1
+    tensors = _tokens(run.driver.write_tensors(case.build()), slice(count))
+    tensors["slot_mapping"] = run.driver.integers(slots, torch.int64)
+    tensors["kv_cache"] = _far_pool(tensors["kv_cache"], pages)
+    write = _Write(run, tensors, keep=False)
+    write.require_stored()
+    rest = tensors["kv_cache"].clone()
+    rest[write.slots] = 0.0
+    run.require(
+        not tensor_bits(rest).any(), "write_cache changed slots of a pool with distant pages that were not named"
+    )
+
+
+def _far_pool(like: Tensor, pages: int) -> Tensor:
+    """A pool of zeros with pages ``FAR_PAGE`` elements apart; on the CPU, memory is taken only where it is written.
+
+    There 2^31 elements lie before it too, so that an offset which wraps around to a negative one hits no foreign memory.
+    """
+    _, page_size, _, width = like.shape
+    lead = 2**31 if like.device.type == "cpu" else 0
+    count = lead + (pages - 1) * FAR_PAGE + page_size * width
+    if like.device.type == "cpu":
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - the mapping keeps it alive
+        memory = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="w+", shape=(count * like.element_size(),)))
+        memory = memory.view(like.dtype)
+    else:
+        memory = torch.zeros(count, dtype=like.dtype, device=like.device)
+    return memory.as_strided((pages, page_size, 1, width), (FAR_PAGE, width, width, 1), lead)
+
+
+@law(needs=("write_cache", "decode"), cases=narrowed(decode_cases, min_length=1))
+def test_decode_reads_what_write_cache_wrote(run: Run, case: DecodeCase) -> None:
+    """Tokens written through their slots are the keys and values that decode sees."""
+    inputs = case.build()
+    want = decode_expected(inputs, run.profile)
+    pool = run.driver.tensor(np.zeros_like(inputs.kv_cache))
+    page_size, c = case.page_size, case.kv_lora_rank
+    for table, length in zip(inputs.block_table, inputs.cache_seqlens, strict=True):
+        slots: IntArray = slot_mapping(table, np.arange(length), page_size)
+        rows = inputs.kv_cache[slots // page_size, slots % page_size, 0]
+        tensors = run.driver.write_tensors(WriteInputs(rows[:, :c], rows[:, c:], inputs.kv_cache, slots))
+        run.driver.write_cache(tensors | {"kv_cache": pool})
+    tensors = run.driver.decode_tensors(inputs) | {"kv_cache": pool}
+    judge_attention(run, run.driver.decode(inputs, tensors), want)

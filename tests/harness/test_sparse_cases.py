@@ -1,0 +1,175 @@
+"""Cases of sparse attention and of the indexer: ids, contents, and what the law of selection accepts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_spec.adapters.pytorch import TorchAbsorbed
+from mla_spec.harness.cases import Case, IndexerCase, SparseDecodeCase, SparsePrefillCase, parse_case
+from mla_spec.harness.contract import DTYPES, Supports
+from mla_spec.harness.laws import Options, all_laws, run_law
+from mla_spec.properties.sparse_strategies import indexer_cases, sparse_decode_cases, sparse_prefill_cases
+from mla_spec.reference.formats import round_to
+from mla_spec.reference.profile import Profile
+
+ANY_CASE = st.one_of(
+    strategy(Supports(), Profile.default(dtype))
+    for dtype in DTYPES
+    for strategy in (sparse_prefill_cases, sparse_decode_cases, indexer_cases)
+)
+SPARSE = st.one_of(
+    strategy(Supports(), Profile.default("float16")) for strategy in (sparse_prefill_cases, sparse_decode_cases)
+)
+
+
+@given(ANY_CASE)
+@settings(max_examples=100, deadline=None)
+def test_the_id_holds_the_whole_case(case: Case) -> None:
+    assert parse_case(case.id) == case
+
+
+@given(SPARSE)
+@settings(max_examples=100, deadline=None)
+def test_sparse_inputs_are_representable_and_keep_their_promises(case: SparsePrefillCase | SparseDecodeCase) -> None:
+    inputs, again = case.build(), case.build()
+    for name, x in vars(inputs).items():
+        np.testing.assert_array_equal(x, getattr(again, name))
+    assert np.array_equal(round_to(inputs.q, "float16"), inputs.q)
+    assert np.array_equal(round_to(inputs.kv, "float16"), inputs.kv)
+    assert inputs.entries.shape == (*inputs.q.shape[:-2], case.topk)
+    assert (inputs.entries >= -1).all()
+    selecting = (inputs.entries >= 0) & (inputs.entries < len(inputs.rows))
+    if not case.empty_rows:
+        assert selecting[..., 0].all()
+        assert inputs.topk_length is None or (inputs.topk_length >= 1).all()
+    if not case.duplicates:
+        for row, valid in zip(inputs.entries.reshape(-1, case.topk), selecting.reshape(-1, case.topk), strict=True):
+            assert len(set(row[valid].tolist())) == valid.sum()
+    assert (inputs.attn_sink is None) == (case.sink == "none")
+    assert (inputs.topk_length is None) != case.with_length
+
+
+def test_cases_have_holes_repetitions_indices_beyond_and_both_infinities() -> None:
+    case = SparsePrefillCase(
+        dtype="float32",
+        s_q=6,
+        s_kv=20,
+        topk=16,
+        num_heads=16,
+        invalid=0.3,
+        duplicates=True,
+        empty_rows=True,
+        sink="infinite",
+    )
+    entries, sink = case.build().entries, case.build().attn_sink
+    assert (entries == -1).any()
+    assert (entries >= 20).any()
+    assert any(len(set(row[(row >= 0) & (row < 20)])) < ((row >= 0) & (row < 20)).sum() for row in entries)
+    assert sink is not None
+    assert {np.inf, -np.inf} < set(sink.tolist())
+
+
+def test_supports_narrows_what_is_drawn() -> None:
+    supports = Supports(
+        topk_multiple=64,
+        attention_sink=False,
+        topk_length=False,
+        latent_dims=((16, 8),),
+        empty_row="unsupported",
+        indexer_dims=((4, 128),),
+        indexer_top_k=(2048,),
+    )
+    profile = Profile.default("float32")
+
+    @given(sparse_prefill_cases(supports, profile), indexer_cases(supports, profile))
+    @settings(max_examples=50, deadline=None)
+    def drawn(sparse: SparsePrefillCase, indexer: IndexerCase) -> None:
+        assert sparse.topk % 64 == 0
+        assert (sparse.sink, sparse.with_length, sparse.empty_rows) == ("none", False, False)
+        assert (sparse.kv_lora_rank, sparse.qk_rope_head_dim) == (16, 8)
+        assert (indexer.num_heads, indexer.head_dim, indexer.top_k) == (4, 128, 2048)
+
+    drawn()
+
+
+def test_queries_see_their_own_sequence_up_to_themselves() -> None:
+    inputs = IndexerCase(dtype="float32", seqlens_q=(2, 3, 0, 1), seqlens_k=(4, 1, 2, 1)).build()
+    assert inputs.first_key.tolist() == [0, 0, 4, 4, 4, 7]
+    assert inputs.end_key.tolist() == [3, 4, 4, 4, 5, 8]
+
+
+class Selecting(TorchAbsorbed):
+    """An indexer that returns what ``spoil`` makes of the right indices."""
+
+    def __init__(self, spoil: Any) -> None:
+        self.spoil = spoil
+
+    def indexer(self, *args: Any, **options: Any) -> Any:
+        logits, indices = super().indexer(*args, **options)
+        return logits, self.spoil(indices)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "verdict", "message"),
+    [
+        (lambda x: x, "pass", ""),
+        (lambda x: x.long(), "pass", ""),
+        (lambda x: x.float(), "fail", "indices must be torch.int32 or torch.int64, got torch.float32"),
+        (lambda x: x[:, :-1], "fail", "indices must have shape"),
+        (lambda x: x.clamp(min=0), "fail", "must be -1 from entry"),
+        (lambda x: torch.where(x < 0, x, x[:, :1]), "fail", "a key is named twice"),
+        (lambda x: torch.where(x < 0, x, x + 1), "fail", "is no key that it sees"),
+        (lambda x: torch.full_like(x, -1), "fail", "is no key that it sees"),
+    ],
+)
+def test_what_a_selection_gets(spoil: Any, verdict: str, message: str) -> None:
+    law = all_laws()["test_indexer_selects_the_largest_logits"]
+    record = run_law(law, Selecting(spoil), Options(examples=40, dtypes=("float32",)))
+    assert record.verdict == verdict, record.text()
+    assert message in record.message
+
+
+def test_any_order_of_a_selection_passes_and_the_next_largest_does_not() -> None:
+    laws = all_laws()
+    options = Options(examples=40, dtypes=("bfloat16",))
+
+    def reverse(indices: torch.Tensor) -> torch.Tensor:
+        count = (indices >= 0).sum(dim=-1, keepdim=True)  # [tokens, 1]
+        place = torch.arange(indices.shape[1])
+        return indices.gather(1, torch.where(place < count, count - 1 - place, place))
+
+    class OneTooMany(TorchAbsorbed):
+        """Selects the largest but one in place of the largest."""
+
+        def largest(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:
+            order = super().largest(logits, top_k + 1)
+            return order[:, 1:] if order.shape[1] > top_k else order
+
+    for name in ("test_indexer_selects_the_largest_logits", "test_indexer_ties_go_to_the_smaller_index"):
+        assert run_law(laws[name], Selecting(reverse), options).verdict == "pass"
+        assert run_law(laws[name], OneTooMany(), options).verdict == "fail"
+
+
+def test_a_subject_may_leave_ties_open_and_return_no_logits() -> None:
+    class Open(TorchAbsorbed):
+        supports = Supports(indexer_ties="any", indexer_logits=False)
+
+        def indexer(self, *args: Any, **options: Any) -> Any:
+            return None, super().indexer(*args, **options)[1]
+
+        def largest(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:
+            return logits.shape[-1] - 1 - super().largest(logits.flip(-1), top_k)
+
+    verdicts = {
+        name: run_law(law, Open(), Options(examples=40)).verdict
+        for name, law in all_laws().items()
+        if law.needs == ("indexer",)
+    }
+    unsupported = {"test_indexer_logits_agree_with_reference", "test_indexer_ties_go_to_the_smaller_index"}
+    assert verdicts == {name: "unsupported" if name in unsupported else "pass" for name in verdicts}
