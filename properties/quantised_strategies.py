@@ -92,7 +92,8 @@ def quantised_decode_cases(draw: DrawFn, supports: Supports, profile: Profile) -
 
 def _judgeable(profile: Profile, head_dim: int, inexact: bool) -> tuple[float, ...]:
     """Those that leave the scores an error below about 0.04 where rows are rounded after they are dequantised."""
+    stds: tuple[float, ...] = LOGIT_STDS
     if not inexact or profile.cache_dequantised is None:
-        return LOGIT_STDS
+        return stds
     rounding = format_of(profile.cache_dequantised).unit_roundoff
-    return tuple(std for std in LOGIT_STDS if std * math.sqrt(head_dim) * rounding < 0.04)
+    return tuple(std for std in stds if std * math.sqrt(head_dim) * rounding < 0.04)

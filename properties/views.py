@@ -61,7 +61,9 @@ def _one_projection(t: Tensors) -> Tensors:
 
 QUANTISED_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
     name: view for name, view in VIEWS.items() if not name.startswith("kv_cache")
-} | {"pages of two layers alternating in memory": lambda t: t | {"kv_cache": t["kv_cache"].repeat_interleave(2, 0)[::2]}}
+} | {
+    "pages of two layers alternating in memory": lambda t: t | {"kv_cache": t["kv_cache"].repeat_interleave(2, 0)[::2]}
+}
 """Ways to pass the same arguments of ``decode_quantized``, whose pages are called "kv_cache"."""
 
 WRITE_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {

@@ -17,9 +17,9 @@ from mla_spec.reference.typing import Array
 pytest.importorskip("flint", reason="ball arithmetic needs python-flint (the extra 'golden')")
 
 from mla_spec.golden import certify, exact
+from mla_spec.golden.certification import certification, tasks
 from mla_spec.golden.expected import ENCLOSURES
 from mla_spec.golden.gauge import Gauged, attend
-from mla_spec.harness.certification import certification, tasks
 
 # Certification
 

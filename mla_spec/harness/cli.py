@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 from mla_spec import __version__
@@ -213,8 +214,6 @@ def _cache(options: argparse.Namespace) -> int:
 
 
 def _golden(options: argparse.Namespace) -> int:
-    from importlib import import_module
-
     if options.action == "certify":
         return _certify(options)
     corpus = import_module("mla_spec.golden.corpus")
@@ -230,15 +229,15 @@ def _certify(options: argparse.Namespace) -> int:
     if options.cases < 1:
         raise UsageError(f"--cases must be at least 1, got {options.cases}")
     try:
-        from mla_spec.harness.certification import certification, report
+        golden = import_module("mla_spec.golden.certification")
     except ModuleNotFoundError as error:
         if error.name != "flint":
             raise
         raise UsageError(
             "certifying needs python-flint, which is not installed: pip install 'mla-spec[golden]'"
         ) from error
-    summaries = certification(options.cases, options.seed, progress=show_progress)
-    print(report(summaries))
+    summaries = golden.certification(options.cases, options.seed, progress=show_progress)
+    print(golden.report(summaries))
     return 0 if all(summary.certified for summary in summaries) else 1
 
 

@@ -13,6 +13,7 @@ from mla_spec.harness.contract import offers, supports_of
 from mla_spec.harness.peer_inputs import PeerCall, pages_of_one_token, peer_call, run
 from mla_spec.harness.peers import PEERS, Peer
 from mla_spec.harness.reach import operations_that_differ
+from mla_spec.harness.report import format_table
 from mla_spec.harness.selftest import Matrix, planted_bugs
 from mla_spec.harness.subjects import resolve_subject
 from mla_spec.harness.verdict import SubjectCrashed, Violation
@@ -100,6 +101,14 @@ class PeerResults:
         """Bugs that some peer can see and all of those accept."""
         return [bug for bug, verdicts in self.accepted.items() if verdicts and all(verdicts.values())]
 
+    def footnotes(self) -> list[str]:
+        """Bugs that nobody else finds, and correct subjects that are rejected."""
+        rejected = ", ".join(f"{name} ({', '.join(subjects)})" for name, subjects in self.rejected_correct.items())
+        return [
+            f"Accepted by every peer that can see them: {', '.join(self.missed_by_all) or 'none'}.",
+            f"Correct subjects rejected: {rejected or 'none'}.",
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         sources = {
             peer.name: {"source": peer.source, "inputs": peer.inputs, "passes_when": str(peer.out)} for peer in PEERS
@@ -113,6 +122,11 @@ class PeerResults:
         }
 
 
+def report(results: PeerResults) -> str:
+    """The side-by-side table as text."""
+    return "\n".join([DISCLAIMER, format_table([HEADER, *results.rows()]), *results.footnotes()])
+
+
 HEADER = ("peer", "operation", "inputs", "passes when", "bugs it can see", "it kills", "this suite kills")
 
 
@@ -123,8 +137,7 @@ def markdown(results: PeerResults) -> str:
     for name, *cells in results.rows():
         linked = f"[{name}]({sources[name]})" if name in sources else name
         lines.append("| " + " | ".join([linked, *(cell.replace("|", "\\|") for cell in cells)]) + " |")
-    missed = ", ".join(results.missed_by_all) or "none"
-    return "\n".join([DISCLAIMER, "", *lines, "", f"Accepted by every peer that can see them: {missed}."])
+    return "\n".join([DISCLAIMER, "", *lines, "", *results.footnotes()])
 
 
 def run_peers(

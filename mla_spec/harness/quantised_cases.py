@@ -126,11 +126,11 @@ class PagesCase(QuantisedCase):
         # in the middle of the dtype's range, so that no product leaves it
         exponents = (-8, 6) if self.dtype == "float16" else (-30, 30)
         tensor_scale = self.tensor_scale(rng, 1.0)
-        scales: Array = np.full((self.tokens, 1), tensor_scale)
+        scales: Array = np.full((self.tokens, 1), tensor_scale, dtype=np.float64)
         if layout.scale == "float8_e4m3fn":
             scales = _any_numbers(rng, (self.tokens, layout.groups), layout.scale, least=1)
         elif layout.scale:
-            scales = 2.0 ** rng.integers(*exponents, (self.tokens, layout.groups))
+            scales = np.ldexp(1.0, rng.integers(*exponents, (self.tokens, layout.groups)))
             if layout.scale == "float32" and not self.power_of_two:
                 scales = round_to(scales * rng.uniform(1, 2, scales.shape), "float32")
         codes = _signed(rng, _any_numbers(rng, (self.tokens, layout.scaled_dim), layout.code))

@@ -44,7 +44,9 @@ def _reached(derived: type, start: str) -> set[str]:
         for name in _mentioned(thing.__code__) - names:
             names.add(name)
             pending += _definitions(derived, name)
-        pending += [found for name in _mentioned(thing.__code__) if _is_ours(found := thing.__globals__.get(name))]
+        globals_ = (thing.__globals__.get(name) for name in _mentioned(thing.__code__))
+        # A base is mentioned to call its methods on the object, whose names are followed already.
+        pending += [found for found in globals_ if _is_ours(found) and found not in derived.__mro__]
     return names
 
 
@@ -56,9 +58,10 @@ def _is_ours(thing: Any) -> bool:
 def _definitions(owner: type, name: str) -> Iterator[FunctionType]:
     """Every function called ``name`` in a class and its bases: any of them may be reached, through ``super()``."""
     for base in owner.__mro__:
-        found = inspect.unwrap(getattr(vars(base).get(name), "__func__", vars(base).get(name)))
+        found = vars(base).get(name)
+        found = getattr(found, "__func__", found)
         if isinstance(found, FunctionType):
-            yield found
+            yield inspect.unwrap(found)
 
 
 def _mentioned(code: CodeType) -> set[str]:

@@ -43,8 +43,7 @@ def selftest(options: argparse.Namespace) -> int:
     if options.peers:
         results = peer_results.run_peers(bugs, matrix, jobs=options.jobs, progress=show_progress)
         show_progress("")
-        print(f"\n{peer_results.DISCLAIMER}\n{format_table([peer_results.HEADER, *results.rows()])}")
-        print(f"accepted by every peer that can see them: {', '.join(results.missed_by_all) or 'none'}")
+        print(f"\n{peer_results.report(results)}")
         content["peers"] = results.as_dict()
         tables.append(peer_results.markdown(results))
     if options.json is not None:

@@ -101,11 +101,9 @@ class SparseCase(Case):
         if self.empty_rows:
             nothing |= rng.random((*lead, 1)) < 0.2
         else:
-            # an entry that names a row is put first
-            first = np.where(chosen[..., :1] < s_kv, 0, chosen.argmin(axis=-1, keepdims=True))
-            moved = chosen[..., 0].copy()
-            chosen[..., 0] = np.take_along_axis(chosen, first, axis=-1)[..., 0]
-            np.put_along_axis(chosen, first, np.where(first == 0, chosen[..., :1], moved[..., None]), axis=-1)
+            first = rng.integers(0, s_kv, (*lead, 1))
+            chosen = np.where(chosen == first, chosen[..., :1], chosen)  # what differed still differs
+            chosen[..., :1] = first
             nothing = (nothing | (chosen >= s_kv)) & (np.arange(self.topk) > 0)
         return np.where(nothing, beyond, chosen).astype(np.int32)
 

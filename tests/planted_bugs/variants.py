@@ -69,7 +69,7 @@ class WholeRowScaled(TorchAbsorbed):
     "X72",
     symptom="a prompt is understood until the conversation passes the original context",
     shows_when="a model of long context and a position within the original one",
-    killed_by=("test_rope_agrees_with_reference", AGREES),
+    killed_by=("test_rope_agrees_with_reference",),
 )
 class FactorsByPosition(TorchAbsorbed):
     """Early tokens are rotated with the short factors although the model is in its long context."""

@@ -185,6 +185,14 @@ def test_the_scale_of_a_tensor_is_kept_outside() -> None:
             unpack(pages, layout, 2, tensor_scale=wrong)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_tokens_need_no_pages(name: str) -> None:
+    layout = LAYOUTS[name]
+    pages = pack(stored_rows(name, 0), layout, 4)
+    assert pages.shape == (0, layout.bytes_per_page(4))
+    assert dequantise(unpack(pages, layout, 4), layout).shape == (0, 4, layout.width)
+
+
 def test_pages_of_other_sizes_are_refused() -> None:
     layout = LAYOUTS["deepseek_v4"]
     message = re.escape("deepseek_v4 pages of 64 tokens are uint8 [pages, 37440], got uint8 [2, 37376]")

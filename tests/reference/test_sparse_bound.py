@@ -155,4 +155,5 @@ def test_a_narrower_profile_gives_a_wider_bound() -> None:
     profile = Profile.default("bfloat16")
     coarse = replace(profile, score_format="bfloat16", score_roundings=2)
     totals = [indexer_with_bound(q, k, weights, p)[1].total for p in (profile, coarse)]
-    assert (totals[1] > 2 * totals[0]).all()
+    assert (totals[1] > totals[0]).all()
+    assert np.median(totals[1] / totals[0]) > 10

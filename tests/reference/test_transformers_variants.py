@@ -19,7 +19,7 @@ from mla_spec.reference.typing import Array
 
 pytest.importorskip("transformers", reason="compares with model code of transformers, which is not installed")
 
-WIDTHS = {"qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 5, "kv_lora_rank": 16}
+WIDTHS: dict[str, Any] = {"qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 5, "kv_lora_rank": 16}
 PROFILE = Profile.default("float32", operand_roundings=4, tile=16)
 """SDPA multiplies q and k by the root of the scale."""
 

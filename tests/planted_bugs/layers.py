@@ -1,0 +1,82 @@
+"""Faults of the layer around attention: how weights are laid out for it, and how cached positions are moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mla_spec.adapters.pytorch import TorchAbsorbed, TorchLayer
+from mla_spec.planted_bugs.registry import planted
+from mla_spec.reference.config import MLAConfig, RopeConfig
+
+
+@planted(
+    "B25",
+    source=(
+        "https://github.com/ggml-org/llama.cpp/pull/8501",
+        "https://github.com/ggml-org/llama.cpp/issues/8498",
+    ),
+    symptom="garbage after the context was shifted",
+    shows_when="cached positions were moved",
+    killed_by=("test_layer_prefill_agrees_with_reference", "test_layer_decode_agrees_with_reference"),
+)
+class ShiftRotatesLatent(TorchAbsorbed):
+    """Rows are moved to where the sequence starts by rotating all of them, the latent too."""
+
+    def project_latent(
+        self, hidden: Tensor, positions: Tensor, weights: Mapping[str, Tensor], config: MLAConfig
+    ) -> tuple[Tensor, Tensor]:
+        latent, k_pe = super().project_latent(hidden, positions, weights, config)
+        if config.rope is None:
+            return latent, k_pe
+        width = latent.shape[-1] // 2 * 2
+        whole = RopeConfig(dim=width, theta=config.rope.theta, interleaved=config.rope.interleaved)
+        shift = positions[:, :1].expand_as(positions)
+        return torch.cat([self.rope(latent[..., :width], shift, rope=whole), latent[..., width:]], dim=-1), k_pe
+
+
+class RelaidWeights(TorchAbsorbed):
+    """Correct: rope rows of the weights are put in the order of the half layout, which is then used."""
+
+    name = "torch-relaid"
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
+        if config.rope is None or not config.rope.interleaved:
+            return super().layer(weights, config)
+        q_name, kv_name = "q_proj" if config.q_lora_rank is None else "q_b_proj", "kv_a_proj_with_mqa"
+        q = weights[q_name].unflatten(0, (config.num_heads, config.qk_head_dim))  # [h, n+r, ·]
+        q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=1)
+        latent, k_pe = weights[kv_name].split([config.kv_lora_rank, config.qk_rope_head_dim])
+        relaid = {
+            q_name: torch.cat([q_nope, self.relayout(q_pe.transpose(0, 1)).transpose(0, 1)], dim=1).flatten(0, 1),
+            kv_name: torch.cat([latent, self.relayout_keys(k_pe)]),
+        }
+        return super().layer({**weights, **relaid}, replace(config, rope=replace(config.rope, interleaved=False)))
+
+    def relayout(self, rows: Tensor) -> Tensor:
+        """Rows 0, 2, 4, ... and then 1, 3, 5, ..."""
+        return torch.cat([rows[0::2], rows[1::2]])
+
+    def relayout_keys(self, rows: Tensor) -> Tensor:
+        """Rows [r, e] of kv_a_proj_with_mqa."""
+        return self.relayout(rows)
+
+
+@planted(
+    "B26",
+    source=(
+        "https://github.com/vllm-project/vllm-ascend/pull/3850",
+        "https://github.com/vllm-project/vllm-ascend/commit/dc960e798e",
+    ),
+    symptom="accuracy of a fused prologue",
+    shows_when="interleaved rope and weights that are laid out anew",
+    killed_by=("test_layer_prefill_agrees_with_reference", "test_layer_decode_agrees_with_reference"),
+)
+class RelaysOutOtherAxis(RelaidWeights):
+    """The axis of the hidden size is put in another order instead of the rows."""
+
+    def relayout_keys(self, rows: Tensor) -> Tensor:
+        return self.relayout(rows.T).T
