@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_spec.reference.config import MLAConfig, RopeConfig, YarnScaling
+from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import Array
 
@@ -103,15 +103,22 @@ class Numbers:
 def rope_from(parameters: Mapping[str, Any]) -> RopeConfig:
     """The RopeConfig whose fields ``parameters`` holds."""
     fields = dict(parameters)
-    yarn = fields.pop("yarn")
-    return RopeConfig(**fields, yarn=None if yarn is None else YarnScaling(**yarn))
+    yarn, longrope = fields.pop("yarn"), fields.pop("longrope")
+    if longrope is not None:
+        lists = {name: tuple(longrope[name]) for name in ("short_factor", "long_factor")}
+        longrope = LongRopeScaling(**{**longrope, **lists})
+    return RopeConfig(**fields, yarn=None if yarn is None else YarnScaling(**yarn), longrope=longrope)
 
 
 def config_from(parameters: Mapping[str, Any]) -> MLAConfig:
     """The MLAConfig whose fields ``parameters`` holds."""
     fields = dict(parameters)
-    rope = fields.pop("rope")
-    return MLAConfig(**fields, rope=None if rope is None else rope_from(rope))
+    rope, temperature = fields.pop("rope"), fields.pop("llama_4_scaling")
+    return MLAConfig(
+        **fields,
+        rope=None if rope is None else rope_from(rope),
+        llama_4_scaling=None if temperature is None else Llama4Scaling(**temperature),
+    )
 
 
 def layer_weights(inputs: Values) -> dict[str, Array]:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from flint import arb, ctx
 
-from mla_spec.reference.config import MLAConfig, RopeConfig, YarnScaling
+from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
 from mla_spec.reference.typing import Array, IntArray
 
 Ball: TypeAlias = Any
@@ -72,9 +72,12 @@ def ball(x: Any) -> Balls:
 
 
 def rope_frequencies(rope: RopeConfig) -> Balls:
-    """Angle per position of each pair, [r/2]: theta^(-2i/r), blended with itself over YaRN's factor."""
+    """Angle per position of each pair, [r/2]: theta^(-2i/r), blended with itself over YaRN's factor, or over LongRoPE's."""
     pairs = range(rope.dim // 2)
     extrapolated = [arb(rope.theta) ** (arb(-2 * i) / rope.dim) for i in pairs]
+    if rope.longrope is not None:
+        factors = rope.longrope.long_factor if _beyond(rope, rope.longrope) else rope.longrope.short_factor
+        return np.array([f / arb(factor) for f, factor in zip(extrapolated, factors, strict=True)], dtype=object)
     yarn = rope.active_yarn
     if yarn is None:
         return np.array(extrapolated, dtype=object)
@@ -85,6 +88,10 @@ def rope_frequencies(rope: RopeConfig) -> Balls:
     return np.array(
         [f * (1 - g) + f / arb(yarn.factor) * g for f, g in zip(extrapolated, ramp, strict=True)], dtype=object
     )
+
+
+def _beyond(rope: RopeConfig, longrope: LongRopeScaling) -> bool:
+    return (rope.max_position_embeddings or 0) > longrope.original_max_position_embeddings
 
 
 def correction_range(rope: RopeConfig, yarn: YarnScaling) -> tuple[Ball, Ball]:
@@ -113,7 +120,9 @@ def mscale(yarn: YarnScaling, weight: float) -> Ball:
 
 
 def cos_sin_factor(rope: RopeConfig) -> Ball:
-    """What multiplies cos and sin: mscale over mscale_all_dim unless stated."""
+    """What multiplies cos and sin: mscale over mscale_all_dim, or LongRoPE's root, unless stated."""
+    if rope.longrope is not None:
+        return longrope_factor(rope, rope.longrope)
     yarn = rope.active_yarn
     if yarn is None:
         return arb(1)
@@ -123,6 +132,15 @@ def cos_sin_factor(rope: RopeConfig) -> Ball:
     if yarn.attention_factor_rule == "transformers" and not (above and below):
         return mscale(yarn, 1)
     return mscale(yarn, 1 if above is None else above) / mscale(yarn, 0 if below is None else below)
+
+
+def longrope_factor(rope: RopeConfig, longrope: LongRopeScaling) -> Ball:
+    """sqrt(1 + ln(extension) / ln(original context)), 1 where nothing is extended."""
+    if longrope.attention_factor is not None:
+        return arb(longrope.attention_factor)
+    original = arb(longrope.original_max_position_embeddings)
+    extended = arb(rope.max_position_embeddings) / original if longrope.factor is None else arb(longrope.factor)
+    return (1 + extended.log() / original.log()).sqrt() if extended > 1 else arb(1)
 
 
 def softmax_scale(config: MLAConfig) -> Ball:
@@ -307,6 +325,11 @@ def layer(
     return np.stack([_sequence(ball(x), at, w, config, attend) for x, at in zip(hidden, positions, strict=True)])
 
 
+def temperature(positions: IntArray, scaling: Llama4Scaling) -> Balls:
+    """1 + beta · ln(1 + floor(position / original context)) of each position."""
+    return 1 + arb(scaling.beta) * np.log(ball(1 + positions // scaling.original_max_position_embeddings))
+
+
 def _sequence(
     x: Balls, positions: IntArray, w: Mapping[str, Balls], config: MLAConfig, attend: Callable[..., Balls]
 ) -> Balls:
@@ -315,10 +338,16 @@ def _sequence(
         q = x @ w["q_proj"].T  # [s, h·(n+r)]
     else:
         q = rms_norm(x @ w["q_a_proj"].T, w["q_a_layernorm"], eps) @ w["q_b_proj"].T  # [s, h·(n+r)]
+    if config.mla_scale_q_lora and config.q_lora_rank is not None:
+        q = q * (arb(config.hidden_size) / config.q_lora_rank).sqrt()
+    if config.llama_4_scaling is not None:
+        q = q * temperature(positions, config.llama_4_scaling)[:, None]
     q = q.reshape(len(x), config.num_heads, -1)  # [s, h, n+r]
     q_pe = rotate(q[..., n:], positions, config.rope)  # [s, h, r]
     kv = x @ w["kv_a_proj_with_mqa"].T  # [s, c+r]
     latent = rms_norm(kv[:, :c], w["kv_a_layernorm"], eps)  # [s, c]
+    if config.mla_scale_kv_lora:
+        latent = latent * (arb(config.hidden_size) / c).sqrt()
     k_pe = rotate(kv[:, c:], positions, config.rope)  # [s, r]
     w_uk, w_uv = absorb(w["kv_b_proj"], config)
     out = attend(q[..., :n], q_pe, latent, k_pe, w_uk, w_uv, softmax_scale(config))  # [s, h, v]

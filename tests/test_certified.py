@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mla_spec.golden import compare
-from mla_spec.reference.config import MLAConfig, RopeConfig, YarnScaling
+from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
 from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.published import published_models
 from mla_spec.reference.rope import rope_cos_sin, rope_frequencies
@@ -21,6 +21,9 @@ from mla_spec.golden import certified
 from mla_spec.golden.expected import expected
 
 YARN = YarnScaling(factor=40, original_max_position_embeddings=4096, ramp_guard=0.001)
+LONGROPE = LongRopeScaling(
+    short_factor=(1.0, 1.1, 1.3), long_factor=(1.2, 3.0, 31.7), original_max_position_embeddings=4096
+)
 
 
 def agrees(operation: str, inputs: dict[str, Any], parameters: dict[str, Any]) -> None:
@@ -74,6 +77,8 @@ def rope_configs() -> Iterator[RopeConfig]:
     yield RopeConfig(dim=8, interleaved=False, yarn=replace(YARN, mscale=0.707, mscale_all_dim=0.5))
     yield RopeConfig(dim=16, yarn=replace(YARN, factor=1.0))
     yield RopeConfig(dim=16, yarn=replace(YARN, original_max_position_embeddings=64))
+    yield RopeConfig(dim=6, longrope=LONGROPE, max_position_embeddings=4096)
+    yield RopeConfig(dim=6, longrope=LONGROPE, max_position_embeddings=131072)
 
 
 def test_frequencies_are_correctly_rounded_and_tables_within_one_ulp_of_1() -> None:
@@ -225,6 +230,9 @@ def layer_inputs(seed: int, size: float, **changes: Any) -> tuple[dict[str, Any]
         {"rope": RopeConfig(dim=4, interleaved=False, yarn=YARN)},
         {"rope": RopeConfig(dim=4, theta=100.0, yarn=replace(YARN, mscale=0.7, mscale_all_dim=0.5))},
         {"softmax_scale": 0.25, "latent_norm_eps": 1e-5},
+        {"qk_rope_head_dim": 6, "rope": RopeConfig(dim=6, longrope=LONGROPE, max_position_embeddings=131072)},
+        {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+        {"llama_4_scaling": Llama4Scaling(beta=0.1, original_max_position_embeddings=2)},
     ],
 )
 def test_layer(changes: dict[str, Any], size: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mla_spec.harness.cases import DecodeInputs, PrefillInputs, QuantisedDecodeCase
+from mla_spec.harness.contract import supports_of
 from mla_spec.harness.driver import Driver
 from mla_spec.harness.peers import Peer
 from mla_spec.harness.quantised_cases import QuantisedDecodeInputs
@@ -23,8 +24,9 @@ from mla_spec.reference.quantised_cache import dequantised_cache, quantise
 from mla_spec.reference.typing import Array
 
 HEADS, LATENT, ROPE = 16, 512, 64
-FORMAT = "fp8_per_tensor"
+FORMAT, TENSOR_SCALE = "fp8_per_tensor", 0.75
 
+Lengths = tuple[int, ...]
 Returned = tuple[Array, Array | None]
 
 
@@ -43,6 +45,11 @@ class PeerCall:
     want: Returned
     coarse: Array
 
+    def suits(self, subject: Any) -> bool:
+        """Whether the subject declares to take the inputs."""
+        supports = supports_of(subject)
+        return not isinstance(self.inputs, SparseInputs) or self.inputs.attn_sink is None or supports.attention_sink
+
     def run(self, subject: Any) -> Returned:
         """What the subject returns; Violation or SubjectCrashed where that is nothing to compare."""
         return run(self.peer, self.inputs, subject, self.peer.dtype)
@@ -52,8 +59,14 @@ class PeerCall:
 def peer_call(peer: Peer, seed: int) -> PeerCall:
     """The call of a seed: seeds 1, 3, ... have two queries per sequence."""
     rng = np.random.default_rng([seed, 5])
-    make = {"sparse_prefill": _sparse_inputs, "prefill": _prefill_inputs}.get(peer.operation)
-    inputs: Any = make(peer, rng) if make else _decode_inputs(peer, rng, 1 + seed % 2)
+    lengths = peer.lengths[seed % len(peer.lengths)]
+    inputs: Any
+    if peer.operation == "sparse_prefill":
+        inputs = _sparse_inputs(peer, lengths, rng, peer.sink_and_length and seed % 2 == 1)
+    elif peer.operation == "prefill":
+        inputs = _prefill_inputs(peer, lengths, rng)
+    else:
+        inputs = _decode_inputs(peer, lengths, rng, 1 + seed % 2)
     want = _reference(peer, inputs)
     return PeerCall(peer, inputs, want, _low_precision(inputs, peer.dtype) if _is_decode(inputs) else want[0])
 
@@ -63,7 +76,7 @@ def run(peer: Peer, inputs: Any, subject: Any, dtype: str) -> Returned:
     driver = Driver(subject, dtype)
     if isinstance(inputs, QuantisedDecodeInputs):
         case = QuantisedDecodeCase(dtype=dtype, seed=0, format=FORMAT, page_size=peer.page_size)
-        out, lse = QuantisedDriver(driver, case, 1.0).decode(inputs)
+        out, lse = QuantisedDriver(driver, case, TENSOR_SCALE).decode(inputs)
     elif isinstance(inputs, SparseInputs):
         result = SparseDriver(driver, "sparse_prefill").call(inputs)
         out, lse = result.out, result.lse
@@ -94,8 +107,10 @@ def _is_decode(inputs: Any) -> bool:
     return isinstance(inputs, DecodeInputs)
 
 
-def _decode_inputs(peer: Peer, rng: np.random.Generator, s: int) -> DecodeInputs | QuantisedDecodeInputs:
-    pages = [-(-length // peer.page_size) for length in peer.lengths]
+def _decode_inputs(
+    peer: Peer, lengths: Lengths, rng: np.random.Generator, s: int
+) -> DecodeInputs | QuantisedDecodeInputs:
+    pages = [-(-length // peer.page_size) for length in lengths]
     order = rng.permutation(sum(pages)) if peer.shuffled else np.arange(sum(pages))
     table = np.zeros((len(pages), max(pages)), dtype=np.int32)
     for row, count, first in zip(table, pages, np.cumsum([0, *pages[:-1]]), strict=True):
@@ -106,26 +121,28 @@ def _decode_inputs(peer: Peer, rng: np.random.Generator, s: int) -> DecodeInputs
         q=q,
         kv_cache=cache,
         block_table=table,
-        cache_seqlens=np.array(peer.lengths, dtype=np.int32),
+        cache_seqlens=np.array(lengths, dtype=np.int32),
         head_dim_v=LATENT,
         softmax_scale=peer.softmax_scale,
         causal=True,
     )
     if peer.operation == "decode_quantized":
         return _quantised(inputs, peer.page_size)
-    for row, count, length in zip(table, pages, peer.lengths, strict=True):
+    for row, count, length in zip(table, pages, lengths, strict=True):
         cache[row[count - 1], length - (count - 1) * peer.page_size :] = peer.unused
     return inputs
 
 
 def _quantised(inputs: DecodeInputs, page_size: int) -> QuantisedDecodeInputs:
     layout = layout_of(FORMAT)
-    pages = pack(quantise(inputs.kv_cache.reshape(-1, layout.width), layout, tensor_scale=1.0), layout, page_size)
-    return QuantisedDecodeInputs(pages, 1.0, replace(inputs, kv_cache=dequantised_cache(pages, layout, page_size)))
+    stored = quantise(inputs.kv_cache.reshape(-1, layout.width), layout, tensor_scale=TENSOR_SCALE)
+    pages = pack(stored, layout, page_size)
+    rows = dequantised_cache(pages, layout, page_size, tensor_scale=TENSOR_SCALE)
+    return QuantisedDecodeInputs(pages, TENSOR_SCALE, replace(inputs, kv_cache=rows))
 
 
-def _sparse_inputs(peer: Peer, rng: np.random.Generator) -> SparseInputs:
-    s, s_kv, top_k = 16, peer.lengths[0], 128
+def _sparse_inputs(peer: Peer, lengths: Lengths, rng: np.random.Generator, options: bool) -> SparseInputs:
+    s, s_kv, top_k = 16, max(lengths), 128
     indices = np.stack([rng.permutation(s_kv)[:top_k] for _ in range(s)])
     indices[rng.random(indices.shape) < 0.1] = -1
     return SparseInputs(
@@ -134,13 +151,13 @@ def _sparse_inputs(peer: Peer, rng: np.random.Generator) -> SparseInputs:
         indices=indices[:, None].astype(np.int32),
         head_dim_v=LATENT,
         softmax_scale=peer.softmax_scale,
-        attn_sink=None,
-        topk_length=None,
+        attn_sink=round_to(rng.standard_normal(HEADS) + np.log(top_k), "float32") if options else None,
+        topk_length=rng.integers(1, top_k + 1, s).astype(np.int32) if options else None,
     )
 
 
-def _prefill_inputs(peer: Peer, rng: np.random.Generator) -> PrefillInputs:
-    offsets = np.cumsum([0, *peer.lengths]).astype(np.int32)
+def _prefill_inputs(peer: Peer, lengths: Lengths, rng: np.random.Generator) -> PrefillInputs:
+    offsets = np.cumsum([0, *lengths]).astype(np.int32)
     q, k, v = (round_to(peer.values(rng, (int(offsets[-1]), HEADS, width)), peer.dtype) for width in (192, 192, 128))
     return PrefillInputs(q, k, v, offsets, offsets, peer.softmax_scale, True)
 

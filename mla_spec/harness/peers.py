@@ -2,7 +2,7 @@
 
 This emulates criteria; no test of a peer is run. Batches and lengths are smaller than the peers', and where a source does
 not say otherwise a peer is granted what finds more: ragged lengths, one query and two in turn, causal masks, pages in any
-order, and a reference without faults.
+order, a scale of quantised caches that is not 1, and a reference without faults.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ class Peer:
 
     Attributes:
         name, source: what it is, and where it is public.
-        operation: of the contract, that its kernel is: "decode", "decode_quantized" (with ``fp8_per_tensor`` and scale 1),
+        operation: of the contract, that its kernel is: "decode", "decode_quantized" (of ``fp8_per_tensor``),
             "sparse_prefill" or "prefill".
         dtype: of q and of a cache that is not quantised.
         values: of q, keys and values alike.
         inputs: the same in words.
         softmax_scale: it is never varied; c + r = 576 or, after absorption, n + r = 192 give the default.
-        lengths: keys of each sequence.
+        lengths: keys of each sequence, for each seed in turn.
         page_size: of the cache, in tokens.
         shuffled: whether pages are in any order; else they are 0, 1, 2, ...
         unused: what rows beyond a sequence's length hold.
+        sink_and_length: whether sparse attention gets ``attn_sink`` and ``topk_length``, in every other seed.
         against_itself: the reference is the same kernel with pages of one token.
         out, lse: pass criteria; None where the LSE is not compared.
     """
@@ -63,10 +64,11 @@ class Peer:
     values: Values
     inputs: str
     softmax_scale: float = 192**-0.5
-    lengths: tuple[int, ...] = (500, 259, 140)
+    lengths: tuple[tuple[int, ...], ...] = ((200, 140, 77), (700, 65), (2100,))
     page_size: int = 64
     shuffled: bool = True
     unused: float = 0.0
+    sink_and_length: bool = False
     against_itself: bool = False
     out: Criterion
     lse: Criterion | None = None
@@ -92,6 +94,7 @@ PEERS: tuple[Peer, ...] = (
         values=normal(0.1, 1.0),
         inputs="randn / 10, clamped to ±1",
         softmax_scale=0.5,
+        sink_and_length=True,
         out=Every(Within(8e-4, 3.01 / 128), Similar(7e-6)),
         lse=Within(1e-6, 2.01 / 65536),
     ),
@@ -143,7 +146,7 @@ PEERS: tuple[Peer, ...] = (
         operation="decode_quantized",
         values=normal(0.1),
         inputs="0.1 randn",
-        lengths=(1500, 1024),
+        lengths=((1100, 1024), (1500, 1030)),
         out=Close(0.0, 1.5e-2),
     ),
     Peer(
@@ -230,7 +233,7 @@ PEERS: tuple[Peer, ...] = (
         operation="prefill",
         values=normal(0.1),
         inputs="0.1 randn",
-        lengths=(256, 100),
+        lengths=((100, 70), (65, 1, 130)),
         out=Close(1.5e-2, 1.5e-2),
     ),
     Peer(
@@ -246,7 +249,7 @@ PEERS: tuple[Peer, ...] = (
         source="https://github.com/Dao-AILab/flash-attention/tree/main/tests/cute",
         values=normal(),
         inputs="randn",
-        lengths=(4096, 1000),
+        lengths=((200, 140, 77), (700, 65), (4100,)),
         out=NoWorseThanLowPrecision(2.0),
     ),
     Peer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from mla_spec.harness.contract import OPERATIONS, offers, profile_of, subject_name, supports_of
@@ -20,14 +21,12 @@ def format_table(rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def record_row(record: Record) -> tuple[str, ...]:
-    """law, verdict, cases, worst error / bound, and the case that gave it or the reason why there is none."""
+    """The columns of ``HEADER``: "exact" stands for laws that compare bits."""
     worst = "exact" if record.verdict == "pass" else ""
     detail = record.worst_case
     if record.worst is not None:
         worst = f"{record.worst:.3f}"
-    if record.verdict == "unsupported":
-        detail = record.message
-    elif record.verdict != "pass":
+    if record.verdict != "pass":
         detail = "see below"
     return record.law, record.verdict, str(record.cases), worst, detail
 
@@ -46,10 +45,14 @@ def describe_subject(subject: object) -> str:
 
 
 def report_of(records: list[Record]) -> str:
-    """A table of one subject's records, then the text of each that does not hold, then a summary."""
-    table = format_table([HEADER, *(record_row(record) for record in records)])
-    failures = [record.text() for record in records if record.verdict not in ("pass", "unsupported")]
-    return "\n\n".join([table, *failures, f"{summary(records)} in {sum(r.seconds for r in records):.1f} s"])
+    """A table of the laws that apply, why others do not, the text of each law that does not hold, and a summary."""
+    applying = [record for record in records if record.verdict != "unsupported"]
+    reasons = Counter(record.message for record in records if record.verdict == "unsupported")
+    parts = [format_table([HEADER, *map(record_row, applying)])] if applying else []
+    if reasons:
+        parts.append("\n".join(f"unsupported: {count} laws, {reason}" for reason, count in reasons.items()))
+    parts += [record.text() for record in applying if record.verdict != "pass"]
+    return "\n\n".join([*parts, f"{summary(records)} in {sum(r.seconds for r in records):.1f} s"])
 
 
 def summary(records: list[Record]) -> str:

@@ -69,7 +69,7 @@ class BugResult:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The results of all bugs; ``complete`` where every law that could differ ran on every one of them."""
+    """The results of bugs; ``complete`` where they are all that are planted, and every law that could differ ran on them."""
 
     results: tuple[BugResult, ...]
     complete: bool
@@ -150,7 +150,8 @@ def run_bug(bug: Any, options: Options, *, quick: bool, timeout: float) -> BugRe
     with WorkerPool(timeout=timeout) as pool:
         for law in laws_for(bug):
             records.append(pool.submit(law, f"bug-{bug.id}", own).result())
-            if quick and kills(records[-1]):
+            could_be_made = records[-1].verdict != "crashed" or records[-1].cases > 0
+            if not could_be_made or (quick and kills(records[-1])):
                 break
     return BugResult(bug.id, bug.symptom, tuple(records))
 
@@ -179,4 +180,5 @@ def run_selftest(
         return result
 
     with ThreadPoolExecutor(jobs) as pool:
-        return Matrix(tuple(pool.map(run, bugs)), complete=not quick)
+        results = tuple(pool.map(run, bugs))
+    return Matrix(results, complete=not quick and len(bugs) == len(planted_bugs()))

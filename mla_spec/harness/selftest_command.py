@@ -6,11 +6,13 @@ import argparse
 import importlib
 from typing import Any
 
+import torch
+
 from mla_spec.harness import peer_results
 from mla_spec.harness.laws import Options
 from mla_spec.harness.report import format_table
 from mla_spec.harness.selftest import BugResult, planted_bugs, run_selftest
-from mla_spec.harness.selftest_report import markdown, report, write_markdown
+from mla_spec.harness.selftest_report import report, write_markdown
 from mla_spec.harness.terminal import UsageError, show_progress, write_json
 
 
@@ -19,6 +21,10 @@ def selftest(options: argparse.Namespace) -> int:
     for name in ("examples", "jobs", "timeout"):
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name} must be positive, got {getattr(options, name)}")
+    try:
+        torch.empty(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
     try:
         bugs = planted_bugs(options.bug)
     except ValueError as error:
@@ -50,7 +56,7 @@ def selftest(options: argparse.Namespace) -> int:
         write_json(options.json, content)
     if options.markdown is not None:
         try:
-            write_markdown(options.markdown, markdown(matrix, tables))
+            write_markdown(options.markdown, matrix, tables)
         except OSError as error:
             raise UsageError(f"cannot write {options.markdown}: {error.strerror}") from error
     return 1 if matrix.survivors else 0

@@ -10,7 +10,7 @@ from mla_spec.harness.report import format_table
 from mla_spec.harness.selftest import BugResult, Matrix
 
 BEGIN, END = "<!-- mla-spec selftest: begin -->", "<!-- mla-spec selftest: end -->"
-"""Between these lines of an existing Markdown file its table stands."""
+"""Between these lines of a Markdown file the score stands."""
 
 HEADER = ("bug", "law", "verdict", "cases", "seconds", "case")
 
@@ -29,7 +29,7 @@ def summary(matrix: Matrix) -> str:
         sole = (f"{law} ({', '.join(bugs)})" for law, bugs in matrix.sole_killers.items())
         lines.append(f"sole killers: {_names(sole)}")
     else:
-        lines.append("Only the first law that kills each bug ran; without --quick all do.")
+        lines.append("not every law on every bug: neither laws that killed nothing nor sole killers can be named")
     return "\n".join(lines)
 
 
@@ -46,8 +46,8 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def markdown(matrix: Matrix, tables: Sequence[str] = ()) -> str:
-    """The score and a table with one row per bug, then other tables."""
+def markdown(matrix: Matrix, tables: Sequence[str] = (), *, short: bool = False) -> str:
+    """The summary and other tables; between them, unless ``short``, a table with one row per bug."""
     header = "| bug | symptom | killed by | others | cases | seconds |\n|---|---|---|---|---|---|"
     rows = [
         f"| {result.bug} | {result.symptom} | {_first(result)} | {max(0, len(result.kills) - 1)} | "
@@ -55,22 +55,24 @@ def markdown(matrix: Matrix, tables: Sequence[str] = ()) -> str:
         for result in matrix.results
     ]
     paragraphs = summary(matrix).split("\n")
-    return "\n\n".join([*paragraphs, "\n".join([header, *rows]), *tables])
+    return "\n\n".join([*paragraphs, *([] if short else ["\n".join([header, *rows])]), *tables])
 
 
 def _first(result: BugResult) -> str:
     return "**survives**" if result.survives else f"`{result.kills[0].law}`"
 
 
-def write_markdown(path: str, text: str) -> None:
-    """Replace what stands between the two marks of the file; a file without them, or none, becomes the text alone.
+def write_markdown(path: str, matrix: Matrix, tables: Sequence[str] = ()) -> None:
+    """Write the Markdown to a file, or the short one between the two marks of a file that has them.
 
     Raises:
         OSError: the file cannot be written.
     """
     file = Path(path)
     content = file.read_text(encoding="utf-8") if file.exists() else ""
-    if BEGIN in content and END in content:
-        before, rest = content.split(BEGIN, 1)
-        text = f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}"
-    write_atomically(file, text if text.endswith("\n") else text + "\n")
+    if BEGIN not in content or END not in content:
+        write_atomically(file, markdown(matrix, tables) + "\n")
+        return
+    before, rest = content.split(BEGIN, 1)
+    text = f"{before}{BEGIN}\n{markdown(matrix, tables, short=True)}\n{END}{rest.split(END, 1)[1]}"
+    write_atomically(file, text)

@@ -173,3 +173,53 @@ def test_a_subject_may_leave_ties_open_and_return_no_logits() -> None:
     }
     unsupported = {"test_indexer_logits_agree_with_reference", "test_indexer_ties_go_to_the_smaller_index"}
     assert verdicts == {name: "unsupported" if name in unsupported else "pass" for name in verdicts}
+
+
+def verdicts(subject: object) -> set[str]:
+    """The verdicts of all laws of sparse attention."""
+    laws = [law for law in all_laws().values() if "sparse" in law.needs[0]]
+    return {run_law(law, subject, Options(examples=12)).verdict for law in laws}
+
+
+def test_a_subject_may_have_no_rule_for_rows_without_keys() -> None:
+    class NeverEmpty(TorchAbsorbed):
+        supports = Supports(empty_row="unsupported")
+
+        def attend_rows(self, q: Any, rows: Any, selected: torch.Tensor, *args: Any) -> Any:
+            assert selected.any(dim=-1).all()
+            return super().attend_rows(q, rows, selected, *args)
+
+    assert verdicts(NeverEmpty()) == {"pass", "unsupported"}
+
+
+def test_a_subject_may_give_rows_without_keys_another_lse() -> None:
+    class PlusInfinity(TorchAbsorbed):
+        """As FlashMLA does."""
+
+        supports = Supports(empty_row="zero/+inf")
+
+        def softmax(self, scores: torch.Tensor) -> Any:
+            weights, lse = super().softmax(scores)
+            return weights, lse.masked_fill(lse == -torch.inf, torch.inf)
+
+        def sink_share(self, lse: torch.Tensor, attn_sink: torch.Tensor) -> torch.Tensor:
+            return super().sink_share(lse.masked_fill(lse == torch.inf, -torch.inf), attn_sink)
+
+    class Undeclared(PlusInfinity):
+        supports = Supports()
+
+    assert verdicts(PlusInfinity()) == {"pass"}
+    law = all_laws()["test_sparse_decode_of_nothing"]
+    assert run_law(law, Undeclared(), Options(examples=12)).verdict == "fail"
+
+
+def test_what_sparse_prefill_returns_is_checked() -> None:
+    class OutAndLse(TorchAbsorbed):
+        def sparse_prefill(self, *args: Any, **options: Any) -> Any:
+            out, _, lse = super().sparse_prefill(*args, **options)
+            return out, lse
+
+    law = all_laws()["test_sparse_prefill_agrees_with_reference"]
+    record = run_law(law, OutAndLse(), Options(examples=4))
+    assert record.verdict == "fail"
+    assert "sparse_prefill must return (out, max_logits, lse), got tuple" in record.message

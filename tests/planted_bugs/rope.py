@@ -201,9 +201,13 @@ class RampWithoutGuard(TorchAbsorbed):
     """The ramp divides by the width of the correction range, which may be 0."""
 
     def frequencies(self, rope: RopeConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
-        if rope.yarn is not None:
-            rope = replace(rope, yarn=replace(rope.yarn, ramp_guard=0.0))
-        return super().frequencies(rope, device, dtype)
+        frequencies = super().frequencies(rope, device, dtype)
+        if rope.active_yarn is not None:
+            low, high = rope.yarn_correction_range()
+            # 0 / 0 at the pair where the range begins and ends; ±inf at the others, as the ramp is clamped.
+            undefined = (low == high) & (torch.arange(len(frequencies), device=device) == low)
+            frequencies = frequencies.masked_fill(undefined, torch.nan)
+        return frequencies
 
 
 @planted(

@@ -285,7 +285,7 @@ class LengthsOfOtherSequences(TorchExplicit):
             indices = args[1].flatten(0, 1)[:, None]
             out, lse = super().sparse_decode(q, args[0], indices, topk_length=topk_length.repeat(s), **options)
             assert lse is not None
-            return out.reshape(b, s, *out.shape[2:]), lse[..., 0].unflatten(0, (b, s)).transpose(1, 2)
+            return out.reshape(b, s, *out.shape[2:]), lse[..., 0].reshape(b, s, -1).transpose(1, 2)
         return super().sparse_decode(q, *args, **options)
 
 

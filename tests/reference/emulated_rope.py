@@ -13,6 +13,10 @@ def float32_frequencies(rope: RopeConfig) -> Array:
     """Frequencies as model code computes them, every step in float32."""
     f32 = np.float32
     plain = f32(1) / f32(rope.theta) ** (np.arange(0, rope.dim, 2).astype(f32) / f32(rope.dim))
+    if rope.frequency_divisors is not None:
+        power = f32(rope.theta) ** (np.arange(0, rope.dim, 2).astype(f32) / f32(rope.dim))
+        divided: Array = f32(1) / (np.array(rope.frequency_divisors, dtype=f32) * power)
+        return divided
     yarn = rope.active_yarn
     if yarn is None:
         return plain

@@ -7,9 +7,17 @@ import re
 from dataclasses import FrozenInstanceError
 from typing import Any
 
+import numpy as np
 import pytest
 
-from mla_spec.reference.config import MLAConfig, RopeConfig, YarnScaling, yarn_mscale
+from mla_spec.reference.config import (
+    Llama4Scaling,
+    LongRopeScaling,
+    MLAConfig,
+    RopeConfig,
+    YarnScaling,
+    yarn_mscale,
+)
 
 DEEPSEEK_V3_YARN: dict[str, Any] = {"factor": 40, "original_max_position_embeddings": 4096}
 SMALL: dict[str, Any] = {
@@ -27,8 +35,51 @@ def yarn(**changes: Any) -> YarnScaling:
     return YarnScaling(**{**DEEPSEEK_V3_YARN, **changes})
 
 
+def longrope(**changes: Any) -> LongRopeScaling:
+    entry = {"short_factor": (1.0, 1.5), "long_factor": (2.0, 4.0), "original_max_position_embeddings": 4096}
+    return LongRopeScaling(**{**entry, **changes})
+
+
 def config(**changes: Any) -> MLAConfig:
     return MLAConfig(**{**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"short_factor": [1.0, 1.5]}, "short_factor must be a tuple of numbers, got [1.0, 1.5]"),
+        ({"long_factor": (2.0, 0.0)}, "long_factor[1] must be a positive finite number, got 0.0"),
+        (
+            {"long_factor": (2.0,)},
+            "short_factor and long_factor must have the same length, got 2 and 1",
+        ),
+        (
+            {"original_max_position_embeddings": 0},
+            "original_max_position_embeddings must be a positive integer, got 0",
+        ),
+        ({"original_max_position_embeddings": 1}, "original_max_position_embeddings must exceed 1, got 1"),
+        ({"factor": -1.0}, "factor must be a positive finite number, got -1.0"),
+        ({"attention_factor": 0.0}, "attention_factor must be a positive finite number, got 0.0"),
+    ],
+)
+def test_longrope_scaling_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape('LongRopeScaling: ' + message)}$"):
+        longrope(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, "beta must be a positive finite number, got 0.0"),
+        (
+            {"original_max_position_embeddings": 8192.0},
+            "original_max_position_embeddings must be a positive integer, got 8192.0",
+        ),
+    ],
+)
+def test_llama_4_scaling_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape('Llama4Scaling: ' + message)}$"):
+        Llama4Scaling(**{"beta": 0.1, "original_max_position_embeddings": 8192, **changes})
 
 
 @pytest.mark.parametrize(
@@ -88,6 +139,15 @@ def test_yarn_scaling_refuses(changes: dict[str, Any], message: str) -> None:
             {"dim": 64, "yarn": yarn(applies="beyond_original")},
             "RopeConfig: yarn.applies='beyond_original' needs max_position_embeddings, got None",
         ),
+        (
+            {"dim": 4, "yarn": yarn(ramp_guard=0.001), "longrope": longrope(), "max_position_embeddings": 8192},
+            "RopeConfig: yarn and longrope cannot both be given",
+        ),
+        ({"dim": 4, "longrope": longrope()}, "RopeConfig: longrope needs max_position_embeddings, got None"),
+        (
+            {"dim": 6, "longrope": longrope(), "max_position_embeddings": 8192},
+            "RopeConfig: longrope must have dim/2 = 3 factors, got 2",
+        ),
     ],
 )
 def test_rope_config_refuses(arguments: dict[str, Any], message: str) -> None:
@@ -119,6 +179,10 @@ def test_rope_config_refuses(arguments: dict[str, Any], message: str) -> None:
             "MLAConfig: rope.dim must equal qk_rope_head_dim, got 6 and 0",
         ),
         ({"latent_norm_eps": 0.0}, "MLAConfig: latent_norm_eps must be a positive finite number, got 0.0"),
+        (
+            {"mla_scale_q_lora": True, "q_lora_rank": None},
+            "MLAConfig: mla_scale_q_lora needs a q_lora_rank, got None",
+        ),
         ({"softmax_scale": -0.1}, "MLAConfig: softmax_scale must be a positive finite number, got -0.1"),
         ({"softmax_scale": 0.0}, "MLAConfig: softmax_scale must be a positive finite number, got 0.0"),
     ],
@@ -327,8 +391,63 @@ def test_checkpoint_without_mscale_leaves_it_unstated() -> None:
 
 
 def test_checkpoint_of_unknown_type_or_parameter_is_refused() -> None:
-    message = "rope_scaling: unknown rope type 'llama3'; known types are 'default' and 'yarn'"
+    message = "rope_scaling: unknown rope type 'llama3'; known types are 'default', 'yarn' and 'longrope'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         from_checkpoint({"rope_type": "llama3", "factor": 8})
     with pytest.raises(ValueError, match=r"^rope_scaling: unknown YaRN parameter 'finetuned'$"):
         from_checkpoint({"type": "yarn", **DEEPSEEK_V3_YARN, "finetuned": True})
+
+
+def longrope_config(context: int, **changes: Any) -> RopeConfig:
+    return RopeConfig(dim=4, longrope=longrope(**changes), max_position_embeddings=context)
+
+
+def test_longrope_takes_the_long_factors_beyond_the_original_context() -> None:
+    assert longrope_config(4096).frequency_divisors == (1.0, 1.5)
+    assert longrope_config(4097).frequency_divisors == (2.0, 4.0)
+    assert RopeConfig(dim=4).frequency_divisors is None
+
+
+def test_longrope_factor_on_cos_and_sin() -> None:
+    assert longrope_config(4096).cos_sin_factor == 1.0
+    assert longrope_config(2048).cos_sin_factor == 1.0
+    # 32 = 2^5 and 4096 = 2^12: sqrt(1 + 5/12), but for the rounding of the two logarithms.
+    expected = pytest.approx(math.sqrt(17 / 12), rel=4 * 2.0**-53)
+    assert longrope_config(131072).cos_sin_factor == expected
+    assert longrope_config(4096, factor=32).cos_sin_factor == expected
+    assert longrope_config(131072, factor=0.5).cos_sin_factor == 1.0
+    assert longrope_config(131072, attention_factor=1.25).cos_sin_factor == 1.25
+
+
+def test_scales_of_the_latents() -> None:
+    plain, scaled = config(), config(mla_scale_q_lora=True, mla_scale_kv_lora=True)
+    assert (plain.q_lora_scale, plain.kv_lora_scale) == (1.0, 1.0)
+    assert (scaled.q_lora_scale, scaled.kv_lora_scale) == (math.sqrt(16 / 6), math.sqrt(16 / 8))
+    assert config(mla_scale_kv_lora=True).q_lora_scale == 1.0
+    assert plain.scale == scaled.scale
+
+
+def test_llama_4_factor_is_one_within_the_original_context_and_steps_by_it() -> None:
+    factor = Llama4Scaling(beta=0.1, original_max_position_embeddings=8192).factor(np.array([[0, 8191], [8192, 65535]]))
+    assert factor.tolist() == [[1.0, 1.0], [1 + 0.1 * math.log1p(1), 1 + 0.1 * math.log1p(7)]]
+
+
+LONGROPE_ENTRY: dict[str, Any] = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+    "original_max_position_embeddings": 4096,
+}
+
+
+def test_checkpoint_with_longrope() -> None:
+    rope = from_checkpoint(LONGROPE_ENTRY, dim=4, max_position_embeddings=131072)
+    assert rope == RopeConfig(dim=4, longrope=longrope(), max_position_embeddings=131072)
+
+
+def test_checkpoint_with_incomplete_or_unknown_longrope_is_refused() -> None:
+    for name in ("short_factor", "long_factor", "original_max_position_embeddings"):
+        with pytest.raises(ValueError, match=f"^rope_scaling: LongRoPE needs {name}$"):
+            from_checkpoint({**LONGROPE_ENTRY, name: None}, dim=4)
+    with pytest.raises(ValueError, match=r"^rope_scaling: unknown LongRoPE parameter 'long_mscale'$"):
+        from_checkpoint({**LONGROPE_ENTRY, "long_mscale": 1.2}, dim=4)

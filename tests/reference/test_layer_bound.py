@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mla_spec.adapters.emulated import EmulatedAttention
-from mla_spec.reference.config import MLAConfig, RopeConfig, YarnScaling
+from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
 from mla_spec.reference.formats import round_to
-from mla_spec.reference.layer_bound import layer_with_bound
+from mla_spec.reference.layer_bound import Bounded, _foldable, _scaled, _temperature, layer_with_bound
 from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.profile import Profile
 from mla_spec.reference.rope import rope_cos_sin
@@ -36,6 +36,21 @@ LAYERS = {
     "interleaved": LAYER,
     "half": replace(LAYER, rope=RopeConfig(dim=8, theta=1000.0, interleaved=False)),
     "YaRN": replace(LAYER, rope=RopeConfig(dim=8, theta=1000.0, yarn=LAYER_YARN)),
+    "LongRoPE": replace(
+        LAYER,
+        rope=RopeConfig(
+            dim=8,
+            theta=1000.0,
+            longrope=LongRopeScaling(
+                short_factor=(1.0,) * 4, long_factor=(1.1, 2.3, 5.9, 17.0), original_max_position_embeddings=64
+            ),
+            max_position_embeddings=4096,
+        ),
+    ),
+    "scaled latents": replace(LAYER, mla_scale_q_lora=True, mla_scale_kv_lora=True),
+    "latents scaled by less than 1": replace(LAYER, hidden_size=7, mla_scale_q_lora=True, mla_scale_kv_lora=True),
+    # Within the six positions of a case it begins, and changes.
+    "temperature": replace(LAYER, llama_4_scaling=Llama4Scaling(beta=0.3, original_max_position_embeddings=2)),
     "no query compression": replace(LAYER, q_lora_rank=None),
     "NoPE": replace(LAYER, rope=None),
 }
@@ -54,8 +69,13 @@ def layer_case(config: MLAConfig, dtype: str, seed: int, latent_size: float = 1.
     return round_to(rng.standard_normal((6, config.hidden_size)), dtype), positions, weights
 
 
-def emulated_layer(hidden: Array, positions: Array, weights: Any, config: MLAConfig, profile: Profile) -> Array:
-    """A layer with float32 arithmetic whose every intermediate is rounded to the profile's dtype."""
+def emulated_layer(
+    hidden: Array, positions: Array, weights: Any, config: MLAConfig, profile: Profile, *, folded: bool = False
+) -> Array:
+    """A layer with float32 arithmetic whose every intermediate is rounded to the profile's dtype.
+
+    ``folded`` multiplies the factors of the latents into the weights of their norms, rounded, as vLLM does.
+    """
     dtype, f32 = profile.dtype, np.float32
     h, n, v, c = config.num_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
 
@@ -70,17 +90,33 @@ def emulated_layer(hidden: Array, positions: Array, weights: Any, config: MLACon
         ms = (x * x).sum(-1, keepdims=True, dtype=f32) / f32(x.shape[-1])
         return rounded(rounded(x / np.sqrt(ms + f32(config.latent_norm_eps))) * weight)
 
+    def scaled(x: Array, factor: Any) -> Array:
+        return rounded(x.astype(f32) * np.asarray(factor, dtype=f32))
+
     def rotated(x: Array) -> Array:
         return x if config.rope is None else float32_rope(x, positions, config.rope, dtype)
+
+    def cooled(x: Array) -> Array:
+        scaling = config.llama_4_scaling
+        if scaling is None:
+            return x
+        periods = (positions // scaling.original_max_position_embeddings).astype(f32)
+        return scaled(x, rounded(f32(1) + f32(scaling.beta) * np.log(f32(1) + periods))[:, None, None])
+
+    q_factor, kv_factor = config.q_lora_scale, config.kv_lora_scale
+    if folded:
+        factors = {"q_a_layernorm": q_factor, "kv_a_layernorm": kv_factor}
+        weights = {name: scaled(w, factors[name]) if name in factors else w for name, w in weights.items()}
+        q_factor = kv_factor = 1.0
 
     if config.q_lora_rank is None:
         q = linear(hidden, weights["q_proj"])
     else:
         q = linear(norm(linear(hidden, weights["q_a_proj"]), weights["q_a_layernorm"]), weights["q_b_proj"])
-    q = q.reshape(len(hidden), h, -1)
-    q_nope, q_pe = q[..., :n], rotated(q[..., n:])
+    q = scaled(q, q_factor).reshape(len(hidden), h, -1)
+    q_nope, q_pe = cooled(q[..., :n]), cooled(rotated(q[..., n:]))
     down = linear(hidden, weights["kv_a_proj_with_mqa"])
-    latent, k_pe = norm(down[:, :c], weights["kv_a_layernorm"]), rotated(down[:, None, c:])
+    latent, k_pe = scaled(norm(down[:, :c], weights["kv_a_layernorm"]), kv_factor), rotated(down[:, None, c:])
     up = weights["kv_b_proj"].reshape(h, n + v, c)
     kernel = EmulatedAttention(profile)
     if profile.form == "explicit":
@@ -113,6 +149,17 @@ def test_honest_layers_stay_within_the_bound(name: str, dtype: str, form: Any) -
         assert worst <= 1, (seed, changes, worst)
 
 
+@pytest.mark.parametrize("form", ["explicit", "absorbed"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["scaled latents", "latents scaled by less than 1"])
+def test_factors_folded_into_the_norms_stay_within_the_bound(name: str, dtype: str, form: Any) -> None:
+    config, profile = LAYERS[name], Profile.default(dtype, form=form)
+    for seed, latent_size in itertools.product(range(3), (1.0, 1e-3)):
+        case = layer_case(config, dtype, seed, latent_size)
+        want, bound = layer_with_bound(*case, config, profile)
+        assert excess(emulated_layer(*case, config, profile, folded=True), want, bound) <= 1
+
+
 EPS = replace(LAYER, latent_norm_eps=1e-3)
 YARN_LAYER = LAYERS["YaRN"]
 LAYER_FAULTS = {
@@ -122,6 +169,10 @@ LAYER_FAULTS = {
     "no mscale²": (replace(YARN_LAYER, softmax_scale=YARN_LAYER.qk_head_dim**-0.5), YARN_LAYER, 1.0),
     "no YaRN in the angles": (replace(LAYER, softmax_scale=YARN_LAYER.scale), YARN_LAYER, 1.0),
     "other rope layout": (LAYERS["half"], LAYER, 1.0),
+    "short factors of LongRoPE": (LAYER, LAYERS["LongRoPE"], 1.0),
+    "latent of the query not scaled": (replace(LAYER, mla_scale_kv_lora=True), LAYERS["scaled latents"], 1.0),
+    "latent of the keys not scaled": (replace(LAYER, mla_scale_q_lora=True), LAYERS["scaled latents"], 1.0),
+    "no temperature": (LAYER, LAYERS["temperature"], 1.0),
 }
 SHOWS = [
     *itertools.product(LAYER_FAULTS, ["float32"], ["explicit", "absorbed"]),
@@ -172,6 +223,9 @@ def differentiable_layer(
     rope = config.rope
     assert rope is not None
     rounded.next = 0
+    temperature = torch.ones(1, dtype=torch.float64)
+    if config.llama_4_scaling is not None:
+        temperature = rounded(torch.from_numpy(config.llama_4_scaling.factor(positions)))[:, None, None]
 
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rounded(rounded(x / (x.square().mean(-1, keepdim=True) + config.latent_norm_eps).sqrt()) * weight)
@@ -182,11 +236,18 @@ def differentiable_layer(
         return rounded(torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2))
 
     x = torch.from_numpy(hidden)
-    q = rounded(norm(rounded(x @ w["q_a_proj"].T), w["q_a_layernorm"]) @ w["q_b_proj"].T).view(len(x), h, -1)
+    q = rounded(norm(rounded(x @ w["q_a_proj"].T), w["q_a_layernorm"]) @ w["q_b_proj"].T)
+    if config.q_lora_scale != 1.0:
+        q = rounded(q * config.q_lora_scale)
+    q = q.view(len(x), h, -1)
     down = rounded(x @ w["kv_a_proj_with_mqa"].T)
     latent, k_pe = norm(down[:, :c], w["kv_a_layernorm"]), rotated(down[:, None, c:])[:, 0]
+    if config.kv_lora_scale != 1.0:
+        latent = rounded(latent * config.kv_lora_scale)
     up = w["kv_b_proj"].view(h, n + v, c)
     q_nope, q_pe = q[..., :n], rotated(q[..., n:])
+    if config.llama_4_scaling is not None:
+        q_nope, q_pe = rounded(q_nope * temperature), rounded(q_pe * temperature)
     if form == "explicit":
         k_nope = rounded(torch.einsum("hnc,tc->htn", up[:, :n], latent))
         value = rounded(torch.einsum("hvc,tc->htv", up[:, n:], latent))
@@ -222,7 +283,7 @@ def adverse_ratios(config: MLAConfig, form: Any, seed: int, indices: list[tuple[
 
 
 @pytest.mark.parametrize("form", ["explicit", "absorbed"])
-@pytest.mark.parametrize("name", ["interleaved", "YaRN"])
+@pytest.mark.parametrize("name", ["interleaved", "YaRN", "LongRoPE", "scaled latents", "temperature"])
 def test_all_errors_of_a_layer_at_their_largest_stay_within_the_bound(name: str, form: Any) -> None:
     for seed in range(3):
         assert max(adverse_ratios(LAYERS[name], form, seed, [(0, 3), (2, 7), (5, 20)])) <= 1
@@ -260,3 +321,45 @@ def test_layer_bound_refuses_other_weights() -> None:
     wrong = {name: w for name, w in weights.items() if not name.startswith("q_")}
     with pytest.raises(ValueError, match=r"^weights: missing 'q_proj'$"):
         layer_with_bound(hidden, positions, wrong, LAYERS["no query compression"], Profile.default("float32"))
+
+
+def numbers(seed: int, dtype: str) -> Array:
+    """Numbers [500, 1, 1] of many sizes, exact in ``dtype``."""
+    rng = np.random.default_rng(seed)
+    return round_to(rng.standard_normal((500, 1, 1)) * 2.0 ** rng.integers(-6, 6, (500, 1, 1)), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_error_of_a_scaled_number_is_its_rounding(dtype: str) -> None:
+    x, factor = numbers(0, dtype), 12**0.5
+    bounded = _scaled(Bounded(x, np.zeros_like(x)), factor, 0.0, dtype)
+    ratio = np.abs(round_to(x * factor, dtype) - x * factor) / bounded.error
+    assert 0.95 < ratio.max() <= 1
+    carried = _scaled(Bounded(x, np.abs(x)), factor, 0.0, dtype)
+    assert (carried.error >= bounded.error + factor * np.abs(x)).all()
+    assert (_scaled(Bounded(x, x * x), 1.0, 0.0, dtype).error == x * x).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("factor", [12**0.5, 0.3])
+def test_factor_in_a_norms_weight_costs_no_more_than_a_foldable_latent_has(factor: float, dtype: str) -> None:
+    """The weight is rounded with its factor, and the latent at its final size; no rounding is that of the plain latent."""
+    unit, weight = numbers(1, dtype), round_to(np.random.default_rng(2).uniform(0.5, 1.5, (500, 1, 1)), dtype)
+    folded = round_to(unit * round_to(weight * factor, dtype), dtype)
+    plain = Bounded(unit * weight, np.zeros_like(unit))
+    ratio = np.abs(folded / factor - plain.value) / _foldable(plain, factor, dtype).error
+    assert 0.5 < ratio.max() <= 1
+    assert _foldable(plain, 1.0, dtype) is plain
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_error_of_a_temperature_has_both_its_roundings(dtype: str) -> None:
+    x, positions = numbers(3, dtype), np.arange(500)
+    scaling = Llama4Scaling(beta=0.3, original_max_position_embeddings=4)
+    bounded = _temperature(Bounded(x, np.zeros_like(x)), positions, scaling, Profile.default(dtype))
+    factor = scaling.factor(positions)[:, None, None]
+    got = round_to(x * round_to(factor, dtype), dtype)
+    np.testing.assert_array_equal(bounded.value, x * factor)
+    assert (bounded.error[:4] == 0).all()
+    ratio = np.abs(got - bounded.value)[4:] / bounded.error[4:]
+    assert 0.6 < ratio.max() <= 1

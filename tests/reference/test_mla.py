@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mla_spec.reference.attention import attention
-from mla_spec.reference.config import MLAConfig, RopeConfig, YarnScaling
+from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
 from mla_spec.reference.layer_bound import layer_with_bound
 from mla_spec.reference.mla import (
     Attend,
@@ -40,6 +40,9 @@ weight, its value may be near 0 by cancellation and the gauge with it: there, Σ
 """
 
 YARN = YarnScaling(factor=8, original_max_position_embeddings=32, mscale=0.5, mscale_all_dim=1.0, beta_fast=4)
+LONGROPE = LongRopeScaling(
+    short_factor=(1.0,) * 4, long_factor=(1.1, 1.5, 2.5, 4.0), original_max_position_embeddings=32
+)
 BASE = MLAConfig(
     hidden_size=20,
     num_heads=4,
@@ -55,6 +58,10 @@ CONFIGS = {
     "interleaved rope": BASE,
     "half rope": replace(BASE, rope=RopeConfig(dim=8, theta=100.0, interleaved=False)),
     "YaRN with a factor on cos and sin": replace(BASE, rope=RopeConfig(dim=8, theta=100.0, yarn=YARN)),
+    "LongRoPE": replace(BASE, rope=RopeConfig(dim=8, theta=100.0, longrope=LONGROPE, max_position_embeddings=64)),
+    "scaled latents": replace(BASE, mla_scale_q_lora=True, mla_scale_kv_lora=True),
+    "scaled latent of the keys": replace(BASE, mla_scale_kv_lora=True),
+    "temperature": replace(BASE, llama_4_scaling=Llama4Scaling(beta=0.3, original_max_position_embeddings=32)),
     "no query compression": replace(BASE, q_lora_rank=None),
     "NoPE": replace(BASE, rope=None),
     "no rope dims": replace(BASE, rope=None, qk_rope_head_dim=0, q_lora_rank=None),
@@ -101,8 +108,13 @@ def naive_layer(hidden: Array, positions: Array, weights: dict[str, Array], conf
             q = weights["q_proj"] @ x
         else:
             q = weights["q_b_proj"] @ norm(weights["q_a_proj"] @ x, weights["q_a_layernorm"])
+        if config.mla_scale_q_lora:
+            q = q * np.sqrt(config.hidden_size / 10)
+        if config.llama_4_scaling is not None:
+            q = q * (1 + 0.3 * np.log(1 + position // 32))
         down = weights["kv_a_proj_with_mqa"] @ x
-        up = weights["kv_b_proj"] @ norm(down[:c], weights["kv_a_layernorm"])
+        latent = norm(down[:c], weights["kv_a_layernorm"])
+        up = weights["kv_b_proj"] @ (latent * np.sqrt(config.hidden_size / 12) if config.mla_scale_kv_lora else latent)
         k_pe = rotated(down[c:], position)
         q_heads, kv_heads = q.reshape(-1, n + r), up.reshape(-1, n + v)
         queries.append([np.concatenate([q[:n], rotated(q[n:], position)]) for q in q_heads])
@@ -334,6 +346,26 @@ def test_cache_rows_are_normalised_latents_and_rotated_keys() -> None:
     ms = np.mean(down[:, :12] ** 2, axis=-1)
     # 12 products and a few more roundings; leaving eps out moves this by 1e-3.
     np.testing.assert_allclose(np.mean(unit**2, axis=-1), ms / (ms + 1e-3), rtol=40 * 2.0**-53)
+
+
+def test_cached_latent_carries_its_factor_and_the_rotated_key_does_not() -> None:
+    scaled = CONFIGS["scaled latent of the keys"]
+    weights, hidden = random_weights(BASE), hidden_states(BASE, 4)
+    (plain_latent, plain_k_pe), (latent, k_pe) = (
+        project_latent(hidden, np.arange(4), weights, config) for config in (BASE, scaled)
+    )
+    np.testing.assert_array_equal(latent, (20 / 12) ** 0.5 * plain_latent)
+    np.testing.assert_array_equal(k_pe, plain_k_pe)
+
+
+def test_temperature_begins_at_the_original_context() -> None:
+    config = CONFIGS["temperature"]
+    weights, hidden = random_weights(BASE), hidden_states(BASE, 4)
+    positions = np.array([0, 31, 32, 95])
+    plain, got = (project_query(hidden, positions, weights, c) for c in (BASE, config))
+    factors = np.array([1, 1, 1 + 0.3 * np.log1p(1.0), 1 + 0.3 * np.log1p(2.0)])[:, None, None]
+    for before, after in zip(plain, got, strict=True):
+        np.testing.assert_array_equal(after, factors * before)
 
 
 def test_append_puts_new_rows_last() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from mla_spec.reference.config import MLAConfig
+from mla_spec.reference.config import Llama4Scaling, MLAConfig
 from mla_spec.reference.published import PublishedModel, published_model, published_models
 
 MODELS = published_models()
@@ -29,6 +29,7 @@ REQUIRED_FIELDS = (
     "rope_interleave",
     "rope_scaling",
     "max_position_embeddings",
+    "rms_norm_eps",
 )
 
 
@@ -55,17 +56,17 @@ MODELLED = {
     "GLM-5": (256, 1.0),
     "GLM-5.2 / 5.3": (256, 1.0),
     "GLM-5.3-Flash (glm5_next)": (256, 1.0),
+    "Mistral-Large-3-675B": (192, 1.0),
+    "Mistral-Small-4-119B-2603": (128, mscale2(128, 1.0)),
+    "LongCat-Flash-Chat": (192, 1.0),
+    "LongCat-Flash-Lite-Sparse": (192, mscale2(120, 1.0)),
     "Youtu-LLM-2B": (192, 1.0),
     "Sarvam-105B": (192, mscale2(40, 1.0)),
 }
 
 NOT_MODELLED = {
     "Kimi-K3 (text)": "sigmoid output gate",
-    "Mistral-Large-3-675B": "llama_4_scaling",
-    "Mistral-Small-4-119B-2603": "llama_4_scaling",
     "Mistral-Large-4-1T-A52B": "LeRoPE frequencies",
-    "LongCat-Flash-Chat": "mla_scale_q_lora",
-    "LongCat-Flash-Lite-Sparse": "mla_scale_q_lora",
     "A.X-K2-Light": "query gate projection",
     "Ling-3.0-Flash": "head-wise sigmoid output gate",
     "dots3-note-prev (DSA layers)": "latents scaled by sqrt(hidden_size / rank)",
@@ -213,9 +214,42 @@ def test_rope_layout_is_read() -> None:
     assert not rope.interleaved
 
 
-def test_unknown_rope_type_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^MiniCPM3-4B: rope_scaling: unknown rope type 'longrope'"):
+def test_unpublished_longrope_factors_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^MiniCPM3-4B: rope_scaling.short_factor is not published$"):
         MLAConfig.published("MiniCPM3-4B")
+
+
+def test_unknown_rope_type_is_named() -> None:
+    model = MODELS["DeepSeek-V3"]
+    with pytest.raises(ValueError, match=r"^DeepSeek-V3: rope_scaling: unknown rope type 'llama3'"):
+        replace(model, fields={**model.fields, "rope_scaling": {"type": "llama3"}}).mla_config()
+
+
+def test_eps_of_the_latent_norms() -> None:
+    """1e-6 by DeepSeek's code and most model classes, whatever rms_norm_eps says."""
+    passed_on = {name for name in MODELLED if MLAConfig.published(name).latent_norm_eps != 1e-6}
+    assert passed_on == {"GLM-5.3-Flash (glm5_next)", "Mistral-Large-3-675B"}
+    for name in MODELLED:
+        fields = MODELS[name].fields
+        assert MLAConfig.published(name).latent_norm_eps == fields["latent_norm_eps"]
+        if fields["rms_norm_eps"] != 1e-6:
+            assert any(source.startswith("latent_norm_eps: ") for source in MODELS[name].source), name
+
+
+def test_longcat_scales_its_latents() -> None:
+    config = MLAConfig.published("LongCat-Flash-Chat")
+    assert (config.q_lora_scale, config.kv_lora_scale) == (2.0, 12**0.5)
+    scaled = {name for name in MODELLED if MLAConfig.published(name).mla_scale_kv_lora}
+    assert scaled == {"LongCat-Flash-Chat", "LongCat-Flash-Lite-Sparse"}
+
+
+def test_mistral_has_a_temperature() -> None:
+    scaling = MLAConfig.published("Mistral-Large-3-675B").llama_4_scaling
+    assert scaling == Llama4Scaling(beta=0.1, original_max_position_embeddings=8192)
+    assert {name for name in MODELLED if MLAConfig.published(name).llama_4_scaling} == {
+        "Mistral-Large-3-675B",
+        "Mistral-Small-4-119B-2603",
+    }
 
 
 def test_unverified_entries_stay_marked() -> None:

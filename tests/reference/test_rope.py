@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from mla_spec.reference.config import MLAConfig, RopeConfig, YarnScaling
+from mla_spec.reference.config import LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
 from mla_spec.reference.rope import (
     MAX_POSITION,
     apply_rope,
@@ -22,6 +22,9 @@ from mla_spec.reference.rope import (
 flint = pytest.importorskip("flint", reason="ball arithmetic needs python-flint (the extra 'golden')")
 
 YARN = YarnScaling(factor=40, original_max_position_embeddings=4096)
+LONGROPE = LongRopeScaling(
+    short_factor=(1.0, 1.1, 1.3), long_factor=(1.2, 3.0, 31.7), original_max_position_embeddings=4096
+)
 ROPES = {
     "plain": RopeConfig(dim=64),
     "theta 8e7": RopeConfig(dim=64, theta=8e7),
@@ -36,6 +39,8 @@ ROPES = {
         dim=64, yarn=YarnScaling(factor=36, original_max_position_embeddings=8192, truncate=False)
     ),
     "guarded": RopeConfig(dim=8, yarn=YarnScaling(factor=4, original_max_position_embeddings=4, ramp_guard=0.001)),
+    "LongRoPE, short": RopeConfig(dim=6, longrope=LONGROPE, max_position_embeddings=4096),
+    "LongRoPE, long": RopeConfig(dim=6, longrope=LONGROPE, max_position_embeddings=4097),
     "inactive YaRN": RopeConfig(
         dim=64,
         max_position_embeddings=4096,
@@ -72,6 +77,10 @@ def exact_frequencies(rope: RopeConfig) -> list:
     """theta^(-2i/r) and YaRN's blend (DeepSeek-V3 inference/model.py), in ball arithmetic."""
     arb = flint.arb
     plain = [arb(rope.theta) ** (arb(-2 * i) / rope.dim) for i in range(rope.dim // 2)]
+    if rope.longrope is not None:
+        beyond = rope.max_position_embeddings > rope.longrope.original_max_position_embeddings
+        divisors = rope.longrope.long_factor if beyond else rope.longrope.short_factor
+        return [frequency / arb(divisor) for frequency, divisor in zip(plain, divisors, strict=True)]
     yarn = rope.active_yarn
     if yarn is None:
         return plain

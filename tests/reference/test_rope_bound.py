@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mla_spec.reference.config import RopeConfig, YarnScaling
+from mla_spec.reference.config import LongRopeScaling, RopeConfig, YarnScaling
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.profile import Profile, RopeProfile
 from mla_spec.reference.rope import apply_rope, rope_cos_sin, rope_frequencies
@@ -27,6 +27,16 @@ ROPES = {
     # A long ramp and a large factor: near its end, all but the rounding of the fast frequency cancels.
     "YaRN, wide": RopeConfig(
         dim=512, yarn=YarnScaling(factor=2048, original_max_position_embeddings=32768, beta_fast=4096)
+    ),
+    # Factors that float32 does not hold.
+    "LongRoPE": RopeConfig(
+        dim=64,
+        longrope=LongRopeScaling(
+            short_factor=(1.0,) * 32,
+            long_factor=tuple(1.1 + 1.7 * i for i in range(32)),
+            original_max_position_embeddings=4096,
+        ),
+        max_position_embeddings=163840,
     ),
     "YaRN, fractional range": RopeConfig(dim=64, yarn=replace(V3_YARN, truncate=False)),
 }
