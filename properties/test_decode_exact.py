@@ -16,7 +16,7 @@ from mla_spec.harness.driver import Result
 from mla_spec.harness.laws import Run, law
 from mla_spec.properties.expected import decode_expected
 from mla_spec.properties.strategies import decode_cases, narrowed
-from mla_spec.reference.formats import round_to
+from mla_spec.reference.formats import format_of, round_to
 from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import Array, IntArray
 
@@ -65,28 +65,40 @@ def _require_exact(run: Run, got: Result, want: Array, profile: Profile, why: st
         )
 
 
-def _check_one_hot(run: Run, case: DecodeCase, channel: int) -> None:
+def _check_one_hot(run: Run, case: DecodeCase, channel: int, query: float, winning: float, losing: float) -> None:
+    """All queries hold ``query`` in one channel, and keys ``losing`` but for one key in turn, which holds ``winning``."""
     inputs = _integer_inputs(case)
-    inputs.q[..., channel] = LEAD / 32
+    inputs.q[..., channel] = query
+    score = query * winning
     for target in _targets(case):
         cache = inputs.kv_cache.copy()
-        cache[..., channel] = 0.0
-        cache[(*_slots(inputs, target), 0, channel)] = 32.0
+        cache[..., channel] = losing
+        cache[(*_slots(inputs, target), 0, channel)] = winning
         out, lse = run.driver.decode(replace(inputs, kv_cache=cache))
         value = cache[_slots(inputs, target)][:, 0, : case.kv_lora_rank]  # [b, c]
         want = np.broadcast_to(value[:, None, None], out.value.shape)
         _require_exact(run, out, want, run.profile, f"only token {list(target)} has weight")
         if lse is not None:
             run.require(
-                bool((lse.value == LEAD).all()),
-                f"lse must be exactly {LEAD} where one key has all the weight, got {lse.value.min()} .. {lse.value.max()}",
+                bool((lse.value == score).all()),
+                f"lse must be exactly {score} where one key has all the weight, got {lse.value.min()} .. {lse.value.max()}",
             )
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, regimes=("typical",), logit_stds=(1.0,)))
 def test_one_hot_by_the_latent_part(run: Run, case: DecodeCase) -> None:
     """A key that leads by its latent part alone gives exactly its value, and its score as LSE."""
-    _check_one_hot(run, case, channel=case.kv_lora_rank - 1)
+    _check_one_hot(run, case, case.kv_lora_rank - 1, query=LEAD / 32, winning=32.0, losing=0.0)
+
+
+@law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, regimes=("typical",), logit_stds=(1.0,)))
+def test_one_hot_far_below_zero(run: Run, case: DecodeCase) -> None:
+    """A key whose score of -65536 is the largest of its row gives exactly its value: no number stands for -inf.
+
+    Says nothing of profiles that keep scores in float16, which has no such numbers.
+    """
+    if format_of(run.profile.score_format).max_finite > 2 * 65536:
+        _check_one_hot(run, case, case.kv_lora_rank - 1, query=-LEAD / 0.5, winning=32.0, losing=32.5)
 
 
 @law(
@@ -96,7 +108,8 @@ def test_one_hot_by_the_latent_part(run: Run, case: DecodeCase) -> None:
 )
 def test_one_hot_by_the_rope_part(run: Run, case: DecodeCase) -> None:
     """A key that leads by its rope part alone gives exactly its value, and its score as LSE."""
-    _check_one_hot(run, case, channel=case.kv_lora_rank + case.seed % case.qk_rope_head_dim)
+    channel = case.kv_lora_rank + case.seed % case.qk_rope_head_dim
+    _check_one_hot(run, case, channel, query=LEAD / 32, winning=32.0, losing=0.0)
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, regimes=("typical",), logit_stds=(1.0,)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from mla_spec.harness.cases import DecodeInputs, PrefillInputs, QuantisedDecodeCase
 from mla_spec.harness.contract import supports_of
@@ -57,7 +58,7 @@ class PeerCall:
 
 @functools.cache
 def peer_call(peer: Peer, seed: int) -> PeerCall:
-    """The call of a seed: seeds 1, 3, ... have two queries per sequence."""
+    """The call of a seed: in decode they have 1, 2 and 4 queries per sequence, in turn."""
     rng = np.random.default_rng([seed, 5])
     lengths = peer.lengths[seed % len(peer.lengths)]
     inputs: Any
@@ -66,7 +67,7 @@ def peer_call(peer: Peer, seed: int) -> PeerCall:
     elif peer.operation == "prefill":
         inputs = _prefill_inputs(peer, lengths, rng)
     else:
-        inputs = _decode_inputs(peer, lengths, rng, 1 + seed % 2)
+        inputs = _decode_inputs(peer, lengths, rng, (1, 2, 4)[seed % 3])
     want = _reference(peer, inputs)
     return PeerCall(peer, inputs, want, _low_precision(inputs, peer.dtype) if _is_decode(inputs) else want[0])
 
@@ -83,8 +84,19 @@ def run(peer: Peer, inputs: Any, subject: Any, dtype: str) -> Returned:
     elif isinstance(inputs, PrefillInputs):
         out, lse = driver.prefill(inputs)
     else:
-        out, lse = driver.decode(inputs)
+        tensors = driver.decode_tensors(inputs)
+        out, lse = driver.decode(inputs, _views(tensors) if peer.noncontiguous else tensors)
     return out.value, None if lse is None else lse.value
+
+
+def _views(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same arguments as views: q with heads outermost in memory, rows and table as slices of wider ones."""
+    q, kv_cache, table = tensors["q"], tensors["kv_cache"], tensors["block_table"]
+    return tensors | {
+        "q": q.transpose(0, 2).contiguous().transpose(0, 2),
+        "kv_cache": torch.cat([kv_cache, kv_cache], dim=-1)[..., : kv_cache.shape[-1]],
+        "block_table": torch.cat([table, table], dim=-1)[:, : table.shape[1]],
+    }
 
 
 def pages_of_one_token(inputs: DecodeInputs) -> DecodeInputs:
@@ -112,7 +124,7 @@ def _decode_inputs(
 ) -> DecodeInputs | QuantisedDecodeInputs:
     pages = [-(-length // peer.page_size) for length in lengths]
     order = rng.permutation(sum(pages)) if peer.shuffled else np.arange(sum(pages))
-    table = np.zeros((len(pages), max(pages)), dtype=np.int32)
+    table = np.full((len(pages), max(pages)), peer.unused_page, dtype=np.int32)
     for row, count, first in zip(table, pages, np.cumsum([0, *pages[:-1]]), strict=True):
         row[:count] = order[first : first + count]
     cache = round_to(peer.values(rng, (sum(pages), peer.page_size, 1, LATENT + ROPE)), peer.dtype)

@@ -1,7 +1,7 @@
 """How other projects test MLA kernels: the inputs and pass criteria that they publish, as data.
 
 This emulates criteria; no test of a peer is run. Batches and lengths are smaller than the peers', and where a source does
-not say otherwise a peer is granted what finds more: ragged lengths, one query and two in turn, causal masks, pages in any
+not say otherwise a peer is granted what finds more: ragged lengths, 1, 2 and 4 queries in turn, causal masks, pages in any
 order, a scale of quantised caches that is not 1, and a reference without faults.
 """
 
@@ -52,6 +52,8 @@ class Peer:
         page_size: of the cache, in tokens.
         shuffled: whether pages are in any order; else they are 0, 1, 2, ...
         unused: what rows beyond a sequence's length hold.
+        unused_page: what entries of the page table beyond a sequence's pages hold.
+        noncontiguous: whether arguments of decode are views of larger or transposed tensors.
         sink_and_length: whether sparse attention gets ``attn_sink`` and ``topk_length``, in every other seed.
         against_itself: the reference is the same kernel with pages of one token.
         out, lse: pass criteria; None where the LSE is not compared.
@@ -64,10 +66,12 @@ class Peer:
     values: Values
     inputs: str
     softmax_scale: float = 192**-0.5
-    lengths: tuple[tuple[int, ...], ...] = ((200, 140, 77), (700, 65), (2100,))
+    lengths: tuple[tuple[int, ...], ...] = ((200, 140, 77), (700, 65), (2098,))
     page_size: int = 64
     shuffled: bool = True
     unused: float = 0.0
+    unused_page: int = 0
+    noncontiguous: bool = False
     sink_and_length: bool = False
     against_itself: bool = False
     out: Criterion
@@ -84,6 +88,8 @@ PEERS: tuple[Peer, ...] = (
         inputs="randn / 10, clamped to ±1",
         softmax_scale=576**-0.5,
         unused=np.nan,
+        unused_page=2**31 - 1,
+        noncontiguous=True,
         out=Every(Within(8e-4, 2.01 / 128), Similar(5e-6)),
         lse=Every(Within(1e-6, 8.01 / 65536), Similar(1e-7)),
     ),
@@ -249,7 +255,7 @@ PEERS: tuple[Peer, ...] = (
         source="https://github.com/Dao-AILab/flash-attention/tree/main/tests/cute",
         values=normal(),
         inputs="randn",
-        lengths=((200, 140, 77), (700, 65), (4100,)),
+        lengths=((200, 140, 77), (700, 65), (4098,)),
         out=NoWorseThanLowPrecision(2.0),
     ),
     Peer(

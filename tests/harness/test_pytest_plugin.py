@@ -17,10 +17,10 @@ class Good(TorchAbsorbed):
 class Wrong(TorchAbsorbed):
     name = "wrong"
     def rotate(self, x, cos, sin, interleaved):
-        return super().rotate(x, cos, -sin, interleaved)
+        return super().rotate(2 * x, cos, sin, interleaved)
 """
 LAWS = sum(made.needs == ("rope",) for made in all_laws().values())
-"""Laws in the module that ``ROPE`` runs; two of them see the wrong sign."""
+"""Laws in the module that ``ROPE`` runs; four of them see the factor 2."""
 ROPE = ("--pyargs", "mla_spec.properties.test_rope", "--mla-examples", "8", "-p", "no:xdist", "-p", "no:cacheprovider")
 
 
@@ -32,7 +32,7 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
 
 def test_subjects_are_chosen_by_option(project: pytest.Pytester) -> None:
     done = project.runpytest_subprocess(*ROPE, "--mla-impl", "kernels.py:Good", "--mla-impl", "kernels.py:Wrong", "-v")
-    done.assert_outcomes(passed=2 * LAWS - 2, failed=2)
+    done.assert_outcomes(passed=2 * LAWS - 4, failed=4)
     done.stdout.fnmatch_lines(
         [
             "*test_rope_agrees_with_reference*kernels.py:Good* PASSED*",
@@ -60,12 +60,14 @@ def test_waivers_expect_failure_and_stale_ones_are_reported(project: pytest.Pyte
         # our rotation is fused elsewhere
         test_rope_agrees_with_reference
         test_rope_of_a_slice[kernels.py:Wrong]
+        test_rope_preserves_norm[kernels.py:Wrong]
+        test_rope_at_position_zero_is_identity[kernels.py:Wrong]
         test_rope_depends_on_relative_position_only[kernels.py:Wrong]  # same
         test_rope_that_was_renamed
         """,
     )
     done = project.runpytest_subprocess(*ROPE, "--mla-impl", "kernels.py:Wrong", "--mla-xfails", "waived.txt")
-    done.assert_outcomes(passed=LAWS - 3, xfailed=2, xpassed=1, warnings=1)
+    done.assert_outcomes(passed=LAWS - 5, xfailed=4, xpassed=1, warnings=1)
     done.stdout.fnmatch_lines(["*StaleXfail: waived.txt: 'test_rope_that_was_renamed' names no collected test*"])
 
 
@@ -87,7 +89,7 @@ def test_parametrize_with_checks(project: pytest.Pytester) -> None:
             check(subject)
         """
     )
-    done = project.runpytest_subprocess("-k", "rope_preserves or rope_agrees", "-v", "-p", "no:xdist")
+    done = project.runpytest_subprocess("-k", "rope_layouts or rope_agrees", "-v", "-p", "no:xdist")
     done.assert_outcomes(passed=3, failed=1)
     done.stdout.fnmatch_lines(["*test_mla?wrong-test_rope_agrees_with_reference? FAILED*"])
 

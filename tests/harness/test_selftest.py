@@ -198,6 +198,15 @@ def test_a_peer_accepts_correct_subjects_and_what_its_inputs_cannot_show() -> No
     assert not accepted(peer, PLANTED["G17"].make())
 
 
+def test_what_a_peer_passes_beside_ordinary_arguments_finds_bugs() -> None:
+    peer = next(peer for peer in PEERS if peer.noncontiguous)
+    peer = replace(peer, lengths=((70, 33, 65),))
+    assert accepted(peer, TorchAbsorbed())
+    for bug, ordinary in (("N2", {"noncontiguous": False}), ("F16", {"unused_page": 0}), ("F2", {"unused": 0.0})):
+        assert not accepted(peer, PLANTED[bug].make())
+        assert accepted(replace(peer, **ordinary), PLANTED[bug].make())
+
+
 def test_a_peer_sees_bugs_in_its_own_operation_only() -> None:
     peers = {peer.operation: peer for peer in PEERS}
     (cache_write,) = planted_bugs(["F19"])

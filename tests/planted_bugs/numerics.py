@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit
+from mla_spec.adapters.pytorch_steps import wide
 from mla_spec.planted_bugs.registry import planted
 
 
@@ -27,12 +28,19 @@ class OutputHalved(TorchAbsorbed):
 
 
 class BatchInvariant(TorchExplicit):
-    """Correct: one sequence at a time, and so the same bits in any batch, which it declares."""
+    """Correct: one sequence at a time, and no matrix product, whose bits may depend on where in memory its operands are."""
 
     name = "torch-batch-invariant"
     profile = MappingProxyType(
         {dtype: replace(profile, batch_invariant=True) for dtype, profile in TorchExplicit.profile.items()}
     )
+
+    def scores(self, q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
+        dtype = wide(q.dtype)
+        return (q.to(dtype)[..., None, :] * k.to(dtype)[..., None, :, :]).sum(-1) * softmax_scale
+
+    def weighted_values(self, p: Tensor, v: Tensor) -> Tensor:
+        return (p[..., None] * v.to(p.dtype)[..., None, :, :]).sum(-2)
 
 
 @planted(
