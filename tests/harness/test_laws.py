@@ -18,7 +18,7 @@ from mla_spec.properties.strategies import decode_cases
 from mla_spec.reference.profile import Profile
 
 LAWS = all_laws()
-FEW = Options(examples=40, seed=11)
+FEW = Options(examples=16, seed=11)
 
 
 @pytest.mark.parametrize("subject", [TorchExplicit(), TorchAbsorbed(), TorchSDPA()], ids=lambda s: s.name)
