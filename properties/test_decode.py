@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
 from hypothesis.strategies import SearchStrategy
 
 from mla_spec.harness.cases import DecodeCase, DecodeInputs
 from mla_spec.harness.contract import Supports
-from mla_spec.harness.driver import Result, computed, tensor_bits
+from mla_spec.harness.driver import Result, computed
 from mla_spec.harness.laws import Run, law
 from mla_spec.harness.verdict import Violation
 from mla_spec.properties.expected import declared_lse, decode_expected, judge_attention
+from mla_spec.properties.memory import require_own_outputs, require_unmodified
 from mla_spec.properties.strategies import decode_cases, narrowed
 from mla_spec.properties.views import VIEWS
 from mla_spec.reference.error_bound import ErrorBound
@@ -209,11 +209,7 @@ def test_inputs_are_not_modified(run: Run, case: DecodeCase) -> None:
     """No argument has changed when decode returns."""
     inputs = case.build()
     tensors = run.driver.decode_tensors(inputs)
-    before = {name: tensor_bits(x) for name, x in tensors.items()}
-    run.driver.decode_raw(inputs, tensors)
-    for name, x in tensors.items():
-        changed = int((tensor_bits(x) != before[name]).sum())
-        run.require(changed == 0, f"decode changed {changed} of {x.numel()} elements of its argument {name}")
+    require_unmodified(run, "decode", tensors, lambda: run.driver.decode_raw(inputs, tensors))
 
 
 @law(needs=DECODE, cases=decode_cases)
@@ -221,13 +217,7 @@ def test_output_is_not_aliased(run: Run, case: DecodeCase) -> None:
     """Outputs share no memory with arguments, nor with the outputs of the next call."""
     inputs = case.build()
     tensors = run.driver.decode_tensors(inputs)
-    first, second = run.driver.decode_raw(inputs, tensors), run.driver.decode_raw(inputs, tensors)
-    names = ("out", "lse")
-    others = {f"argument {name}": x for name, x in tensors.items()}
-    others |= {f"{name} of the next call": x for name, x in zip(names, second, strict=True)}
-    for name, x in zip(names, first, strict=True):
-        for other, y in others.items():
-            run.require(not _share_memory(x, y), f"{name} shares memory with {other}")
+    require_own_outputs(run, tensors, lambda: run.driver.decode_raw(inputs, tensors))
 
 
 @law(needs=DECODE, cases=decode_cases)
@@ -243,12 +233,6 @@ def test_calls_are_independent(run: Run, case: DecodeCase) -> None:
     )
     for this in (other, inputs, other):
         judge_attention(run, run.driver.decode(this), decode_expected(this, run.profile))
-
-
-def _share_memory(x: object, y: object) -> bool:
-    if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)) or not x.numel() or not y.numel():
-        return False
-    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 @law(needs=DECODE, cases=decode_cases)
