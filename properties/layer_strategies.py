@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from mla_spec.reference.profile import Profile
 from mla_spec.reference.published import PublishedModel
 
 
+@functools.cache
 def supported_models(supports: Supports) -> list[str]:
     """The names in ``layer_models`` of those whose options the subject has."""
     return [name for name, model in layer_models().items() if _supported(model, supports)]
