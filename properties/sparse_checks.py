@@ -113,6 +113,28 @@ def statistics_agree(run: Run, case: SparseCase) -> None:
     judge_statistics(run, driver_of(run, case).call(inputs), expected(inputs, run.profile))
 
 
+def equal_sink_takes_half(run: Run, case: SparseCase) -> None:
+    """Every query selects one key, whose score is 0 as the sink's is: out is exactly half of an integer."""
+    inputs = case.build()
+    indices = np.where(np.arange(case.topk) == 0, np.maximum(inputs.indices, 0) % len(inputs.rows), -1)
+    inputs = replace(
+        inputs,
+        q=np.zeros_like(inputs.q),
+        kv=np.rint(2 * inputs.kv),
+        indices=indices.astype(np.int32),
+        attn_sink=np.zeros(case.num_heads),
+        topk_length=None,
+    )
+    out = driver_of(run, case).call(inputs).out
+    half = inputs.rows[inputs.entries[..., 0], None, : inputs.head_dim_v] / 2  # [(b,) s, 1, c]
+    wrong = out.value != half
+    run.require(
+        not wrong.any(),
+        f"{int(wrong.sum())} of {wrong.size} elements of out are not exactly half the value of the one key, whose score "
+        f"equals the sink; first: got {out.value[wrong][:1]}, want {np.broadcast_to(half, wrong.shape)[wrong][:1]}",
+    )
+
+
 def same_bits(run: Run, got: SparseResult, want: SparseResult, why: str) -> None:
     """No bit of any result differs."""
     for a, b in zip(got.parts(), want.parts(), strict=True):

@@ -112,6 +112,30 @@ def test_one_hot_by_the_rope_part(run: Run, case: DecodeCase) -> None:
     _check_one_hot(run, case, channel, query=LEAD / 32, winning=32.0, losing=0.0)
 
 
+@law(needs=DECODE, cases=narrowed(decode_cases, min_length=5, regimes=("typical",), logit_stds=(1.0,)))
+def test_two_equal_maxima_give_their_mean(run: Run, case: DecodeCase) -> None:
+    """Two keys that lead together weigh one half each, wherever they are: exactly the mean of their values.
+
+    Where parts are merged by LSE, whose exponentials round, the two are in the first part.
+    """
+    inputs = _integer_inputs(case)
+    channel = case.kv_lora_rank - 1
+    inputs.q[..., channel] = LEAD / 32
+    inputs.kv_cache[..., channel] = 0.0
+    last = np.array(case.seqlens) - (case.s if case.causal else 1)
+    pair = (np.zeros_like(last), np.minimum(last, (run.profile.merge_every or last.max() + 1) - 1))
+    for token in pair:
+        inputs.kv_cache[(*_slots(inputs, token), 0, channel)] = 32.0
+    out, _ = run.driver.decode(inputs)
+    if run.profile.splits > 1 or run.profile.output_rounding != "nearest":
+        want = decode_expected(inputs, run.profile)
+        run.within(out, want.out, want.out_error, gate=False)
+        return
+    values = [inputs.kv_cache[_slots(inputs, token)][:, 0, : case.kv_lora_rank] for token in pair]  # [b, c]
+    mean = np.broadcast_to(((values[0] + values[1]) / 2)[:, None, None], out.value.shape)
+    _require_exact(run, out, mean, run.profile, "tokens 0 and the last that all queries see have equal weight")
+
+
 @law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, regimes=("typical",), logit_stds=(1.0,)))
 def test_equal_scores_give_the_mean(run: Run, case: DecodeCase) -> None:
     """A zero query averages: over 2^k keys with integer values, exactly, rounded once to the output's format.

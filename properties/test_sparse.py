@@ -19,6 +19,7 @@ from mla_spec.reference.typing import IntArray
 PREFILL = ("sparse_prefill",)
 DECODE = ("sparse_decode",)
 WITH_SINK = {"sinks": ("finite", "infinite")}
+FINITE_SINK = {"sinks": ("finite",)}
 WITH_LENGTH = {"with_length": True, "min_topk": 2}
 REPEATED = {"duplicates": True, "min_topk": 2}
 NOTHING = {"invalid": (1.0,), "empty_rows": True}
@@ -79,6 +80,18 @@ def test_sparse_prefill_attention_sink(run: Run, case: SparsePrefillCase) -> Non
 def test_sparse_decode_attention_sink(run: Run, case: SparseDecodeCase) -> None:
     """A sink takes its share of out and of nothing else; -inf takes none, and +inf leaves exactly 0."""
     check.agrees(run, case)
+
+
+@law(needs=PREFILL, cases=narrowed(sparse_prefill_cases, **FINITE_SINK), missing=_needs_sink)
+def test_sparse_prefill_equal_sink_takes_half(run: Run, case: SparsePrefillCase) -> None:
+    """A sink that equals the only score takes exactly half of the weight."""
+    check.equal_sink_takes_half(run, case)
+
+
+@law(needs=DECODE, cases=narrowed(sparse_decode_cases, **FINITE_SINK), missing=_needs_sink)
+def test_sparse_decode_equal_sink_takes_half(run: Run, case: SparseDecodeCase) -> None:
+    """A sink that equals the only score takes exactly half of the weight."""
+    check.equal_sink_takes_half(run, case)
 
 
 @law(needs=PREFILL, cases=narrowed(sparse_prefill_cases, **REPEATED))
