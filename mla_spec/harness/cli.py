@@ -121,13 +121,17 @@ def _check(options: argparse.Namespace) -> int:
     return check(options)
 
 
+def _require_at_least(options: argparse.Namespace, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise UsageError(f"--{name} must be at least {value}, got {getattr(options, name)}")
+
+
 def _soundness(options: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from mla_spec.harness.soundness import exit_code, report, run_soundness
 
-    for name in ("cases", "jobs"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    _require_at_least(options, cases=1, jobs=1, seed=0, first=0)
     judged = run_soundness(
         options.cases,
         seed=options.seed,
@@ -145,6 +149,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
     from mla_spec.harness.sensitivity import report, sensitivity_card
     from mla_spec.harness.subjects import UnknownSubject, resolve_subject
 
+    _require_at_least(options, cases=1)
     try:
         rows = sensitivity_card(
             resolve_subject(options.subject),
@@ -226,8 +231,7 @@ def _golden(options: argparse.Namespace) -> int:
 
 
 def _certify(options: argparse.Namespace) -> int:
-    if options.cases < 1:
-        raise UsageError(f"--cases must be at least 1, got {options.cases}")
+    _require_at_least(options, cases=1, seed=0)
     try:
         golden = import_module("mla_spec.golden.certification")
     except ModuleNotFoundError as error:

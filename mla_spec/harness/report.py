@@ -50,7 +50,9 @@ def report_of(records: list[Record]) -> str:
     reasons = Counter(record.message for record in records if record.verdict == "unsupported")
     parts = [format_table([HEADER, *map(record_row, applying)])] if applying else []
     if reasons:
-        parts.append("\n".join(f"unsupported: {count} laws, {reason}" for reason, count in reasons.items()))
+        parts.append(
+            "\n".join(f"unsupported: {count} law{'s' * (count > 1)}, {reason}" for reason, count in reasons.items())
+        )
     parts += [record.text() for record in applying if record.verdict != "pass"]
     return "\n\n".join([*parts, f"{summary(records)} in {sum(r.seconds for r in records):.1f} s"])
 

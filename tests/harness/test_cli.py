@@ -114,6 +114,9 @@ def test_nothing_that_applies_is_incomplete(kernel: str, capsys: pytest.CaptureF
         (["cache", "DeepSeek-V3", "--layout", "indexer_fp8"], "indexer_fp8 stores rows of 128 elements; DeepSeek-V3"),
         (["cache", "DeepSeek-V3", "--tokens", "-1"], "tokens must be at least 1, got -1"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["sensitivity", "torch-explicit", "--cases", "0"], "--cases must be at least 1, got 0"),
+        (["soundness", "--first", "-5"], "--first must be at least 0, got -5"),
+        (["golden", "certify", "--seed", "-1"], "--seed must be at least 0, got -1"),
         (["check", "torch-explicit", "--rtol", "1e-2"], "unrecognized arguments: --rtol 1e-2"),
     ],
 )

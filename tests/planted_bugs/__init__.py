@@ -1,8 +1,7 @@
 """Correct subjects with one fault each, most of them faults that shipped; every one must fail a law.
 
 A bug's id is its place in the catalogue: a letter for the kind of fault, and a number, then the operation where one report
-is planted in several. ``mla-spec check`` takes
-``PlantedBug.spec`` as the name of the subject.
+is planted in several. ``mla-spec check`` takes ``PlantedBug.spec`` as the name of the subject.
 """
 
 from mla_spec.planted_bugs import (
