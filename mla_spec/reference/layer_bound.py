@@ -6,14 +6,14 @@ Every intermediate is taken to be rounded to the profile's dtype; keeping more p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
+from mla_spec.reference.bounded import Bounded, concatenated, rounded
 from mla_spec.reference.bounds import InheritedError, attention_with_bound
 from mla_spec.reference.config import Llama4Scaling, MLAConfig
-from mla_spec.reference.error_bound import ErrorBound, half_ulp
+from mla_spec.reference.error_bound import ErrorBound
 from mla_spec.reference.formats import FORMATS, format_of
 from mla_spec.reference.mla import Weights, absorb, check_weights, rms_norm
 from mla_spec.reference.profile import Profile, gamma
@@ -21,29 +21,6 @@ from mla_spec.reference.rope_bound import rope_with_bound
 from mla_spec.reference.typing import Array, IntArray
 
 _U64 = FORMATS["float64"].unit_roundoff
-
-
-@dataclass(frozen=True)
-class Bounded:
-    """An exact intermediate and the largest deviation of a computed one, of the same shape."""
-
-    value: Array
-    error: Array
-
-    def __getitem__(self, index: Any) -> Bounded:
-        return Bounded(self.value[index], self.error[index])
-
-    def reshape(self, *shape: int) -> Bounded:
-        return Bounded(self.value.reshape(*shape), self.error.reshape(*shape))
-
-
-def _concat(*parts: Bounded) -> Bounded:
-    return Bounded(np.concatenate([p.value for p in parts], axis=-1), np.concatenate([p.error for p in parts], axis=-1))
-
-
-def _rounded(x: Bounded, dtype: str) -> Bounded:
-    """X stored in format ``dtype``."""
-    return Bounded(x.value, x.error + half_ulp(np.abs(x.value) + x.error, dtype))
 
 
 def _product(subscripts: str, weight: Array, x: Bounded, profile: Profile) -> Bounded:
@@ -63,7 +40,7 @@ def _product_terms(subscripts: str, weight: Array, x: Bounded, profile: Profile)
         {
             "error of earlier stages": carried,
             "accumulation of the projection": accumulated,
-            f"rounding to {profile.dtype}": _rounded(unrounded, profile.dtype).error - unrounded.error,
+            f"rounding to {profile.dtype}": rounded(unrounded, profile.dtype).error - unrounded.error,
         }
     )
 
@@ -79,7 +56,7 @@ def _rms_norm(x: Bounded, weight: Array, eps: float, profile: Profile) -> Bounde
     u, stored = format_of(profile.norm).unit_roundoff, format_of(profile.dtype)
     relative = gamma(n + 8, u) + gamma(n + 8, _U64) + stored.unit_roundoff
     error = carried + relative * (np.abs(value) + carried) + np.abs(weight) * stored.smallest_subnormal / 2
-    return _rounded(Bounded(value, error), profile.dtype)
+    return rounded(Bounded(value, error), profile.dtype)
 
 
 def _foldable(x: Bounded, factor: float, dtype: str) -> Bounded:
@@ -98,9 +75,9 @@ def _scaled(x: Bounded, factor: Array | float, relative: float, dtype: str) -> B
     """X times a factor that is computed to the error ``relative``; a factor of 1 rounds nothing."""
     value, error = factor * x.value, factor * x.error
     error = error + relative * (np.abs(value) + error)
-    rounded = _rounded(Bounded(value, error), dtype)
+    stored = rounded(Bounded(value, error), dtype)
     one = np.asarray(factor) == 1.0
-    return Bounded(value, np.where(one, x.error, rounded.error))
+    return Bounded(value, np.where(one, x.error, stored.error))
 
 
 def _temperature(q: Bounded, positions: IntArray, scaling: Llama4Scaling | None, profile: Profile) -> Bounded:
@@ -161,11 +138,11 @@ def layer_with_bound(
         k_nope = _product("hnc,...tc->...thn", w_uk, latent, profile)
         value = _product("hvc,...tc->...thv", w_uv, latent, profile)
         shared = Bounded(*(np.repeat(a, h, axis=-2) for a in (k_pe.value, k_pe.error)))
-        out = _attend(_concat(q_nope, q_pe), _concat(k_nope, shared), value, config, profile)
+        out = _attend(concatenated(q_nope, q_pe), concatenated(k_nope, shared), value, config, profile)
     else:
         q_latent = _product("hnc,...shn->...shc", w_uk, q_nope, profile)
         key = latent[..., None, :]  # [..., t, 1, c]
-        out = _attend(_concat(q_latent, q_pe), _concat(key, k_pe), key, config, profile)
+        out = _attend(concatenated(q_latent, q_pe), concatenated(key, k_pe), key, config, profile)
         out = _product("hvc,...shc->...shv", w_uv, out, profile)
     out = out.reshape(*hidden.shape[:-1], h * v)
     return _product_terms("oe,...e->...o", weights["o_proj"], out, profile)
