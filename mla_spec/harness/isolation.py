@@ -22,11 +22,12 @@ class WorkerPool:
     """Processes that run laws, ``jobs`` at a time; a context manager.
 
     A law during which its process dies, or a case takes more than ``timeout`` seconds, is *crashed*; what follows runs in a
-    new process. A process serves one subject, as long as laws of that subject are next.
+    new process. A process serves one subject, as long as laws of that subject are next, unless the subjects ``share`` them.
     """
 
-    def __init__(self, jobs: int = 1, timeout: float | None = None) -> None:
+    def __init__(self, jobs: int = 1, timeout: float | None = None, *, share: bool = False) -> None:
         self.timeout = timeout
+        self.share = share
         self._threads = ThreadPoolExecutor(jobs)
         self._own = threading.local()
         self._workers: list[_Worker] = []
@@ -38,11 +39,10 @@ class WorkerPool:
 
     def _run(self, law: str, subject_name: str, options: Options, signature: str | None) -> Record:
         worker: _Worker | None = getattr(self._own, "worker", None)
-        if worker is None or worker.options is not options:
-            if worker is not None:
-                worker.stop()
+        if worker is None:
             worker = self._own.worker = _Worker(options, signature)
             self._workers.append(worker)
+        worker.serve(options, signature, share=self.share)
         return worker.run(law, subject_name, self.timeout)
 
     def __enter__(self) -> WorkerPool:
@@ -61,12 +61,19 @@ class _Worker:
     process: SpawnProcess | None = None
     connection: Connection = field(init=False)
 
+    def serve(self, options: Options, signature: str | None, *, share: bool) -> None:
+        """Turn to the subject of ``options``, in a new process unless ``share``."""
+        if options is not self.options:
+            self.options, self.signature = options, signature
+            if not share:
+                self.stop()
+
     def run(self, law: str, subject_name: str, timeout: float | None) -> Record:
         start, cases, last = time.perf_counter(), 0, None
         try:
             if self.process is None:
                 self._start()
-            self.connection.send(law)
+            self.connection.send((law, self.options, self.signature))
             while True:
                 if not self.connection.poll(timeout):
                     reason = f"did not return within {timeout:g} s"
@@ -93,10 +100,10 @@ class _Worker:
 
     def _start(self) -> None:
         self.connection, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(theirs, self.options, self.signature), daemon=True)
+        self.process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
-        self.connection.recv()  # until the subject has been made
+        self.connection.recv()  # until its imports are done, for which the timeout is not meant
 
     def _cause_of_death(self) -> str:
         assert self.process is not None
@@ -113,11 +120,13 @@ class _Worker:
             self.process = None
 
 
-def _serve(connection: Connection, options: Options, signature: str | None) -> None:
-    """Send None when ready; then run the laws whose names arrive, and send each case before it runs, and the record."""
-    assert options.spec is not None
-    subject = resolve_subject(options.spec[0], signature)
+def _serve(connection: Connection) -> None:
+    """Send None when ready; then run the laws that arrive, and send each case before it runs, and the record."""
     laws = all_laws()
     connection.send(None)
+    subject, spec = None, None
     while True:
-        connection.send(run_law(laws[connection.recv()], subject, replace(options, announce=connection.send)))
+        law, options, signature = connection.recv()
+        if options.spec != spec:
+            subject, spec = resolve_subject(options.spec[0], signature), options.spec
+        connection.send(run_law(laws[law], subject, replace(options, announce=connection.send)))

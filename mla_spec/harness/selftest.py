@@ -143,16 +143,15 @@ def laws_for(bug: Any) -> list[str]:
     return sorted(names, key=lambda name: name not in bug.killed_by)
 
 
-def run_bug(bug: Any, options: Options, *, quick: bool, timeout: float) -> BugResult:
-    """Run the laws on one bug, in a process of its own; up to the first that kills where ``quick``."""
+def run_bug(bug: Any, options: Options, pool: WorkerPool, *, quick: bool) -> BugResult:
+    """Run the laws on one bug, in a process of ``pool``; up to the first that kills where ``quick``."""
     records: list[Record] = []
     own = replace(options, spec=(bug.spec,), minimise=False)
-    with WorkerPool(timeout=timeout) as pool:
-        for law in laws_for(bug):
-            records.append(pool.submit(law, f"bug-{bug.id}", own).result())
-            could_be_made = records[-1].verdict != "crashed" or records[-1].cases > 0
-            if not could_be_made or (quick and kills(records[-1])):
-                break
+    for law in laws_for(bug):
+        records.append(pool.submit(law, f"bug-{bug.id}", own).result())
+        could_be_made = records[-1].verdict != "crashed" or records[-1].cases > 0
+        if not could_be_made or (quick and kills(records[-1])):
+            break
     return BugResult(bug.id, bug.symptom, tuple(records))
 
 
@@ -173,12 +172,12 @@ def run_selftest(
         timeout: seconds that one case may take; a bug that takes longer is killed by that law.
         progress: called with each bug's result as it is known.
     """
+    with ThreadPoolExecutor(jobs) as threads, WorkerPool(jobs, timeout, share=True) as pool:
 
-    def run(bug: Any) -> BugResult:
-        result = run_bug(bug, options, quick=quick, timeout=timeout)
-        progress(result)
-        return result
+        def run(bug: Any) -> BugResult:
+            result = run_bug(bug, options, pool, quick=quick)
+            progress(result)
+            return result
 
-    with ThreadPoolExecutor(jobs) as pool:
-        results = tuple(pool.map(run, bugs))
+        results = tuple(threads.map(run, bugs))
     return Matrix(results, complete=not quick and len(bugs) == len(planted_bugs()))
