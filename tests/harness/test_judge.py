@@ -61,8 +61,37 @@ def test_an_exact_value_allows_no_error() -> None:
     want = np.zeros(3)
     exact = ErrorBound({"bound": np.zeros(3)})
     assert judge_within(result(want), want, exact) == 0
-    with pytest.raises(Violation):
-        judge_within(result(want + 1e-300), want, exact)
+    for error in (1e-300, 5e-324):
+        with pytest.raises(Violation, match="by a factor inf; 3 of 3 elements do"):
+            judge_within(result(want + error), want, exact)
+
+
+def test_the_bound_itself_is_allowed_and_nothing_beyond() -> None:
+    want, half = np.ones(4), ErrorBound({"bound": np.full(4, 0.5)})
+    assert judge_within(result(np.array([1.5, 0.5, 1.0, 1.0])), want, half, gate=False) == 1
+    beyond = np.array([1.5, 0.5, 1.75, 0.5 - 2.0**-53])
+    with pytest.raises(Violation, match=r"out\[2\][\s\S]* 2 of 4 elements do"):
+        judge_within(result(beyond), want, half, gate=False)
+    with pytest.raises(Violation, match="1 of 4 elements do"):
+        judge_within(result(np.nextafter(np.array([1.5, 1.0, 1.0, 1.0]), 2)), want, half, gate=False)
+
+
+def test_nothing_to_judge_is_no_error() -> None:
+    assert judge_within(result(np.ones(0)), np.ones(0), ErrorBound({"bound": np.ones(0)})) == 0
+
+
+def test_no_output_makes_numpy_warn() -> None:
+    wild = np.array([np.inf, -np.inf, np.nan, 1.7e308])
+    want, got = np.array([np.inf, np.inf, 1.0, -1.7e308]), Result(wild, wild.view(np.int64), "out")
+    with np.errstate(all="raise"), pytest.raises(Violation, match="3 of 4 elements do"):
+        judge_within(got, want, bound(np.full(4, 1e-300)), gate=False)
+
+
+def test_exact_values_do_not_make_a_bound_look_meaningful() -> None:
+    want = np.array([1e-3, 1e-3, 100.0, -np.inf])
+    loose = ErrorBound({"bound": np.array([1e-3, 1e-3, 0.0, 0.01])})
+    with pytest.raises(VacuousCase, match=r"median bound 0\.001 exceeds 0\.05 × rms of the expected values 0\.001"):
+        judge_within(result(want), want, loose)
 
 
 def test_a_loose_bound_is_an_error_of_the_suite_even_for_a_perfect_result() -> None:
