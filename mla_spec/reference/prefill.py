@@ -39,7 +39,7 @@ def prefill(
     """
     parts = [
         attention(q[queries], k[keys], v[keys], softmax_scale=softmax_scale, causal=causal)
-        for queries, keys in _sequences(q, k, cu_seqlens_q, cu_seqlens_k)
+        for queries, keys in packed_sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     ]
     return np.concatenate([out for out, _ in parts]), np.concatenate([lse for _, lse in parts], axis=-1)
 
@@ -58,7 +58,7 @@ def prefill_with_bound(
     """``prefill`` and the worst-case error of computing it as ``profile`` says; arguments and errors are those of both."""
     parts = [
         attention_with_bound(q[queries], k[keys], v[keys], softmax_scale=softmax_scale, profile=profile, causal=causal)
-        for queries, keys in _sequences(q, k, cu_seqlens_q, cu_seqlens_k)
+        for queries, keys in packed_sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     ]
     return BoundedAttention(
         out=np.concatenate([part.out for part in parts]),
@@ -70,8 +70,8 @@ def prefill_with_bound(
     )
 
 
-def _sequences(q: Array, k: Array, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray) -> list[tuple[slice, slice]]:
-    """Tokens of each sequence's queries and keys."""
+def packed_sequences(q: Array, k: Array, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray) -> list[tuple[slice, slice]]:
+    """Tokens of each sequence's queries and keys; ValueError where offsets do not fit the tokens or each other."""
     for name, cu, tokens in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
         if len(cu) < 2 or cu[0] != 0 or cu[-1] != tokens or (np.diff(cu) < 0).any():
             raise ValueError(f"{name} must rise from 0 to the number of tokens {tokens}, got {np.asarray(cu).tolist()}")

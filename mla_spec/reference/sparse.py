@@ -95,13 +95,23 @@ def selected_rows(kv: Array, indices: IntArray, topk_length: IntArray | None = N
     Arguments are those of ``sparse_attention``.
 
     Returns:
-        (rows [..., s, k, d], count [..., s]); rows from ``count`` on mean nothing.
+        (rows [..., s, k, d], count [..., s]); rows from ``count`` on are 0, whatever rows of kv that nothing selects hold.
+    """
+    chosen, count = selected_indices(kv, indices, topk_length)
+    rows = np.take_along_axis(kv[..., None, :, :], chosen[..., None], axis=-2)  # [..., s, k, d]
+    selected = np.arange(chosen.shape[-1]) < count[..., None]  # [..., s, k]
+    return np.where(selected[..., None], rows, 0.0), count
+
+
+def selected_indices(kv: Array, indices: IntArray, topk_length: IntArray | None = None) -> tuple[IntArray, IntArray]:
+    """The entries of each row of ``indices`` that select a row of kv, first, and how many they are.
+
+    Returns:
+        (chosen [..., s, k], count [..., s]); entries from ``count`` on are 0 and mean nothing.
     """
     if topk_length is not None:
         length = np.expand_dims(topk_length, tuple(range(topk_length.ndim, indices.ndim)))  # [..., s or 1, 1]
         indices = np.where(np.arange(indices.shape[-1]) < length, indices, -1)
     valid = (indices >= 0) & (indices < kv.shape[-2])  # [..., s, k]
     order = np.argsort(~valid, axis=-1, kind="stable")  # the valid ones first
-    chosen = np.take_along_axis(np.where(valid, indices, 0), order, axis=-1)
-    rows = np.take_along_axis(kv[..., None, :, :], chosen[..., None], axis=-2)  # [..., s, k, d]
-    return rows, valid.sum(axis=-1)
+    return np.take_along_axis(np.where(valid, indices, 0), order, axis=-1), valid.sum(axis=-1)

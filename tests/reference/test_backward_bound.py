@@ -1,0 +1,339 @@
+"""The bound of gradients: honest backward passes never exceed it, and small faults do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mla_spec.adapters.emulated import Schedule
+from mla_spec.reference.backward import attention_backward, prefill_backward, sparse_prefill_backward
+from mla_spec.reference.backward_bound import Gradients, attention_backward_with_bound
+from mla_spec.reference.bounded import Bounded, matmul, multiply, perhaps_stored, stored
+from mla_spec.reference.bounds import InheritedError
+from mla_spec.reference.formats import round_to
+from mla_spec.reference.prefill_backward_bound import prefill_backward_with_bound, sparse_prefill_backward_with_bound
+from mla_spec.reference.profile import Accumulator, Profile
+from mla_spec.reference.typing import Array
+from tests.reference.emulated_backward import EmulatedBackward
+
+STDS = (0.01, 1.0, 4.0, 16.0)
+NARROW = ("p", "dp", "ds", "scaled")
+
+
+def passes() -> Iterator[EmulatedBackward]:
+    """The honest family: styles and roundings of each, then other arithmetic."""
+    for dtype in ("float32", "float16", "bfloat16"):
+        default = Profile.default(dtype)
+        for style in ("plain", "softmax", "fused"):
+            yield EmulatedBackward(default, style, ())
+            yield EmulatedBackward(default, style, NARROW, heads_stored=True)
+            yield EmulatedBackward(default, style, ("p", "ds"), schedule=Schedule(stepwise=True))
+            yield EmulatedBackward(default, style, ("dp", "scaled"), schedule=Schedule(reverse=True))
+            yield EmulatedBackward(replace(default, probabilities="float32"), style, heads_stored=True)
+        yield EmulatedBackward(replace(default, tile=3), "fused", ("p", "ds"))
+        yield EmulatedBackward(replace(default, row_sum="rounded"), "fused", NARROW)
+        yield EmulatedBackward(replace(default, exp_error=2048.0), "fused", schedule=Schedule(exp_bias=1.0))
+        yield EmulatedBackward(replace(default, exp_error=2048.0), "plain", schedule=Schedule(exp_bias=-1.0))
+        yield EmulatedBackward(replace(default, output_rounding="truncate"), "fused", ("ds",))
+        blocked = Accumulator(order="blocked", block=4)
+        yield EmulatedBackward(replace(default, score=blocked, value=blocked), "plain", NARROW)
+        yield EmulatedBackward(replace(default, score_format="bfloat16", score_roundings=2), "plain", NARROW)
+        yield EmulatedBackward(replace(default, lse="bfloat16"), "fused")
+    yield EmulatedBackward(Profile.default("float64"), "softmax")
+    yield EmulatedBackward(Profile.default("float64"), "fused")
+
+
+def _name(kernel: EmulatedBackward) -> str:
+    stored_heads = ", heads stored" * kernel.heads_stored
+    schedule = ", ".join(f"{k}={v}" for k, v in vars(kernel.schedule).items() if v)
+    return f"{kernel.style}, {kernel.profile.describe()}, {'+'.join(kernel.narrow)}{stored_heads}, {schedule}"
+
+
+PASSES = {_name(kernel): kernel for kernel in passes()}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Operands exactly representable in their dtype, and how many keys each query sees."""
+
+    q: Array
+    k: Array
+    v: Array
+    out_grad: Array
+    lse_grad: Array | None
+    scale: float
+    causal: bool
+
+    @property
+    def seen(self) -> Array:
+        s, t = len(self.q), len(self.k)
+        return np.maximum(t - s + 1 + np.arange(s), 0) if self.causal else np.full(s, t)
+
+
+def inputs(seed: int, dtype: str, logit_std: float) -> Inputs:
+    """One case; the shapes, the values' mean, ties and the LSE's gradient vary with the seed."""
+    rng = np.random.default_rng(seed)
+    s, h, d, dv = int(rng.choice([1, 3, 6])), 2, int(rng.choice([2, 8, 24])), int(rng.choice([1, 5, 16]))
+    g, t = int(rng.choice([1, 2])), int(rng.choice([1, 2, 5, 17]))
+    shapes = ((s, h, d), (t, g, d), (t, g, dv), (s, h, dv))
+    q, k, v, out_grad = (rng.standard_normal(shape) for shape in shapes)
+    v += float(rng.choice([0.0, 1.0, 30.0]))
+    if seed % 3 == 1:
+        k[1::2] = k[: t // 2]
+    q, k, v, out_grad = (round_to(x, dtype) for x in (q * logit_std, k, v, out_grad))
+    lse_grad = round_to(rng.standard_normal((h, s)), "float32") if seed % 2 else None
+    return Inputs(q, k, v, out_grad, lse_grad, float(d**-0.5), bool(seed % 4))
+
+
+def bounded(case: Inputs, profile: Profile, **options: Any) -> Gradients:
+    return attention_backward_with_bound(
+        *(case.q, case.k, case.v, case.out_grad),
+        softmax_scale=case.scale,
+        profile=profile,
+        causal=case.causal,
+        lse_grad=case.lse_grad,
+        **options,
+    )
+
+
+def computed(kernel: EmulatedBackward, case: Inputs) -> tuple[Array, Array, Array]:
+    return kernel.gradients(
+        *(case.q, case.k, case.v, case.out_grad), softmax_scale=case.scale, seen=case.seen, lse_grad=case.lse_grad
+    )
+
+
+def excess(got: Array, want: Bounded) -> float:
+    """The largest error as a multiple of the bound."""
+    error = np.abs(got - want.value)
+    assert not np.isnan(want.error).any()
+    return float(np.where(error > 0, error / np.maximum(want.error, 5e-324), 0).max(initial=0))
+
+
+def excesses(kernel: EmulatedBackward, case: Inputs, profile: Profile | None = None) -> list[float]:
+    """Of q, k and v, judged by ``profile`` or by the kernel's own."""
+    want = bounded(case, profile or kernel.profile)
+    return [excess(got, x) for got, x in zip(computed(kernel, case), want, strict=True)]
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_honest_passes_stay_within_the_bound(name: str) -> None:
+    kernel = PASSES[name]
+    for std, seed in itertools.product(STDS, range(6)):
+        case = inputs(seed, kernel.profile.dtype, std)
+        assert max(excesses(kernel, case)) <= 1, (std, seed)
+
+
+def test_bound_comes_with_the_exact_gradients() -> None:
+    for seed in range(8):
+        case = inputs(seed, "float32", 1.0)
+        exact = attention_backward(
+            *(case.q, case.k, case.v, case.out_grad),
+            softmax_scale=case.scale,
+            causal=case.causal,
+            lse_grad=case.lse_grad,
+        )
+        for a, b in zip(exact, bounded(case, Profile.default("float64")), strict=True):
+            assert excess(a, b) <= 1
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 0.05), ("float16", 0.5), ("bfloat16", 0.5)])
+def test_bound_is_not_idle(dtype: str, share: float) -> None:
+    """The honest family comes near the bound where roundings to 16 bits make it, less where float32 sums do."""
+    kernels = [kernel for kernel in PASSES.values() if kernel.profile.dtype == dtype]
+    largest = np.max([excesses(k, inputs(seed, dtype, 1.0)) for k in kernels for seed in range(4)], axis=0)
+    assert (largest > share).all(), largest
+
+
+FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str, Profile]] = {
+    # name: (changes of the kernel, of its profile, the gradients that show it, what it declares)
+    "dP in bfloat16": ({"narrow": ("dp",)}, {"probabilities": "bfloat16"}, "qk", Profile.default("float32")),
+    "P in bfloat16": ({"narrow": ("p",)}, {"probabilities": "bfloat16"}, "v", Profile.default("float32")),
+    "dS in bfloat16": ({"narrow": ("ds",)}, {"probabilities": "bfloat16"}, "qk", Profile.default("float32")),
+    "P in float16": ({"narrow": ("p",)}, {"probabilities": "float16"}, "v", Profile.default("float32")),
+    "gradients in bfloat16": ({}, {"dtype": "bfloat16"}, "qkv", Profile.default("float32")),
+    "truncated gradients": (
+        {},
+        {"output_rounding": "truncate", "output": "float32"},
+        "qkv",
+        Profile.default("bfloat16", probabilities="float32", output="float32"),
+    ),
+    "LSE in bfloat16": ({"style": "fused"}, {"lse": "bfloat16"}, "v", Profile.default("float32")),
+    "scores in bfloat16": (
+        {"style": "fused"},
+        {"score_format": "bfloat16", "score_roundings": 2},
+        "v",
+        Profile.default("float32"),
+    ),
+    "sums in bfloat16": ({}, {"value": Accumulator(format="bfloat16")}, "qk", Profile.default("float32")),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_arithmetic_that_is_not_declared_exceeds_the_bound(name: str) -> None:
+    changes, actual, shown, declared = FAULTS[name]
+    kernel = EmulatedBackward(**{"profile": replace(declared, **actual)} | changes)
+    largest = np.zeros(3)
+    for seed in range(6):
+        case = inputs(seed, "bfloat16", 1.0)
+        assert max(excesses(kernel, case)) <= 1  # honest about itself ...
+        largest = np.maximum(largest, excesses(kernel, case, declared))
+    assert (largest[["qkv".index(x) for x in shown]] > 1).all(), largest  # ... and not as declared
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("float64", 1e-12), ("float32", 3e-4), ("float16", 1e-2), ("bfloat16", 5e-2)]
+)
+def test_a_scale_that_is_a_little_wrong_exceeds_the_bound(dtype: str, error: float) -> None:
+    """In the gradients of q and k alone, of two keys."""
+    case = replace(inputs(3, dtype, 1.0), causal=False, lse_grad=None)
+    case = replace(case, q=case.q[:1], k=np.stack([case.k[0], -case.k[0]]), v=np.stack([case.v[0], -case.v[0]]))
+    want = bounded(replace(case, out_grad=case.out_grad[:1]), Profile.default(dtype, probabilities=dtype))
+    for x in want[:2]:
+        wrong = round_to(x.value * (1 + error), dtype)
+        assert excess(wrong, x) > 1
+        assert excess(round_to(x.value, dtype), x) <= 1
+
+
+def test_a_key_too_many_exceeds_the_bound() -> None:
+    case = replace(inputs(5, "bfloat16", 1.0), causal=False)
+    more = replace(case, k=np.concatenate([case.k, case.k[-1:]]), v=np.concatenate([case.v, case.v[-1:] + 1]))
+    kernel = EmulatedBackward(Profile.default("bfloat16"), "fused")
+    got, want = computed(kernel, more), bounded(case, kernel.profile)
+    assert excess(got[0], want[0]) > 1
+    assert excess(got[2][:-1], want[2]) > 1
+
+
+@pytest.mark.parametrize("style", ["plain", "fused"])
+def test_errors_of_operands_are_in_the_bound(style: Any) -> None:
+    """Operands moved to the ends of their intervals, at random."""
+    rng = np.random.default_rng(1)
+    kernel = EmulatedBackward(Profile.default("float32"), style)
+    for seed in range(8):
+        case = inputs(seed, "float32", 1.0)
+        size = {name: np.abs(getattr(case, name)) * 2.0**-8 for name in ("q", "k", "v", "out_grad")}
+        moved = {name: getattr(case, name) + rng.choice([-1, 1], e.shape) * e for name, e in size.items()}
+        want = bounded(
+            case,
+            kernel.profile,
+            inherited=InheritedError(size["q"], size["k"], size["v"]),
+            out_grad_error=size["out_grad"],
+        )
+        got = computed(kernel, replace(case, **{name: round_to(x, "float32") for name, x in moved.items()}))
+        assert max(excess(a, b) for a, b in zip(got, want, strict=True)) <= 1.001  # operands were rounded once more
+
+
+def test_gradients_of_what_is_not_seen_have_no_error() -> None:
+    case = inputs(2, "bfloat16", 1.0)
+    k, v = np.full((6, 1, 8), 1e30), np.full((6, 1, 3), 1e30)
+    k[:2], v[:2] = 1.0, 2.0
+    rng = np.random.default_rng(4)
+    q, out_grad = (round_to(rng.standard_normal((3, 2, n)), "bfloat16") for n in (8, 3))
+    case = replace(case, q=q, k=k, v=v, out_grad=out_grad, lse_grad=None, causal=True)
+    dq, dk, dv = bounded(case, Profile.default("bfloat16"), cache_seqlens=2)
+    for x in (dq[:1], dk[2:], dv[2:]):
+        assert not x.value.any()
+        assert not x.error.any()
+    assert dv[:2].error.any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_autograd_of_ragged_attention_stays_within_the_bound(dtype: str) -> None:
+    """Torch's own gradients, and the exact ones from the other module."""
+    torch_dtype = getattr(torch, dtype)
+    rng = np.random.default_rng(5)
+    queries, keys = (3, 0, 2, 4), (5, 2, 0, 4)
+    cu_q, cu_k = (np.cumsum([0, *n]) for n in (queries, keys))
+    q, k, v, out_grad = (
+        round_to(rng.standard_normal((n, 2, 8)), dtype) for n in (cu_q[-1], cu_k[-1], cu_k[-1], cu_q[-1])
+    )
+    leaves = [torch.tensor(x, dtype=torch_dtype, requires_grad=True) for x in (q, k, v)]
+    outs = []
+    for i in range(4):
+        a, b, c = (x[slice(*cu[i : i + 2])] for x, cu in zip(leaves, (cu_q, cu_k, cu_k), strict=True))
+        p = torch.softmax(torch.einsum("shd,thd->hst", a.float(), b.float()) * 0.5, dim=-1)
+        outs.append(torch.einsum("hst,thd->shd", p, c.float()).to(torch_dtype))
+    torch.cat(outs).backward(torch.tensor(out_grad, dtype=torch_dtype))
+    options = {"softmax_scale": 0.5, "causal": False}
+    want = prefill_backward_with_bound(q, k, v, cu_q, cu_k, out_grad, profile=Profile.default(dtype), **options)
+    exact = prefill_backward(q, k, v, cu_q, cu_k, out_grad, **options)
+    for leaf, x, y in zip(leaves, want, exact, strict=True):
+        assert leaf.grad is not None
+        assert excess(leaf.grad.double().numpy(), x) <= 1
+        np.testing.assert_allclose(x.value, y, rtol=0, atol=1e-13)
+
+
+SINKS = {"none": None, "finite": np.array([0.3, -1.0]), "infinite": np.array([np.inf, -np.inf])}
+
+
+@pytest.mark.parametrize("sink", SINKS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_autograd_of_sparse_attention_stays_within_the_bound(dtype: str, sink: str) -> None:
+    """Rows are gathered in the dtype, so that their gradients are stored and added in it, repetitions one by one."""
+    torch_dtype, rng = getattr(torch, dtype), np.random.default_rng(6)
+    q, kv, out_grad = (round_to(rng.standard_normal(shape), dtype) for shape in ((6, 2, 6), (5, 6), (6, 2, 4)))
+    indices = rng.integers(-1, 6, (6, 7))
+    indices[2] = -1
+    lse_grad = round_to(rng.standard_normal((2, 6)), "float32")
+    leaves = [torch.tensor(x, dtype=torch_dtype, requires_grad=True) for x in (q, kv)]
+    selected = torch.tensor((indices >= 0) & (indices < 5))
+    rows = leaves[1][torch.tensor(indices).masked_fill(~selected, 0)].masked_fill(~selected[..., None], 0.0)
+    scores = torch.einsum("shd,skd->shk", leaves[0].float(), rows.float()) * 0.5
+    some = selected.any(dim=-1)
+    scores = scores[some].masked_fill(~selected[some, None], -torch.inf)
+    out, lse = torch.softmax(scores, -1) @ rows[some, :, :4].float(), torch.logsumexp(scores, -1)
+    attn_sink = SINKS[sink]
+    if attn_sink is not None:
+        out = out * torch.sigmoid(lse - torch.tensor(attn_sink).float())[..., None]
+    torch.autograd.backward(
+        [out.to(torch_dtype), lse],
+        [torch.tensor(out_grad, dtype=torch_dtype)[some], torch.tensor(lse_grad).float().T[some]],
+    )
+    options = {"head_dim_v": 4, "softmax_scale": 0.5, "attn_sink": attn_sink, "lse_grad": lse_grad}
+    want = sparse_prefill_backward_with_bound(q, kv, indices, out_grad, profile=Profile.default(dtype), **options)
+    exact = sparse_prefill_backward(q, kv, indices, out_grad, **options)
+    for leaf, x, y in zip(leaves, want, exact, strict=True):
+        assert leaf.grad is not None
+        assert excess(leaf.grad.double().numpy(), x) <= 1
+        np.testing.assert_allclose(x.value, y, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("rounding", ["nearest", "truncate"])
+def test_stored_is_how_far_a_rounded_number_of_the_interval_gets(dtype: str, rounding: Any) -> None:
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal(400)
+    x[::2] = round_to(x[::2], dtype)
+    e = np.abs(x) * 10.0 ** rng.uniform(-9, -1, 400)
+    interval = Bounded(x, e)
+    numbers = round_to(x + rng.uniform(-1, 1, (200, 400)) * e, dtype, rounding=rounding)
+    farthest = np.abs(numbers - x).max(axis=0)
+    bound = stored(interval, dtype, rounding).error
+    assert (farthest <= bound).all()
+    assert (farthest >= 0.9 * bound).mean() > 0.9  # 200 numbers come near the ends of most
+    assert (perhaps_stored(interval, dtype, rounding).error >= np.maximum(bound, e)).all()
+
+
+def test_a_number_of_the_format_is_exact_again() -> None:
+    one = Bounded(np.array([1.0, 1.0]), np.array([2.0**-10, 2.0**-7]))
+    assert stored(one, "bfloat16").error.tolist() == [0.0, 2.0**-7]
+    assert perhaps_stored(one, "bfloat16").error.tolist() == [2.0**-10, 2.0**-7]
+
+
+def test_products_carry_the_errors_of_both_operands() -> None:
+    """At the worst corner: both errors away from 0, and each step rounded up."""
+    a, b = (
+        Bounded(np.array([[2.0, -3.0]]), np.array([[0.5, 0.25]])),
+        Bounded(np.array([[4.0], [-5.0]]), np.array([[1.0], [2.0]])),
+    )
+    corner = 2.5 * 5.0 + 3.25 * 7.0
+    assert matmul(a, b, 0.0).value.tolist() == [[23.0]]
+    assert 23.0 + matmul(a, b, 0.0).error[0, 0] >= corner
+    assert 23.0 + matmul(a, b, 0.01).error[0, 0] >= 1.01 * corner
+    both = multiply(a, Bounded(b.value.T, b.error.T), 0.01)
+    assert (np.abs(both.value) + both.error >= 1.01 * np.array([[12.5, 22.75]])).all()
