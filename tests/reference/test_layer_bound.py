@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from mla_spec.adapters.emulated import EmulatedAttention
+from mla_spec.reference.bounded import Bounded
+from mla_spec.reference.bounded_steps import foldable, scaled, temperature
 from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
 from mla_spec.reference.formats import round_to
-from mla_spec.reference.layer_bound import Bounded, _foldable, _scaled, _temperature, layer_with_bound
+from mla_spec.reference.layer_bound import layer_with_bound
 from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.profile import Profile
 from mla_spec.reference.rope import rope_cos_sin
@@ -332,12 +334,12 @@ def numbers(seed: int, dtype: str) -> Array:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_error_of_a_scaled_number_is_its_rounding(dtype: str) -> None:
     x, factor = numbers(0, dtype), 12**0.5
-    bounded = _scaled(Bounded(x, np.zeros_like(x)), factor, 0.0, dtype)
+    bounded = scaled(Bounded(x, np.zeros_like(x)), factor, 0.0, dtype)
     ratio = np.abs(round_to(x * factor, dtype) - x * factor) / bounded.error
     assert 0.95 < ratio.max() <= 1
-    carried = _scaled(Bounded(x, np.abs(x)), factor, 0.0, dtype)
+    carried = scaled(Bounded(x, np.abs(x)), factor, 0.0, dtype)
     assert (carried.error >= bounded.error + factor * np.abs(x)).all()
-    assert (_scaled(Bounded(x, x * x), 1.0, 0.0, dtype).error == x * x).all()
+    assert (scaled(Bounded(x, x * x), 1.0, 0.0, dtype).error == x * x).all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -347,16 +349,16 @@ def test_factor_in_a_norms_weight_costs_no_more_than_a_foldable_latent_has(facto
     unit, weight = numbers(1, dtype), round_to(np.random.default_rng(2).uniform(0.5, 1.5, (500, 1, 1)), dtype)
     folded = round_to(unit * round_to(weight * factor, dtype), dtype)
     plain = Bounded(unit * weight, np.zeros_like(unit))
-    ratio = np.abs(folded / factor - plain.value) / _foldable(plain, factor, dtype).error
+    ratio = np.abs(folded / factor - plain.value) / foldable(plain, factor, dtype).error
     assert 0.5 < ratio.max() <= 1
-    assert _foldable(plain, 1.0, dtype) is plain
+    assert foldable(plain, 1.0, dtype) is plain
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_error_of_a_temperature_has_both_its_roundings(dtype: str) -> None:
     x, positions = numbers(3, dtype), np.arange(500)
     scaling = Llama4Scaling(beta=0.3, original_max_position_embeddings=4)
-    bounded = _temperature(Bounded(x, np.zeros_like(x)), positions, scaling, Profile.default(dtype))
+    bounded = temperature(Bounded(x, np.zeros_like(x)), positions, scaling, Profile.default(dtype))
     factor = scaling.factor(positions)[:, None, None]
     got = round_to(x * round_to(factor, dtype), dtype)
     np.testing.assert_array_equal(bounded.value, x * factor)
