@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mla_spec.reference.config import MLAConfig as MLAConfig
     from mla_spec.reference.config import RopeConfig as RopeConfig
     from mla_spec.reference.config import YarnScaling as YarnScaling
+    from mla_spec.reference.indexer import IndexerConfig as IndexerConfig
     from mla_spec.reference.profile import Accumulator as Accumulator
     from mla_spec.reference.profile import Profile as Profile
 
@@ -19,6 +20,7 @@ _EXPORTS = {
     "MLAConfig": "mla_spec.reference.config",
     "RopeConfig": "mla_spec.reference.config",
     "YarnScaling": "mla_spec.reference.config",
+    "IndexerConfig": "mla_spec.reference.indexer",
     "Accumulator": "mla_spec.reference.profile",
     "Profile": "mla_spec.reference.profile",
     "Supports": "mla_spec.harness.contract",
