@@ -1,4 +1,4 @@
-"""Exact cache sizes of the published models, and the published figures that follow from them."""
+"""Published figures of cache sizes, next to the exact numbers that they round."""
 
 from __future__ import annotations
 
@@ -7,37 +7,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from mla_spec.golden.cache_tables import cache_sizes
 from mla_spec.golden.error import CorpusError
-from mla_spec.reference.cache import CacheSize, latent_cache_size, multi_head_cache_size, reduction
+from mla_spec.reference.cache import (
+    CacheSize,
+    latent_cache_size,
+    multi_head_cache_size,
+    reduction,
+)
+from mla_spec.reference.cache_layout import LAYOUTS
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.published import published_models
 
 V2 = "DeepSeek-V2 (arXiv 2405.04434)"
 V3_INSIGHTS = "Insights into DeepSeek-V3 (arXiv 2505.09343), table 1"
-
-
-def cache_sizes() -> dict[str, Any]:
-    """Cached elements and bytes of every published MLA model whose layers are known."""
-    models = []
-    for model in published_models().values():
-        layers, fields = model.num_cached_layers, model.fields
-        if not model.is_mla or layers is None:
-            continue
-        size = CacheSize("MLA", fields["kv_lora_rank"] + fields["qk_rope_head_dim"])
-        models.append(
-            {
-                "model": model.name,
-                "verified": model.verified,
-                "cached_layers": layers,
-                "elements_per_token_and_layer": size.elements,
-                **{
-                    f"{dtype}_bytes_per_token_{unit}": size.bytes_per_token(dtype, count)
-                    for dtype in ("bfloat16", "float32")
-                    for unit, count in (("and_layer", 1), ("in_all_layers", layers))
-                },
-            }
-        )
-    return {"models": models}
 
 
 @dataclass(frozen=True)
@@ -134,6 +117,47 @@ def _thousands(name: str, published: str, size: CacheSize, layers: int, formula:
     )
 
 
+def _token_in(layout: str, published: str, source: str, formula: str, **numbers: int) -> Figure:
+    exact = Fraction(LAYOUTS[layout].bytes_per_token)
+    return Figure(f"{layout}, one token", published, "B per token and layer", source, formula, numbers, exact)
+
+
+def _page_in(layout: str, published: str, source: str, tokens: int) -> Figure:
+    row, alignment = LAYOUTS[layout].bytes_per_token, LAYOUTS[layout].page_alignment
+    return Figure(
+        f"{layout}, a page of {tokens} tokens",
+        published,
+        "B per page and layer",
+        source,
+        "tokens · bytes_per_token, rounded up to a multiple of alignment",
+        {"tokens": tokens, "bytes_per_token": row, "alignment": alignment},
+        Fraction(LAYOUTS[layout].bytes_per_page(tokens)),
+    )
+
+
+def layout_figures() -> list[Figure]:
+    """Published sizes of quantised rows and pages."""
+    scaled = "codes · code_bytes + scales · scale_bytes"
+    mixed = f"{scaled} + plain · plain_bytes"
+    split = {"codes": 512, "code_bytes": 1, "scales": 4, "scale_bytes": 4, "plain": 64, "plain_bytes": 2}
+    v4 = {"codes": 448, "code_bytes": 1, "scales": 7, "scale_bytes": 1, "plain": 64, "plain_bytes": 2, "padding": 1}
+    nvfp4 = "codes / 2 + scales · scale_bytes + plain · plain_bytes"
+    nv = {"codes": 512, "scales": 32, "scale_bytes": 1, "plain": 64, "plain_bytes": 1}
+    index = {"codes": 128, "code_bytes": 1, "scales": 1, "scale_bytes": 4}
+    v4_pages = "vLLM, vllm/models/deepseek_v4/common/ops/cache_utils.py"
+    indexer = "vLLM, csrc/cache_kernels.cu, indexer_k_quant_and_cache"
+    return [
+        _token_in(
+            "fp8_ds_mla", "656", "FlashMLA (github.com/deepseek-ai/FlashMLA), README, FP8 KV cache", mixed, **split
+        ),
+        _token_in("deepseek_v4", "584", v4_pages, f"{mixed} + padding", **v4),
+        _page_in("deepseek_v4", "37440", v4_pages, 64),
+        _token_in("nvfp4_ds_mla", "352", "vLLM, csrc/nvfp4_ds_mla_cache_kernels.cu", nvfp4, **nv),
+        _token_in("indexer_fp8", "132", indexer, scaled, **index),
+        _page_in("indexer_fp8", "8448", indexer, 64),
+    ]
+
+
 def figures() -> list[Figure]:
     """The published figures."""
     v3 = latent_cache_size(MLAConfig.published("DeepSeek-V3"))
@@ -154,6 +178,16 @@ def figures() -> list[Figure]:
         _thousands("small MoE with MLA", "15.6", _latent(), 27, f"{row} / 1000", **latent),
         _thousands("large MoE with MHA", "860.2", large, 60, heads, heads=56, head_dim=128),
         _thousands("large MoE with MLA", "34.6", _latent(), 60, f"{row} / 1000", **latent),
+        Figure(
+            "groups of a GQA whose cache is as large",
+            "2.25",
+            "groups",
+            f"{V2}, section 2.1.4",
+            "(kv_lora_rank + qk_rope_head_dim) / (2 · head_dim)",
+            {**latent, "head_dim": 128},
+            Fraction(_latent().elements, multi_head_cache_size(1, 128, 128, "MQA").elements),
+        ),
+        *layout_figures(),
     ]
 
 

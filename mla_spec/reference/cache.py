@@ -89,10 +89,12 @@ class CacheSize:
     Attributes:
         attention: "MLA", "MHA", "GQA-8" or "MQA".
         elements: per token and layer.
+        kv_heads: into which they are divided; all heads share the latent of MLA.
     """
 
     attention: str
     elements: int
+    kv_heads: int = 1
 
     def bytes_per_token(self, dtype: str, layers: int) -> int:
         """Exact bytes per token over ``layers`` layers; 1 KB is 1000 B in published figures."""
@@ -106,13 +108,28 @@ def latent_cache_size(config: MLAConfig) -> CacheSize:
 
 def multi_head_cache_size(groups: int, k_dim: int, v_dim: int, name: str) -> CacheSize:
     """g·(k_dim + v_dim) elements; with both equal, the 2·n·d of DeepSeek-V2, table 1."""
-    return CacheSize(name, groups * (k_dim + v_dim))
+    return CacheSize(name, groups * (k_dim + v_dim), groups)
 
 
 def compared_cache_sizes(num_heads: int, k_dim: int, v_dim: int) -> list[CacheSize]:
     """What a model with these heads would cache as MHA, as GQA with 8 groups, and as MQA."""
     groups = {"MHA": num_heads, "GQA-8": 8, "MQA": 1}
     return [multi_head_cache_size(g, k_dim, v_dim, name) for name, g in groups.items() if num_heads % g == 0]
+
+
+def kv_heads_on_ranks(num_heads: int, kv_heads: int, ranks: int) -> list[int]:
+    """KV heads in the cache of each rank of tensor parallelism: those that its query heads read.
+
+    Query heads are divided among the ranks. A KV head that heads of several ranks read is on all of these, as the one of MQA
+    and the latent of MLA are on every rank.
+
+    Raises:
+        ValueError: ``ranks`` is below 1 or does not divide ``num_heads``.
+    """
+    if ranks < 1 or num_heads % ranks:
+        raise ValueError(f"{num_heads} heads cannot be divided among {ranks} ranks")
+    own, reading = num_heads // ranks, num_heads // kv_heads  # query heads of a rank, and of a KV head
+    return [((rank + 1) * own - 1) // reading - rank * own // reading + 1 for rank in range(ranks)]
 
 
 def paged_bytes(seqlens: IntArray, page_size: int, row_bytes: int) -> int:

@@ -44,6 +44,21 @@ class PublishedModel:
         layers = self.fields["num_mla_layers"]
         return None if layers is None else int(layers)
 
+    def latent_rows(self) -> list[tuple[int, int]]:
+        """(layers, elements per token) of the latent caches; layers without rotary embedding have no k_pe in theirs.
+
+        Raises:
+            ValueError: the model is not MLA, or the number of its layers is not published.
+        """
+        if not self.is_mla:
+            raise ValueError(f"{self.name}: attention is {self.fields['attention']!r}, not MLA")
+        if self.num_cached_layers is None:
+            raise ValueError(f"{self.name}: the number of layers is not published")
+        latent, rope = self.fields["kv_lora_rank"], self.fields["qk_rope_head_dim"]
+        without = self.fields.get("num_nope_layers", 0)
+        rows = [(self.num_cached_layers - without, latent + rope), (without, latent)]
+        return [(layers, elements) for layers, elements in rows if layers]
+
     def mla_config(self) -> MLAConfig:
         """The entry as an ``MLAConfig``; ValueError names what it cannot express."""
         if not self.is_mla:

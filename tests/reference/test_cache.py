@@ -12,6 +12,7 @@ from mla_spec.reference.bounds import attention_with_bound
 from mla_spec.reference.cache import (
     compared_cache_sizes,
     gather_rows,
+    kv_heads_on_ranks,
     latent_cache_size,
     multi_head_cache_size,
     paged_bytes,
@@ -202,3 +203,30 @@ def test_paged_bytes_count_whole_pages() -> None:
     assert paged_bytes(np.array([], dtype=int), 64, 1152) == 0
     many = np.full(3, 2**31 - 1, dtype=np.int32)
     assert paged_bytes(many, 64, 1152) == 3 * 2**31 * 1152
+
+
+def test_kv_heads_are_divided_among_ranks_or_copied() -> None:
+    assert kv_heads_on_ranks(128, 128, 8) == [16] * 8
+    assert kv_heads_on_ranks(128, 8, 4) == [2] * 4
+    assert kv_heads_on_ranks(128, 8, 16) == [1] * 16
+    assert kv_heads_on_ranks(64, 1, 8) == [1] * 8
+    assert kv_heads_on_ranks(20, 20, 1) == [20]
+    # Ranks of 4 query heads, 3 of which read one KV head: those of a rank read 2 KV heads.
+    assert kv_heads_on_ranks(12, 4, 3) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("ranks", [0, -1, 3, 256])
+def test_ranks_that_do_not_divide_the_heads_are_refused(ranks: int) -> None:
+    with pytest.raises(ValueError, match=f"128 heads cannot be divided among {ranks} ranks"):
+        kv_heads_on_ranks(128, 8, ranks)
+
+
+def test_rows_of_layers_without_rotary_embedding_are_shorter() -> None:
+    models = published_models()
+    assert models["DeepSeek-V3"].latent_rows() == [(61, 576)]
+    assert models["Mistral-Large-4-1T-A52B"].latent_rows() == [(54, 576), (18, 512)]
+    assert models["Kimi-Linear-48B-A3B"].latent_rows() == [(7, 576)]  # all without, with k_pe as it is
+    with pytest.raises(ValueError, match="number of layers is not published"):
+        models["GigaChat3-702B / 10B"].latent_rows()
+    with pytest.raises(ValueError, match="not MLA"):
+        models["DeepSeek-V4-Pro"].latent_rows()
