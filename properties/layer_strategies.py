@@ -86,7 +86,7 @@ def layer_cases(
         qk_nope_head_dim=multiple * draw(st.integers(1, max(1, largest // 2 // multiple))),
         qk_rope_head_dim=rope_dim,
         v_head_dim=draw(st.integers(1, largest // 2)),
-        **(draw(_options(supports, q_lora_rank, rope_dim)) if name == "none" else {"model": name}),
+        **(draw(layer_options(supports, q_lora_rank, rope_dim)) if name == "none" else {"model": name}),
         start=start,
         weights="aligned" if narrow else "dense",
         gain=draw(st.sampled_from((0.0625, 0.125) if coarse or far else (1.0, 0.5, 2.0))),
@@ -95,7 +95,7 @@ def layer_cases(
 
 
 @st.composite
-def _options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rope_dim: int) -> dict[str, Any]:
+def layer_options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rope_dim: int) -> dict[str, Any]:
     """Options that a layer of no published model has."""
     layout = "none"
     if rope_dim:

@@ -258,6 +258,14 @@ def owns_its_outputs(run: Run, case: SparseCase) -> None:
     require_own_outputs(run, tensors, out_and_lse)
 
 
+def calls_are_independent(run: Run, case: SparseCase) -> None:
+    """Nothing of a call lives on in the next one with the same shapes and another scale."""
+    driver, first = driver_of(run, case), case.build()
+    other = replace(case, seed=case.seed + 1).build()
+    for inputs in (first, replace(other, softmax_scale=other.softmax_scale / 2)):
+        judge(run, driver.call(inputs), expected(inputs, run.profile))
+
+
 def judge_equal(run: Run, got: Result, want: Result, errors: tuple[ErrorBound, ErrorBound], why: str) -> None:
     """Two results for the same exact value, each within its own bound of it."""
     both = ErrorBound({"sparse": errors[0].total, "dense": errors[1].total})

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from mla_spec.harness.cases import IndexerCase, SparseDecodeCase, SparsePrefillCase
+from mla_spec.harness.cases import IndexedAttentionCase, IndexerCase, SparseDecodeCase, SparsePrefillCase
 from mla_spec.harness.contract import Supports
 from mla_spec.properties.strategies import LOGIT_STDS, PAGE_SIZES, SEEDS, judgeable_stds
 from mla_spec.reference.profile import Profile
@@ -128,4 +128,26 @@ def indexer_cases(
         head_dim=d,
         top_k=draw(top_k if supports.indexer_top_k else top_k | around),
         regime=regime,
+    )
+
+
+@st.composite
+def indexed_attention_cases(
+    draw: DrawFn, supports: Supports, profile: Profile, *, select_all: bool = False
+) -> IndexedAttentionCase:
+    """No sequence has fewer keys than queries; ``select_all``: top_k is not below the longest one's number of keys."""
+    indexer = draw(indexer_cases(supports, profile, min_past=0))
+    widths = st.tuples(st.integers(1, 24), st.integers(0, 4).map(lambda half: 2 * half))
+    c, r = draw(st.sampled_from(supports.latent_dims) if supports.latent_dims is not None else widths)
+    unit, least = supports.topk_multiple, max(indexer.seqlens_k) if select_all else 1
+    if supports.indexer_top_k is None:
+        top_k = -(-max(least, 1 if select_all else indexer.top_k) // unit) * unit
+    else:
+        top_k = draw(st.sampled_from([k for k in supports.indexer_top_k if k >= least and k % unit == 0]))
+    return IndexedAttentionCase(
+        **vars(indexer) | {"top_k": top_k},
+        attention_heads=draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4))),
+        kv_lora_rank=c,
+        qk_rope_head_dim=r,
+        logit_std=draw(st.sampled_from(judgeable_stds(LOGIT_STDS, profile, c + r))),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from mla_spec.harness.cases import DecodeCase
 from mla_spec.harness.driver import computed
 from mla_spec.harness.laws import Run, law
 from mla_spec.properties.expected import decode_expected
+from mla_spec.properties.memory import require_unmodified
 from mla_spec.properties.strategies import decode_cases, narrowed
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.formats import format_of, round_to
@@ -28,6 +30,25 @@ def test_absorb_splits_kv_b_proj(run: Run, case: DecodeCase) -> None:
             f"{result.what}: {int(different.sum())} of {want.size} elements are not the rows of kv_b_proj; "
             f"first at {list(np.argwhere(different)[0]) if different.any() else ''}",
         )
+
+
+@law(needs=("absorb",), cases=decode_cases)
+def test_absorb_calls_are_independent(run: Run, case: DecodeCase) -> None:
+    """A second weight of the same shape is split itself, as with an adapter merged; nothing of the first lives on."""
+    for this in (case, replace(case, seed=case.seed + 1), case):
+        kv_b_proj, config, _ = this.latent_weights()
+        for result, want in zip(run.driver.absorb(kv_b_proj, config), absorb(kv_b_proj, config), strict=True):
+            different = int((result.value != want).sum())
+            run.require(different == 0, f"{result.what}: {different} of {want.size} elements are not this weight's")
+
+
+@law(needs=("absorb",), cases=decode_cases)
+def test_absorb_does_not_modify_its_input(run: Run, case: DecodeCase) -> None:
+    """kv_b_proj has not changed when absorb returns."""
+    kv_b_proj, config, _ = case.latent_weights()
+    weight = run.driver.tensor(kv_b_proj)
+    call = partial(run.driver.subject.absorb, weight, config=config)
+    require_unmodified(run, "absorb", {"kv_b_proj": weight}, lambda: run.driver.guard(call))
 
 
 @law(needs=("absorb", "decode"), cases=narrowed(decode_cases, logit_stds=(1.0, 4.0, 0.1)))

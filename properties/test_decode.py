@@ -92,7 +92,7 @@ def test_roundings_do_not_add_up(run: Run, case: DecodeCase) -> None:
         run.within(lse, declared_lse(want.lse, run.supports), want.lse_error_probable, gate=False)
 
 
-@law(needs=DECODE, cases=narrowed(decode_cases, min_length=2, max_s=1), missing=_needs_lse)
+@law(needs=DECODE, cases=narrowed(decode_cases, min_length=2, max_s=1), missing=_needs_lse, cost=2)
 def test_lse_recombines_disjoint_parts(run: Run, case: DecodeCase) -> None:
     """Two disjoint parts of the keys, merged by the LSEs that the subject gave them, are the whole."""
     case = replace(case, s=1, seqlens=tuple(n - n % 2 for n in case.seqlens), page_size=case.page_size)
@@ -153,7 +153,7 @@ def test_page_relabelling_changes_nothing(run: Run, case: DecodeCase) -> None:
     _same_bits(run, got, want, "pages were stored in another order and the block table renamed accordingly")
 
 
-@law(needs=DECODE, cases=narrowed(decode_cases, min_batch=2))
+@law(needs=DECODE, cases=narrowed(decode_cases, min_batch=2), cost=2)
 def test_ragged_batch_equals_each_sequence_alone(run: Run, case: DecodeCase) -> None:
     """A sequence gives the same in a ragged batch as alone: the same bits where the profile claims it."""
     inputs = case.build()
@@ -177,7 +177,7 @@ def test_ragged_batch_equals_each_sequence_alone(run: Run, case: DecodeCase) -> 
             run.same_function(lse_alone, lse[one], want.lse_error[one], why)
 
 
-@law(needs=DECODE, cases=decode_cases)
+@law(needs=DECODE, cases=decode_cases, cost=2)
 def test_unused_cache_slots_are_ignored(run: Run, case: DecodeCase) -> None:
     """NaN, infinity or 2^100 in slots past a sequence's length, and in free pages, changes no bit."""
     inputs = case.build()
@@ -235,7 +235,7 @@ def test_calls_are_independent(run: Run, case: DecodeCase) -> None:
         judge_attention(run, run.driver.decode(this), decode_expected(this, run.profile))
 
 
-@law(needs=DECODE, cases=decode_cases)
+@law(needs=DECODE, cases=decode_cases, cost=4)
 def test_noncontiguous_inputs(run: Run, case: DecodeCase) -> None:
     """Views of larger or transposed tensors are read by their strides."""
     inputs = case.build()

@@ -13,6 +13,7 @@ from mla_spec.harness.laws import Run, law
 from mla_spec.harness.sparse_cases import IndexerInputs
 from mla_spec.harness.sparse_driver import IndexerDriver
 from mla_spec.harness.verdict import Violation
+from mla_spec.properties.indexer_checks import judge_logits, judge_selection, visible_keys
 from mla_spec.properties.memory import require_unmodified
 from mla_spec.properties.sparse_strategies import indexer_cases
 from mla_spec.properties.strategies import narrowed
@@ -22,7 +23,7 @@ from mla_spec.reference.error_bound import ErrorBound
 from mla_spec.reference.profile import Profile
 from mla_spec.reference.rope_bound import rope_with_bound
 from mla_spec.reference.sparse import select_top_k
-from mla_spec.reference.sparse_bound import indexer_with_bound, selection_shortfall
+from mla_spec.reference.sparse_bound import indexer_with_bound
 from mla_spec.reference.typing import Array, BoolArray, IntArray
 
 INDEXER = ("indexer",)
@@ -43,47 +44,9 @@ def _needs_rope_dims(supports: Supports) -> str:
     return _needs_logits(supports) or ("" if wide else "indexer has no rope dims")
 
 
-def _visible(inputs: IndexerInputs) -> BoolArray:
-    """Which keys each query sees, [tokens, key tokens]."""
-    key = np.arange(len(inputs.k))
-    return (key >= inputs.first_key[:, None]) & (key < inputs.end_key[:, None])
-
-
 def _expected(inputs: IndexerInputs, profile: Profile) -> tuple[Array, ErrorBound]:
     """Exact logits of all pairs of queries and keys, and their bound; [tokens, key tokens]."""
     return indexer_with_bound(inputs.q, inputs.k, inputs.weights, profile)
-
-
-def _judge_logits(run: Run, got: Result | None, want: Array, bound: ErrorBound, visible: BoolArray) -> None:
-    """Judge the logits of visible keys."""
-    if got is not None:
-        shown = Result(np.where(visible, got.value, want), got.bits, got.what)
-        run.within(shown, want, bound, gate=False)
-
-
-def _judge_selection(run: Run, indices: IntArray, inputs: IndexerInputs, logits: Array, error: Array) -> BoolArray:
-    """Raise Violation unless each row names, once, keys that may be the largest; which ones, [tokens, key tokens]."""
-    visible = _visible(inputs)
-    count = np.minimum(visible.sum(axis=-1), inputs.top_k)
-    named = np.zeros_like(visible)
-    for i, row in enumerate(indices):
-        chosen = row[: count[i]]
-        at = (
-            f"indices[{i}] = {row.tolist()}, of a query that sees keys {inputs.first_key[i]} .. {inputs.end_key[i] - 1}"
-        )
-        run.require(bool((row[count[i] :] == -1).all()), f"{at}: must be -1 from entry {count[i]} on")
-        inside = (chosen >= inputs.first_key[i]) & (chosen < inputs.end_key[i])
-        run.require(bool(inside.all()), f"{at}: entry {chosen[~inside].tolist()} is no key that it sees")
-        run.require(len(np.unique(chosen)) == len(chosen), f"{at}: a key is named twice")
-        named[i, chosen] = True
-    shortfall = selection_shortfall(logits, error, named, visible)
-    worst = int(np.argmax(shortfall))
-    run.require(
-        bool(shortfall[worst] <= 0),
-        f"indices[{worst}] leaves out a larger logit than one that it names, by {shortfall[worst]:.3g} more than the "
-        f"errors of both explain",
-    )
-    return named
 
 
 @law(needs=INDEXER, cases=indexer_cases, missing=_needs_logits)
@@ -91,7 +54,7 @@ def test_indexer_logits_agree_with_reference(run: Run, case: IndexerCase) -> Non
     """Logits are Σ_h w_h relu(q_h · k) for every visible key, within the worst-case bound of the profile."""
     inputs = case.build()
     want, bound = _expected(inputs, run.profile)
-    _judge_logits(run, IndexerDriver(run.driver).call(inputs)[0], want, bound, _visible(inputs))
+    judge_logits(run, IndexerDriver(run.driver).call(inputs)[0], want, bound, visible_keys(inputs))
 
 
 @law(needs=INDEXER, cases=indexer_cases)
@@ -99,7 +62,7 @@ def test_indexer_selects_the_largest_logits(run: Run, case: IndexerCase) -> None
     """Each row names the top_k largest exact logits up to the error of theirs, each key once, then -1."""
     inputs = case.build()
     logits, bound = _expected(inputs, run.profile)
-    _judge_selection(run, IndexerDriver(run.driver).call(inputs)[1], inputs, logits, bound.total)
+    judge_selection(run, IndexerDriver(run.driver).call(inputs)[1], inputs, logits, bound.total)
 
 
 @law(needs=INDEXER, cases=narrowed(indexer_cases, regimes=("integers",)), missing=_needs_tie_rule)
@@ -107,7 +70,7 @@ def test_indexer_ties_go_to_the_smaller_index(run: Run, case: IndexerCase) -> No
     """Where logits are exact in every format, the keys named are the reference's: of equal ones the first."""
     inputs = case.build()
     logits, bound = _expected(inputs, run.profile)
-    named = _judge_selection(run, IndexerDriver(run.driver).call(inputs)[1], inputs, logits, np.zeros_like(bound.total))
+    named = judge_selection(run, IndexerDriver(run.driver).call(inputs)[1], inputs, logits, np.zeros_like(bound.total))
     for i, (first, end) in enumerate(zip(inputs.first_key, inputs.end_key, strict=True)):
         want = first + select_top_k(logits[i, first:end], min(case.top_k, end - first), np.array(end - first))
         got = np.flatnonzero(named[i])
@@ -141,7 +104,7 @@ def test_indexer_sequences_do_not_see_each_other(run: Run, case: IndexerCase) ->
 
 def _require_same(run: Run, changed: IndexerInputs, inputs: IndexerInputs, queries: IntArray, why: str) -> None:
     """The same logits of visible keys, and the same keys selected, for some queries."""
-    driver, visible = IndexerDriver(run.driver), _visible(inputs)[queries]
+    driver, visible = IndexerDriver(run.driver), visible_keys(inputs)[queries]
     (got, got_indices), (want, want_indices) = driver.call(changed), driver.call(inputs)
     if got is not None and want is not None:
         run.same_bits(_shown(got[queries], visible), _shown(want[queries], visible), why)
@@ -179,7 +142,7 @@ def test_indexer_of_rotated_operands(run: Run, case: IndexerCase) -> None:
         )
         got = IndexerDriver(run.driver).call(replace(inputs, q=q, k=k))[0]
         try:
-            _judge_logits(run, got, want, bound, _visible(inputs))
+            judge_logits(run, got, want, bound, visible_keys(inputs))
         except Violation as violation:
             raise Violation(f"after rotation in the {layout} layout:\n{violation}") from None
 
@@ -193,7 +156,7 @@ def _rotated(run: Run, x: Array, positions: IntArray, rope: RopeConfig) -> tuple
     return joined[0], joined[1], np.concatenate([error.total, np.zeros_like(rest)], axis=-1)
 
 
-@law(needs=INDEXER, cases=indexer_cases)
+@law(needs=INDEXER, cases=indexer_cases, cost=4)
 def test_indexer_reads_strides(run: Run, case: IndexerCase) -> None:
     """Views of larger or transposed tensors are read by their strides."""
     inputs = case.build()
@@ -202,8 +165,8 @@ def test_indexer_reads_strides(run: Run, case: IndexerCase) -> None:
     for name, view in INDEXER_VIEWS.items():
         try:
             logits, indices = driver.call(inputs, view(driver.tensors(inputs)))
-            _judge_logits(run, logits, want, bound, _visible(inputs))
-            _judge_selection(run, indices, inputs, want, bound.total)
+            judge_logits(run, logits, want, bound, visible_keys(inputs))
+            judge_selection(run, indices, inputs, want, bound.total)
         except Violation as violation:
             raise Violation(f"with {name}:\n{violation}") from None
 
@@ -215,3 +178,15 @@ def test_indexer_does_not_modify_its_inputs(run: Run, case: IndexerCase) -> None
     driver = IndexerDriver(run.driver)
     tensors = driver.tensors(inputs)
     require_unmodified(run, "indexer", tensors, lambda: driver.raw(inputs, tensors))
+
+
+@law(needs=INDEXER, cases=indexer_cases, cost=2)
+def test_indexer_calls_are_independent(run: Run, case: IndexerCase) -> None:
+    """Nothing of a call (operands, offsets, weights) lives on in the next one with the same shapes."""
+    other = replace(case, seed=case.seed + 1, seqlens_q=case.seqlens_q[::-1], seqlens_k=case.seqlens_k[::-1])
+    for this in (other, case):
+        inputs = this.build()
+        want, bound = _expected(inputs, run.profile)
+        logits, indices = IndexerDriver(run.driver).call(inputs)
+        judge_logits(run, logits, want, bound, visible_keys(inputs))
+        judge_selection(run, indices, inputs, want, bound.total)

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from mla_spec.harness.allocation import Allocations
 from mla_spec.harness.cases import LayerCase, LayerInputs
 from mla_spec.harness.driver import LayerDriver, Result, tensor_bits
 from mla_spec.harness.laws import Run, law
+from mla_spec.harness.verdict import Violation
 from mla_spec.properties.layer_strategies import layer_cases
 from mla_spec.properties.strategies import narrowed
 from mla_spec.reference.error_bound import ErrorBound
@@ -53,7 +55,7 @@ def test_layer_decode_agrees_with_reference(run: Run, case: LayerCase) -> None:
         run.within(got, want[:, one], bound[:, one], gate=False)
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=2, max_steps=8))
+@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=2, max_steps=8), cost=2)
 def test_layer_decodes_several_tokens_at_once(run: Run, case: LayerCase) -> None:
     """Decoding up to eight tokens in one call, as for MTP, is causal among them, aligned to the end of the cache."""
     inputs = case.build()
@@ -66,7 +68,7 @@ def test_layer_decodes_several_tokens_at_once(run: Run, case: LayerCase) -> None
     run.within(got, want[:, rest], bound[:, rest], gate=False)
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2, max_steps=0))
+@law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2, max_steps=0), cost=2)
 def test_prefill_equals_token_by_token_decode(run: Run, case: LayerCase) -> None:
     """One prefill gives what decoding the same tokens one by one gives."""
     inputs = case.build()
@@ -102,21 +104,29 @@ def test_reset_empties_the_cache(run: Run, case: LayerCase) -> None:
     run.same_bits(again, fresh, "the layer was used before and reset")
 
 
+def _cache_bytes(run: Run, case: LayerCase, tokens: int) -> tuple[int, str]:
+    """Bytes of the cache of so many tokens a sequence, and how they come about."""
+    page = run.supports.cache_page
+    rounded = -(-tokens // page) * page
+    formula = (
+        f"{case.batch} sequences × {rounded} tokens × {case.config.cache_dim} × {format_of(case.dtype).itemsize} B"
+    )
+    return case.batch * rounded * _row_bytes(case), formula
+
+
+def _row_bytes(case: LayerCase) -> int:
+    return case.config.cache_dim * format_of(case.dtype).itemsize
+
+
 @law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1))
 def test_cache_bytes_are_exact(run: Run, case: LayerCase) -> None:
     """The cache holds kv_lora_rank + qk_rope_head_dim numbers per token, and nothing else."""
     inputs = case.build()
-    row = inputs.config.cache_dim * format_of(case.dtype).itemsize
-    page = run.supports.cache_page
 
     def require(layer: LayerDriver, tokens: int) -> None:
-        want = case.batch * -(-tokens // page) * page * row
+        want, formula = _cache_bytes(run, case, tokens)
         got = layer.cache_bytes()
-        run.require(
-            got == want,
-            f"cache_bytes after {tokens} tokens: got {got}, want {want} = {case.batch} sequences × "
-            f"{-(-tokens // page) * page} tokens × {inputs.config.cache_dim} × {format_of(case.dtype).itemsize} B",
-        )
+        run.require(got == want, f"cache_bytes after {tokens} tokens: got {got}, want {want} = {formula}")
 
     layer = _make(run, inputs)
     require(layer, 0)
@@ -127,6 +137,52 @@ def test_cache_bytes_are_exact(run: Run, case: LayerCase) -> None:
         require(layer, t + 1)
     layer.reset()
     require(layer, 0)
+
+
+@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1, max_steps=1), cost=3)
+def test_layer_allocates_only_its_cache(run: Run, case: LayerCase) -> None:
+    """From call to call a layer keeps no more memory than the rows of its cache take, whatever it says of itself.
+
+    Measured when it is used again after reset: tables and workspaces that are made once exist then. What a layer keeps over
+    a reset, and does not grow, counts as preallocated.
+    """
+    inputs = case.build()
+    layer = _make(run, inputs)
+    memory = Allocations()
+    for method, tokens in _calls(case):
+        with memory:
+            _run(layer, method, inputs, tokens)
+    layer.reset()
+    since = [("reset", memory.live, 0)]
+    for method, tokens in _calls(case):
+        with memory:
+            _run(layer, method, inputs, tokens)
+        want, formula = _cache_bytes(run, case, tokens.stop)
+        for event, before, counted in since:
+            if memory.exceeds(before + want - counted):
+                raise Violation(
+                    f"since its {event} a layer of {tokens.stop} tokens keeps {memory.live - before} B more, "
+                    f"want at most {want - counted}; the cache takes {want} = {formula}"
+                )
+        if method == "prefill":
+            since.append(("prefill", memory.live, case.batch * tokens.stop * _row_bytes(case)))
+
+
+def _calls(case: LayerCase) -> list[tuple[str, slice]]:
+    """The prompt, and the tokens after it one by one."""
+    steps = [("decode", slice(t, t + 1)) for t in range(case.prompt, case.prompt + case.steps)]
+    return [("prefill", slice(0, case.prompt)), *steps]
+
+
+@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1, max_steps=1), cost=2)
+def test_layers_are_independent(run: Run, case: LayerCase) -> None:
+    """Layers that a subject makes of equal shapes each have their own weights and cache, used in turn."""
+    inputs = [replace(case, seed=case.seed + i).build() for i in (1, 0)]
+    expected = [_expected(run, each) for each in inputs]
+    layers = [_make(run, each) for each in inputs]
+    for method, tokens in _calls(case):
+        for layer, each, (want, bound) in zip(layers, inputs, expected, strict=True):
+            run.within(_run(layer, method, each, tokens), want[:, tokens], bound[:, tokens], gate=False)
 
 
 @law(needs=LAYER, cases=layer_cases)

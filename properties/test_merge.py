@@ -99,7 +99,7 @@ def test_merge_output_is_not_aliased(run: Run, case: MergeCase) -> None:
     require_own_outputs(run, tensors, lambda: run.driver.merge_raw(tensors))
 
 
-@law(needs=MERGE, cases=merge_cases)
+@law(needs=MERGE, cases=merge_cases, cost=4)
 def test_merge_reads_strides(run: Run, case: MergeCase) -> None:
     """Views of larger or transposed tensors are read by their strides."""
     inputs = case.build()
@@ -111,10 +111,20 @@ def test_merge_reads_strides(run: Run, case: MergeCase) -> None:
             raise Violation(f"with {name}:\n{violation}") from None
 
 
+@law(needs=MERGE, cases=narrowed(merge_cases, min_parts=2), cost=2)
+def test_merge_calls_are_independent(run: Run, case: MergeCase) -> None:
+    """Nothing of a call (LSEs, outputs) lives on in the next one with the same shapes, or with fewer parts."""
+    inputs, other = case.build(), replace(case, seed=case.seed + 1).build()
+    fewer = MergeInputs(outs=inputs.outs[1:], lses=inputs.lses[1:])
+    for this in (other, inputs, fewer):
+        judge_merge(run, run.driver.merge(this), _expected(run, this))
+
+
 @law(
     needs=("merge", "decode"),
     cases=narrowed(decode_cases, max_s=1, min_length=1, logit_stds=(1.0, 4.0, 0.1, 16.0)),
     missing=_needs_lse,
+    cost=2,
 )
 def test_merge_of_decoded_parts_is_the_whole(run: Run, case: DecodeCase) -> None:
     """Keys cut into any number of parts, decoded part by part and merged, are decoded whole."""

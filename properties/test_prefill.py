@@ -141,7 +141,9 @@ def test_prefill_ignores_future_keys(run: Run, case: PrefillCase) -> None:
             run.same_bits(a, b, "only the last key of each sequence, which these queries do not see, was changed")
 
 
-@law(needs=PREFILL, cases=narrowed(prefill_cases, min_queries=1, min_past=0, causal=True), missing=_needs_causal)
+@law(
+    needs=PREFILL, cases=narrowed(prefill_cases, min_queries=1, min_past=0, causal=True), missing=_needs_causal, cost=2
+)
 def test_prefill_in_chunks_of_queries(run: Run, case: PrefillCase) -> None:
     """Queries that come in two chunks, the second to the keys of both as after a prefix-cache hit, give the same rows."""
     inputs = case.build()
@@ -164,6 +166,7 @@ def test_prefill_in_chunks_of_queries(run: Run, case: PrefillCase) -> None:
     needs=("prefill", "merge"),
     cases=narrowed(prefill_cases, min_queries=1, min_past=0, causal=True, logit_stds=MERGEABLE),
     missing=_needs_both_masks,
+    cost=2,
 )
 def test_chunked_prefill_merges_to_the_whole(run: Run, case: PrefillCase) -> None:
     """Cached keys in chunks that all queries see, and new keys under the causal mask, merged by LSE, are the whole."""
@@ -252,7 +255,7 @@ def test_prefill_output_is_not_aliased(run: Run, case: PrefillCase) -> None:
     require_own_outputs(run, tensors, lambda: run.driver.prefill_raw(inputs, tensors))
 
 
-@law(needs=PREFILL, cases=prefill_cases)
+@law(needs=PREFILL, cases=prefill_cases, cost=4)
 def test_prefill_reads_strides(run: Run, case: PrefillCase) -> None:
     """Views of larger or transposed tensors are read by their strides."""
     inputs = case.build()
@@ -264,7 +267,7 @@ def test_prefill_reads_strides(run: Run, case: PrefillCase) -> None:
             raise Violation(f"with {name}:\n{violation}") from None
 
 
-@law(needs=PREFILL, cases=narrowed(prefill_cases, min_batch=2, min_past=0))
+@law(needs=PREFILL, cases=narrowed(prefill_cases, min_batch=2), cost=3)
 def test_prefill_calls_are_independent(run: Run, case: PrefillCase) -> None:
     """Nothing of a call (offsets, scale) lives on in the next one with the same shapes."""
     inputs = case.build()

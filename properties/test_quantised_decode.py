@@ -55,7 +55,7 @@ def test_quantised_decode_agrees_with_reference(run: Run, case: QuantisedDecodeC
     judge_attention(run, _driver(run, case, inputs).decode(inputs), quantised_decode_expected(inputs, run.profile))
 
 
-@law(needs=DECODE, cases=quantised_decode_cases, missing=_latent_format)
+@law(needs=DECODE, cases=quantised_decode_cases, missing=_latent_format, cost=2)
 def test_quantised_decode_ignores_unused_bytes(run: Run, case: QuantisedDecodeCase) -> None:
     """Padding, rows past a sequence's length and free pages may hold anything; no bit changes."""
     inputs = case.build()
@@ -66,7 +66,7 @@ def test_quantised_decode_ignores_unused_bytes(run: Run, case: QuantisedDecodeCa
         _same_bits(run, got, want, f"unused bytes of pages were set to {poison:#04x}")
 
 
-@law(needs=DECODE, cases=quantised_decode_cases, missing=_latent_format)
+@law(needs=DECODE, cases=quantised_decode_cases, missing=_latent_format, cost=2)
 def test_quantised_page_relabelling_changes_nothing(run: Run, case: QuantisedDecodeCase) -> None:
     """Moving pages in the pool and renaming them in the table changes no bit."""
     inputs = case.build()
@@ -79,7 +79,7 @@ def test_quantised_page_relabelling_changes_nothing(run: Run, case: QuantisedDec
     _same_bits(run, driver.decode(replace(inputs, pages=pages, exact=exact)), driver.decode(inputs), why)
 
 
-@law(needs=DECODE, cases=quantised_decode_cases, missing=_latent_format)
+@law(needs=DECODE, cases=quantised_decode_cases, missing=_latent_format, cost=3)
 def test_quantised_decode_reads_strides(run: Run, case: QuantisedDecodeCase) -> None:
     """Pages and arguments that are views of larger tensors are read by their strides."""
     inputs = case.build()
@@ -91,7 +91,7 @@ def test_quantised_decode_reads_strides(run: Run, case: QuantisedDecodeCase) -> 
             raise Violation(f"with {name}:\n{violation}") from None
 
 
-@law(needs=DECODE, cases=quantised_decode_cases, missing=_latent_format)
+@law(needs=DECODE, cases=quantised_decode_cases, missing=_latent_format, cost=2)
 def test_quantised_decode_does_not_modify_its_inputs(run: Run, case: QuantisedDecodeCase) -> None:
     """No argument has changed when decode_quantized returns."""
     inputs = case.build()
@@ -100,7 +100,7 @@ def test_quantised_decode_does_not_modify_its_inputs(run: Run, case: QuantisedDe
     require_unmodified(run, "decode_quantized", tensors, lambda: driver.decode(inputs, tensors))
 
 
-@law(needs=DECODE, cases=quantised_decode_cases, missing=_latent_format)
+@law(needs=DECODE, cases=quantised_decode_cases, missing=_latent_format, cost=4)
 def test_quantised_decode_calls_are_independent(run: Run, case: QuantisedDecodeCase) -> None:
     """Nothing of a call (pages, scales, tables) lives on in the next one with the same shapes."""
     for this in (case, replace(case, seed=case.seed + 1), case):

@@ -178,13 +178,13 @@ def test_sparse_decode_sequences_are_independent(run: Run, case: SparseDecodeCas
     check.leading_are_independent(run, case)
 
 
-@law(needs=PREFILL, cases=sparse_prefill_cases)
+@law(needs=PREFILL, cases=sparse_prefill_cases, cost=4)
 def test_sparse_prefill_reads_strides(run: Run, case: SparsePrefillCase) -> None:
     """Views of larger or transposed tensors are read by their strides."""
     check.reads_strides(run, case, SPARSE_PREFILL_VIEWS)
 
 
-@law(needs=DECODE, cases=sparse_decode_cases)
+@law(needs=DECODE, cases=sparse_decode_cases, cost=4)
 def test_sparse_decode_reads_strides(run: Run, case: SparseDecodeCase) -> None:
     """Views of larger or transposed tensors are read by their strides."""
     check.reads_strides(run, case, SPARSE_DECODE_VIEWS)
@@ -212,6 +212,18 @@ def test_sparse_prefill_output_is_not_aliased(run: Run, case: SparsePrefillCase)
 def test_sparse_decode_output_is_not_aliased(run: Run, case: SparseDecodeCase) -> None:
     """Outputs share no memory with arguments, nor with the outputs of the next call."""
     check.owns_its_outputs(run, case)
+
+
+@law(needs=PREFILL, cases=sparse_prefill_cases, cost=2)
+def test_sparse_prefill_calls_are_independent(run: Run, case: SparsePrefillCase) -> None:
+    """Nothing of a call (indices, lengths, scale) lives on in the next one with the same shapes."""
+    check.calls_are_independent(run, case)
+
+
+@law(needs=DECODE, cases=sparse_decode_cases, cost=2)
+def test_sparse_decode_calls_are_independent(run: Run, case: SparseDecodeCase) -> None:
+    """Nothing of a call (indices, lengths, scale) lives on in the next one with the same shapes."""
+    check.calls_are_independent(run, case)
 
 
 def _all_visible(visible: IntArray, rng: np.random.Generator, unit: int) -> IntArray:

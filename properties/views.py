@@ -114,6 +114,14 @@ SPARSE_DECODE_VIEWS = _SPARSE_VIEWS | {
 }
 """Ways to pass the same arguments of ``sparse_decode``, whose cache is called "kv"."""
 
+WEIGHT_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
+    "codes as a slice of wider rows": lambda t: t | {"codes": _slice_of_wider(t["codes"], -1, ROW_PADDING)},
+    "codes stored column by column": lambda t: t | {"codes": _transposed(t["codes"], 0, 1)},
+    "scales as a slice of wider rows": lambda t: t | {"scales": _slice_of_wider(t["scales"], -1, 3)},
+    "scales stored column by column": lambda t: t | {"scales": _transposed(t["scales"], 0, 1)},
+}
+"""Ways to pass the same arguments of ``dequantize_weight``."""
+
 INDEXER_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
     "q as a slice of a wider row": lambda t: t | {"q": _slice_of_wider(t["q"], -1, ROW_PADDING)},
     "q stored with heads before tokens": lambda t: t | {"q": _transposed(t["q"], 0, 1)},
@@ -124,3 +132,26 @@ INDEXER_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
     ),
 }
 """Ways to pass the same arguments of ``indexer``."""
+
+OUT_GRAD_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
+    "out_grad as a slice of a wider row": lambda t: t | {"out_grad": _slice_of_wider(t["out_grad"], -1, ROW_PADDING)},
+    "out_grad stored with heads before tokens": lambda t: t | {"out_grad": _transposed(t["out_grad"], 0, 1)},
+}
+"""Ways to pass the same gradient of out to a backward pass."""
+
+
+def _one_fused_projection(t: Tensors) -> Tensors:
+    """Hidden and q_latent as slices of one row, as a fused projection may write them."""
+    both = torch.cat([t["hidden"], t["q_latent"]], dim=-1)
+    e = t["hidden"].shape[-1]
+    return t | {"hidden": both[:, :e], "q_latent": both[:, e:]}
+
+
+PROJECT_INDEXER_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
+    "hidden and q_latent as slices of one row": _one_fused_projection,
+    "positions as every other element": lambda t: t | {"positions": t["positions"].repeat_interleave(2)[::2]},
+    "weights stored [in, out]": lambda t: (
+        t | {name: _transposed(w, 0, 1) for name, w in t.items() if name.startswith("weights.") and w.ndim == 2}
+    ),
+}
+"""Ways to pass the same arguments of ``project_indexer``, whose weights have names that begin with "weights."."""

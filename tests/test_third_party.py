@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from mla_spec import check_subject
-from mla_spec.harness.laws import Options
+from mla_spec.harness.laws import Options, all_laws, run_law
 from mla_spec.harness.subjects import resolve_subject, unavailable
 from mla_spec.harness.verdict import Record
 
@@ -36,8 +37,21 @@ def by_law(name: str, *, examples: int, seed: int) -> dict[str, Record]:
 def test_transformers_attention_conforms(name: str) -> None:
     require(name)
     records = by_law(name, examples=60, seed=7)
+    assert {name for name, law in all_laws().items() if law.needs == ("layer",)} <= set(records)
+    assert not [record.text() for record in records.values() if record.verdict != "pass"]
+
+
+@pytest.mark.parametrize("name", ["transformers:deepseek_v32", "transformers:glm_moe_dsa"])
+def test_transformers_indexers_conform_and_have_the_layout_of_their_model(name: str) -> None:
+    require(name)
+    records = by_law(name, examples=60, seed=7)
     assert len(records) == 8
     assert not [record.text() for record in records.values() if record.verdict != "pass"]
+    other = resolve_subject(name)
+    layouts = tuple({"half", "interleaved"} - set(other.supports.indexer_rope_layouts))
+    other.supports = replace(other.supports, indexer_rope_layouts=layouts)
+    law = all_laws()["test_indexer_keys_agree_with_reference"]
+    assert run_law(law, other, Options(examples=12)).verdict == "fail"
 
 
 def test_vllm_cpu_ignores_strides_and_holds_what_it_claims() -> None:

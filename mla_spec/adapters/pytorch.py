@@ -16,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mla_spec.adapters.pytorch_layer import TorchLayer, TorchLayerSteps
+from mla_spec.adapters.pytorch_indexer import TorchIndexerProjection
+from mla_spec.adapters.pytorch_layer import TorchLayer
+from mla_spec.adapters.pytorch_parallel import TorchTensorParallel
 from mla_spec.adapters.pytorch_quantised import TorchQuantisedCache, power_of_two_above
 from mla_spec.adapters.pytorch_sparse import TorchSparse, TorchSparseByQuery, TorchSparseSDPA
 from mla_spec.adapters.pytorch_steps import TorchCache, wide
-from mla_spec.harness.contract import DTYPES, Supports
+from mla_spec.adapters.pytorch_weights import TorchBlockWeights, TorchBlockWeightsByBlock
+from mla_spec.harness.contract import BACKWARD, DTYPES, Supports
 from mla_spec.reference.cache_layout import CacheLayout
 from mla_spec.reference.profile import Profile
 
@@ -35,12 +38,14 @@ def _profiles(**changes: Any) -> Mapping[str, Profile]:
     }
 
 
-class TorchExplicit(TorchLayerSteps, TorchCache, TorchQuantisedCache, TorchSparse):
+class TorchExplicit(
+    TorchIndexerProjection, TorchTensorParallel, TorchBlockWeights, TorchCache, TorchQuantisedCache, TorchSparse
+):
     """Plain PyTorch; a layer expands keys and values per head, attention takes one sequence at a time."""
 
     name = "torch-explicit"
     profile = _profiles(form="explicit")
-    supports = Supports()
+    supports = Supports(backward=BACKWARD)
 
     def prefill(
         self,
@@ -115,7 +120,7 @@ class TorchExplicit(TorchLayerSteps, TorchCache, TorchQuantisedCache, TorchSpars
         return wide(dtype)
 
 
-class TorchAbsorbed(TorchSparseByQuery, TorchExplicit):
+class TorchAbsorbed(TorchSparseByQuery, TorchBlockWeightsByBlock, TorchExplicit):
     """Plain PyTorch; a layer attends to the latent cache itself, attention takes the whole batch, padded."""
 
     name = "torch-absorbed"
@@ -175,11 +180,15 @@ class TorchAbsorbed(TorchSparseByQuery, TorchExplicit):
     def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
         """The rows of every sequence, padded with zeros to the longest; [b, t, c+r]."""
         page_size = kv_cache.shape[1]
-        token = torch.arange(int(cache_seqlens.max()), device=kv_cache.device)  # [t]
+        token = torch.arange(self.key_count(block_table, cache_seqlens, page_size), device=kv_cache.device)  # [t]
         used = token < cache_seqlens[:, None]  # [b, t]
         pages = block_table[:, token // page_size].long().masked_fill(~used, 0)
         rows = kv_cache[pages, token % page_size, 0]  # [b, t, c+r]
         return rows.masked_fill(~used[..., None], 0.0)
+
+    def key_count(self, block_table: Tensor, cache_seqlens: Tensor, page_size: int) -> int:
+        """How many keys of each sequence are gathered."""
+        return int(cache_seqlens.max())
 
     def shares(self, lses: Tensor) -> tuple[Tensor, Tensor]:
         """With the LSE itself, and no division, as kernels that combine splits do."""
@@ -210,14 +219,25 @@ class TorchAbsorbed(TorchSparseByQuery, TorchExplicit):
 
 
 class TorchSDPA(TorchSparseSDPA, TorchAbsorbed):
-    """``torch.nn.functional.scaled_dot_product_attention``, whose backends round P to the dtype and return no LSE."""
+    """``torch.nn.functional.scaled_dot_product_attention``, whose backends round P to the dtype and return no LSE.
+
+    In 16 bits the CPU's exp is a polynomial of degree 3 with a relative error of 1.2e-4 (ATen/cpu/vec/vec512/vec512_float.h,
+    fexp_u20).
+    """
 
     name = "torch-sdpa"
     profile = {
-        dtype: Profile.default(dtype, form="absorbed", tile=16, operand_roundings=4, cache_dequantised=dtype)
+        dtype: Profile.default(
+            dtype,
+            form="absorbed",
+            tile=16,
+            operand_roundings=4,
+            exp_error=2048.0 if dtype in ("float16", "bfloat16") else 4.0,
+            cache_dequantised=dtype,
+        )
         for dtype in DTYPES
     }
-    supports = Supports(lse=False, attention_sink=False)
+    supports = Supports(lse=False, attention_sink=False, backward=BACKWARD)
 
     def shares(self, lses: Tensor) -> tuple[Tensor, Tensor]:
         """In base 2, as kernels compute it."""

@@ -126,10 +126,11 @@ class TorchLayer:
         return self.subject.project_output(out, self.weights, self.config)
 
     def append(self, latent: Tensor, k_pe: Tensor) -> None:
-        if self.cache is not None:
-            latent = torch.cat([self.cache[0], latent], dim=1)
-            k_pe = torch.cat([self.cache[1], k_pe], dim=1)
-        self.cache = latent, k_pe
+        if self.cache is None:
+            # What is not rotated is a slice, which would keep the whole projection in memory.
+            self.cache = latent, k_pe.clone()
+            return
+        self.cache = torch.cat([self.cache[0], latent], dim=1), torch.cat([self.cache[1], k_pe], dim=1)
 
     def cache_bytes(self) -> int:
         return 0 if self.cache is None else sum(x.numel() * x.element_size() for x in self.cache)

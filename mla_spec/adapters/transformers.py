@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from mla_spec.harness.contract import Supports
 from mla_spec.reference.config import MLAConfig, RopeConfig
@@ -35,10 +36,14 @@ def _profile(dtype: str, *, eager: bool, rope: RopeProfile) -> Profile:
 
 
 class _TransformersLayer:
-    """One attention module with its DynamicCache."""
+    """One attention module with its DynamicCache.
 
-    def __init__(self, module: Any, rotary: Any, config: Any) -> None:
+    It is called with the tensors of ``weights`` in the place of its own parameters, so that gradients reach them.
+    """
+
+    def __init__(self, module: Any, weights: Mapping[str, Tensor], rotary: Any, config: Any) -> None:
         self.module, self.rotary, self.config = module, rotary, config
+        self.parameters = {f"{name}.weight": w for name, w in weights.items()}
         self.reset()
 
     def reset(self) -> None:
@@ -59,12 +64,13 @@ class _TransformersLayer:
             past_key_values=self.cache,
             position_ids=slots,
         )
-        out: Tensor = self.module(
-            hidden_states=hidden,
-            position_embeddings=self.rotary(hidden, positions),
-            attention_mask=mask,
-            past_key_values=self.cache,
-        )[0]
+        arguments = {
+            "hidden_states": hidden,
+            "position_embeddings": self.rotary(hidden, positions),
+            "attention_mask": mask,
+            "past_key_values": self.cache,
+        }
+        out: Tensor = functional_call(self.module, self.parameters, kwargs=arguments, strict=True)[0]
         return out
 
     prefill = decode = forward
@@ -87,6 +93,7 @@ class DeepseekV3:
     }
     supports = Supports(
         dtypes=_DTYPES,
+        backward=("layer",),
         rope_optional=False,
         latent_norm_eps=1e-6,
         longrope=False,
@@ -114,8 +121,8 @@ class DeepseekV3:
             qk_rope_head_dim=config.qk_rope_head_dim,
             v_head_dim=config.v_head_dim,
             num_hidden_layers=1,
-            rope_parameters=_rope_parameters(config.rope),
-            max_position_embeddings=_context_length(config.rope),
+            rope_parameters=rope_parameters(config.rope),
+            max_position_embeddings=context_length(config.rope),
             attention_bias=False,
             attn_implementation=self.attention,
             **self.extra_config(config.rope),
@@ -123,10 +130,9 @@ class DeepseekV3:
         first = next(iter(weights.values()))
         module = getattr(modeling, f"{self.prefix}Attention")(their_config, layer_idx=0)
         module = module.to(device=first.device, dtype=first.dtype).eval()
-        module.load_state_dict({f"{name}.weight": w for name, w in weights.items()}, strict=True)
         # The rotary module stays in float32, as models keep it.
         rotary = getattr(modeling, f"{self.prefix}RotaryEmbedding")(config=their_config).to(first.device)
-        return _TransformersLayer(module, rotary, their_config)
+        return _TransformersLayer(module, weights, rotary, their_config)
 
     def extra_config(self, rope: RopeConfig) -> dict[str, Any]:
         return {"rope_interleave": rope.interleaved}
@@ -149,6 +155,7 @@ class DeepseekV2(DeepseekV3):
     # Viewing pairs as complex numbers needs even offsets of the rope part in its row.
     supports = Supports(
         dtypes=_DTYPES,
+        backward=("layer",),
         rope_optional=False,
         latent_norm_eps=1e-6,
         rope_layouts=("interleaved",),
@@ -170,7 +177,7 @@ class DeepseekV2Eager(DeepseekV2):
     profile = {d: _profile(d, eager=True, rope=RopeProfile()) for d in _DTYPES}
 
 
-def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
+def rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     """Their spelling of a RopeConfig."""
     parameters: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": "default"}
     yarn = rope.active_yarn
@@ -189,6 +196,6 @@ def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     return {key: value for key, value in parameters.items() if value is not None}
 
 
-def _context_length(rope: RopeConfig) -> int:
+def context_length(rope: RopeConfig) -> int:
     yarn = rope.active_yarn
     return 4096 if yarn is None else int(yarn.factor * yarn.original_max_position_embeddings)

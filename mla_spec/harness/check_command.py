@@ -11,6 +11,7 @@ import torch
 
 from mla_spec.harness.cases import parse_case
 from mla_spec.harness.check import check_subject, find_laws
+from mla_spec.harness.compiled import compiler_missing
 from mla_spec.harness.contract import DTYPES, subject_name
 from mla_spec.harness.isolation import WorkerPool
 from mla_spec.harness.laws import Options
@@ -83,6 +84,7 @@ def _law_options(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "device": options.device,
         "threads": options.threads,
+        "compile": options.compile,
         "dtypes": None if options.dtype is None else tuple(options.dtype),
         "case": None if options.case is None else parse_case(options.case),
     }
@@ -102,3 +104,5 @@ def _require_sensible(options: argparse.Namespace) -> None:
         torch.empty(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if options.compile is not None and (reason := compiler_missing(options.compile, options.device)):
+        raise UsageError(f"--compile {options.compile}: {reason}")

@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
     check.add_argument("--device", default="cpu", help="torch device (cpu)")
     check.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (1)")
+    check.add_argument(
+        "--compile", metavar="BACKEND", help="also check what torch.compile makes with it, e.g. inductor"
+    )
     check.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
     check.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
     check.add_argument("--jobs", type=int, metavar="N", help="worker processes (CPU: 2, else 1)")
@@ -87,6 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     selftest.add_argument("--json", metavar="FILE", help="also write all records to FILE")
     selftest.add_argument("--markdown", metavar="FILE", help="also write the score to FILE, between its marks")
 
+    coverage = commands.add_parser("coverage", help="cases and killed bugs by law, regime and dtype")
+    coverage.set_defaults(run=_coverage)
+    coverage.add_argument(
+        "subjects", nargs="*", default=["torch-absorbed"], metavar="SUBJECT", help="as for check (torch-absorbed)"
+    )
+    coverage.add_argument("--selftest", metavar="FILE", help="a kill matrix; default: the first kills, found anew")
+    coverage.add_argument("--examples", type=int, default=400, metavar="N", help="generated cases per law (400)")
+    coverage.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
+    coverage.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (2)")
+    coverage.add_argument("--json", metavar="FILE", help="also write all cells to FILE")
+
     laws = commands.add_parser("laws", help="list the laws")
     laws.set_defaults(run=_laws)
 
@@ -100,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--tokens", type=int, default=1, metavar="N", help="tokens per sequence (1)")
     cache.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (1)")
     cache.add_argument("--page-size", type=int, default=1, metavar="N", help="tokens per page (1)")
+    cache.add_argument("--tp", type=int, default=1, metavar="N", help="ranks of tensor parallelism (1)")
     cache.add_argument("--layout", metavar="NAME", help="also in this quantised layout, e.g. fp8_ds_mla")
+    cache.add_argument("--training", action="store_true", help="what a training step keeps of activations instead")
 
     golden = commands.add_parser(
         "golden", help="verify or regenerate the golden files, or certify the reference in ball arithmetic"
@@ -174,6 +190,14 @@ def _selftest(options: argparse.Namespace) -> int:
     return selftest(options)
 
 
+def _coverage(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.harness.coverage_command import coverage
+
+    _require_at_least(options, examples=1, jobs=1, seed=0)
+    return coverage(options)
+
+
 def _laws(options: argparse.Namespace) -> int:
     from mla_spec.harness.laws import all_laws
     from mla_spec.harness.report import format_table
@@ -211,11 +235,22 @@ def _cache(options: argparse.Namespace) -> int:
     from mla_spec.harness.cache_report import cache_report
 
     try:
+        if options.training:
+            print(_training(options))
+            return 0
         sizes = options.tokens, options.batch, options.page_size
-        print(cache_report(options.model, options.dtype, *sizes, layout=options.layout))
+        print(cache_report(options.model, options.dtype, *sizes, layout=options.layout, tensor_parallel=options.tp))
     except ValueError as error:
         raise UsageError(str(error)) from error
     return 0
+
+
+def _training(options: argparse.Namespace) -> str:
+    from mla_spec.harness.activation_report import activation_report
+
+    if options.layout is not None:
+        raise ValueError("--layout is of a cache, which --training does not print")
+    return activation_report(options.model, options.dtype, options.tokens, options.batch)
 
 
 def _golden(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ operation             call                                                      
 ====================  ===============================================================  ==============================
 ``rope``              ``rope(x, positions, *, rope)``                                  x rotated, same shape
 ``absorb``            ``absorb(kv_b_proj, *, config)``                                 (w_uk [h,n,c], w_uv [h,v,c])
+``dequantize_weight`` ``dequantize_weight(codes, scales, *, block_size, dtype)``       weight [out, in]
 ``prefill``           ``prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, *,                (out [tokens,h,v],
                       softmax_scale, causal)``                                         lse [h,tokens] or None)
 ``decode``            ``decode(q, kv_cache, block_table, cache_seqlens, *,             (out [b,s,h,c],
@@ -26,23 +27,34 @@ operation             call                                                      
                                                                                        lse [s,h])
 ``sparse_decode``     ``sparse_decode(q, kv_cache, indices, *, head_dim_v,             (out [b,s,h,c],
                       softmax_scale, attn_sink=None, topk_length=None)``               lse [b,h,s])
+``project_indexer``   ``project_indexer(hidden, q_latent, positions, weights,          (q [tokens,h,d], k [tokens,d],
+                      config)``                                                        weights [tokens,h])
 ``indexer``           ``indexer(q, k, weights, cu_seqlens_q, cu_seqlens_k, *,          (logits [tokens, key tokens],
                       top_k)``                                                         indices [tokens, top_k])
 ``layer``             ``layer(weights, config)``                                       an object with ``prefill``,
                                                                                        ``decode``, ``reset`` and
                                                                                        ``cache_bytes``
+``shard_layer``       ``shard_layer(weights, config, *, ranks)``                       [(weights, config), ...],
+                                                                                       one per rank
+``gather_gradients``  ``gather_gradients(gradients, *, config)``                       {name: gradient}
 ====================  ===============================================================  ==============================
 
 Shapes: x is positions.shape + (r,) or positions.shape + (h, r); kv_b_proj [h·(n+v), c], viewed as (h, n + v, c);
 q [b, s, h, c + r]; kv_cache [pages, page_size, 1, c + r], latent first; block_table int32 [b, max pages]; cache_seqlens
 int32 [b], counting the s new tokens; positions int64. ``rope`` is a RopeConfig and ``config`` an MLAConfig.
 
+dequantize_weight: the weight of codes float8_e4m3fn [out, in] and scales float32 [blocks of rows, blocks of columns], the
+``weight_scale_inv`` of checkpoints, in ``dtype``. ``block_size`` is the rows and columns of a block, and the last blocks may
+be smaller (``mla_spec.reference.block_scales``). Code times scale is computed in float32 or better (float64 for float64)
+and rounded to the dtype once.
+
 prefill: q and k [tokens, h, n + r] and v [tokens, h, v], the tokens of all sequences on one axis, sequence i being
 cu_seqlens[i] .. cu_seqlens[i + 1] - 1 (int32 [b + 1]). Query i of the s of a sequence sees keys 0 .. t - s + i of its t
 when causal (bottom-right), all of them otherwise. Sequences may have more keys than queries, or fewer, or none of either.
 
 decode: query i of s sees keys 0 .. seqlen - s + i when causal, all keys otherwise. The LSE is the natural logarithm, in
-float32 or better. Whatever lies beyond a sequence's length, in pages or in table entries, may hold anything.
+float32 or better. Whatever lies beyond a sequence's length, in pages or in table entries, may hold anything. The memory in
+use grows no faster than the batch.
 
 merge: outs [parts, (b,) s, h, v] and lses [parts, (b,) h, s] of one attention over disjoint keys, with a batch axis as
 ``decode`` returns them or without one as ``prefill`` does. LSEs are natural logarithms, in float32, or float64 where the
@@ -78,6 +90,13 @@ what ``supports.empty_row`` declares, and max_logits -inf. Both may be None wher
 sparse_decode: the same for q [b, s, h, c + r] and kv_cache [pages, page_size, 1, c + r], indices int32 [b, s, k] counting
 its slots, page · page_size + row, and topk_length int32 [b]. s_kv is pages · page_size.
 
+project_indexer: what a layer gives its indexer, from hidden [tokens, e], q_latent [tokens, q_lora_rank] (the attention's
+query latent after its norm), positions int64 [tokens], weights under their checkpoint names and shapes, and an
+IndexerConfig (``mla_spec.reference.indexer``). q and k are rounded to the dtype; their first ``config.rope.dim`` dims are
+rotated, in the layout that ``config.rope`` states and returned in it, and the others are not. A Hadamard matrix on q and k, on
+which no q·k depends, is left out. The weights are float32 (float64 for float64 tensors), as ``indexer`` takes them, with
+the factor (h d)^-1/2 in them.
+
 indexer: the lightning indexer of DeepSeek-V3.2 on q [tokens, h, d], k [key tokens, d] and weights [tokens, h], float32
 (float64 for float64 tensors), with every scale factor already in the weights and rotary embedding already applied. Packed
 sequences are those of ``prefill``, and always causal. logits, in float32 or better, are Σ_h weights · relu(q·k); where a
@@ -88,7 +107,23 @@ says "any".
 
 layer: ``prefill(hidden, positions)`` and ``decode(hidden, positions)`` take hidden [b, s, e] and positions [b, s], append
 to the layer's own cache and return [b, s, e]; ``reset()`` empties the cache; ``cache_bytes()`` is what its rows occupy.
+Between calls a layer keeps no more memory than that, tables and workspaces aside, which are made once. Layers that one
+subject makes are independent of each other.
 Weights have their checkpoint names and shapes (``mla_spec.reference.mla.weight_shapes``).
+
+backward: gradients are those that autograd gives through ``prefill``, ``sparse_prefill`` or ``layer``, where
+``supports.backward`` names the operation, or names none and the output requires a gradient. Each tensor that requires a gradient (q, k and v; q and kv; hidden and the weights)
+gets one of its shape and dtype, for any gradient of out, whatever its strides, and of the LSE where ``supports.lse_backward``;
+max_logits has none, and attn_sink is a constant. Queries that see no key, keys that no query sees, and rows of kv that no
+entry selects have gradient 0.
+
+shard_layer: tensor parallelism. Rank i gets the weights and configuration of a ``layer`` of its own with heads
+i·h/ranks .. (i + 1)·h/ranks - 1: their rows of q_proj or q_b_proj and of kv_b_proj, their columns of o_proj, and all of the
+other weights. The outputs of the ranks' layers add up to the layer's. ranks divides num_heads.
+
+gather_gradients: ``gradients`` are those of each rank's weights, by name, in the order of ``shard_layer``, of a loss that
+depends on the sum of the ranks' outputs. Returned is the gradient of each weight of the whole layer, whose configuration is
+``config``: gradients of the weights of heads are joined, and those of what every rank has are added.
 """
 
 from __future__ import annotations
@@ -101,14 +136,19 @@ from mla_spec.reference.cache_layout import LAYOUTS
 from mla_spec.reference.profile import Profile
 
 QUANTISED = ("quantize_cache", "dequantize_cache", "decode_quantized")
-SPARSE = ("sparse_prefill", "sparse_decode", "indexer")
-OPERATIONS = ("rope", "absorb", "prefill", "decode", "merge", "write_cache", *QUANTISED, *SPARSE, "layer")
+SPARSE = ("sparse_prefill", "sparse_decode", "project_indexer", "indexer")
+PARALLEL = ("shard_layer", "gather_gradients")
+BACKWARD = ("prefill", "sparse_prefill", "layer")
+OPERATIONS = (
+    *("rope", "absorb", "dequantize_weight", "prefill", "decode", "merge", "write_cache"),
+    *(*QUANTISED, *SPARSE, "layer", *PARALLEL),
+)
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Supports:
-    """What a subject can be given. The default is everything; declaring less shows in its report as covering less.
+    """What a subject can be given. The default is everything but ``cuda_graphs``; declaring less shows in its report.
 
     Args:
         dtypes: of the tensors.
@@ -119,6 +159,7 @@ class Supports:
         max_s: most queries per sequence in ``decode``; None for any.
         max_parts: most parts that ``merge`` takes; None for any.
         prefill_dims: pairs (qk_nope_head_dim + qk_rope_head_dim, v_head_dim) of ``prefill``; None for any.
+        weight_block_sizes: pairs (rows, columns) of blocks of ``dequantize_weight``; None for any.
         cache_formats: of quantised caches.
         topk_multiple: the number of indices per query of sparse attention is a multiple of it.
         attention_sink: whether sparse attention takes ``attn_sink``.
@@ -126,8 +167,14 @@ class Supports:
         indexer_dims: pairs (h, d) of ``indexer``; None for any.
         indexer_top_k: values of ``top_k``; None for any.
         indexer_logits: whether ``indexer`` returns the logits, or None.
+        indexer_rope_layouts: pair layouts of ``project_indexer``, of "interleaved" and "half".
+        indexer_rope_optional: whether the indexer may have no rotary embedding.
+        indexer_norm_eps: the only eps of the LayerNorm on the indexer's keys, or None for any.
         indexer_ties: of equal logits that not all can be selected, the ones with the "smaller index" are, or "any".
         lse: whether attention returns the LSE.
+        backward: operations that autograd differentiates, of "prefill", "sparse_prefill" and "layer"; where None, those
+            whose outputs require a gradient when their arguments do.
+        lse_backward: whether gradients come through the LSE too.
         causal: the values of ``causal`` that ``decode`` and ``prefill`` accept.
         empty_row: what a row without keys gives, as "out/lse"; "unsupported" where such rows may not occur.
         rope_layouts: pair layouts, of "interleaved" and "half".
@@ -140,6 +187,8 @@ class Supports:
         layer_dim_multiple: kv_lora_rank and qk_nope_head_dim of a layer must be multiples of it.
         latent_norm_eps: the only eps of the latent norms, or None for any.
         cache_page: tokens to which a layer's cache is rounded up.
+        cuda_graphs: whether ``decode`` can be captured in a CUDA graph. Not taken for granted: what waits for the device
+            to know a length cannot.
 
     Raises:
         ValueError: an unknown dtype, cache format, empty-row rule or rope layout.
@@ -152,6 +201,7 @@ class Supports:
     max_s: int | None = None
     max_parts: int | None = None
     prefill_dims: tuple[tuple[int, int], ...] | None = None
+    weight_block_sizes: tuple[tuple[int, int], ...] | None = None
     cache_formats: tuple[str, ...] = tuple(LAYOUTS)
     topk_multiple: int = 1
     attention_sink: bool = True
@@ -159,8 +209,13 @@ class Supports:
     indexer_dims: tuple[tuple[int, int], ...] | None = None
     indexer_top_k: tuple[int, ...] | None = None
     indexer_logits: bool = True
+    indexer_rope_layouts: tuple[str, ...] = ("interleaved", "half")
+    indexer_rope_optional: bool = True
+    indexer_norm_eps: float | None = None
     indexer_ties: Literal["smaller index", "any"] = "smaller index"
     lse: bool = True
+    backward: tuple[str, ...] | None = None
+    lse_backward: bool = True
     causal: tuple[bool, ...] = (True, False)
     empty_row: Literal["zero/-inf", "zero/+inf", "unsupported"] = "zero/-inf"
     rope_layouts: tuple[str, ...] = ("interleaved", "half")
@@ -173,19 +228,30 @@ class Supports:
     layer_dim_multiple: int = 1
     latent_norm_eps: float | None = None
     cache_page: int = 1
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         _require_known("dtypes", self.dtypes, DTYPES)
         _require_known("cache_formats", self.cache_formats, tuple(LAYOUTS))
+        _require_known("backward", self.backward or (), BACKWARD)
         _require_known("rope_layouts", self.rope_layouts, ("interleaved", "half"))
+        _require_known("indexer_rope_layouts", self.indexer_rope_layouts, ("interleaved", "half"))
         _require_known("empty_row", (self.empty_row,), ("zero/-inf", "zero/+inf", "unsupported"))
         _require_known("indexer_ties", (self.indexer_ties,), ("smaller index", "any"))
         _require_known("yarn_mscale_rule", (self.yarn_mscale_rule,), ("any", "equal"))
 
+    def may_differentiate(self, operation: str) -> bool:
+        """Whether autograd differentiates ``operation``, or might."""
+        return self.backward is None or operation in self.backward
+
     def restrictions(self) -> str:
         """The fields that differ from the default, in one line; empty when nothing is restricted."""
-        default = Supports()
-        changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
+        default, everything = Supports(), {"backward": BACKWARD}
+        changed = [
+            f.name
+            for f in fields(self)
+            if getattr(self, f.name) not in (getattr(default, f.name), everything.get(f.name))
+        ]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
 
 

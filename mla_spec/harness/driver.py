@@ -62,8 +62,10 @@ class Driver:
     """One subject on one device with one dtype.
 
     Every call is checked for what it returns (type, shape, dtype: a wrong one is a violation) and an exception of the
-    subject becomes ``SubjectCrashed``.
+    subject becomes ``SubjectCrashed``. Autograd records nothing unless ``recording``.
     """
+
+    recording = False
 
     def __init__(self, subject: Any, dtype: str, device: str = "cpu") -> None:
         self.subject = subject
@@ -81,7 +83,7 @@ class Driver:
     def guard(self, call: Callable[[], Any]) -> Any:
         """Run a call into the subject."""
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.recording):
                 return call()
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -162,7 +164,11 @@ class Driver:
         self, inputs: DecodeInputs, tensors: dict[str, torch.Tensor] | None = None
     ) -> tuple[Result, Result | None]:
         """(out, lse), lse None where the subject declares none. ``tensors`` replace those built from ``inputs``."""
-        out, lse = self.decode_raw(inputs, tensors or self.decode_tensors(inputs))
+        return self.read_decode(inputs, self.decode_raw(inputs, tensors or self.decode_tensors(inputs)))
+
+    def read_decode(self, inputs: DecodeInputs, returned: Any) -> tuple[Result, Result | None]:
+        """What ``decode`` returned for ``inputs``."""
+        out, lse = _pair(returned, "decode", "(out, lse)")
         b, s, h = inputs.q.shape[:3]
         result = self.result(out, "out", (b, s, h, inputs.head_dim_v))
         if not self.supports.lse:

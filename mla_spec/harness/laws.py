@@ -20,7 +20,7 @@ from mla_spec.harness.cases import Case
 from mla_spec.harness.contract import Supports, offers, profile_of, subject_name, supports_of
 from mla_spec.harness.driver import Driver, Result
 from mla_spec.harness.judge import judge_same_bits, judge_within, require_meaningful
-from mla_spec.harness.verdict import Record, SubjectCrashed, VacuousCase, Verdict, Violation, merge
+from mla_spec.harness.verdict import NotOffered, Record, SubjectCrashed, VacuousCase, Verdict, Violation, merge
 from mla_spec.reference.error_bound import ErrorBound
 from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import Array
@@ -31,17 +31,27 @@ if TYPE_CHECKING:
 LAW_MODULES = (
     "test_rope",
     "test_absorb",
+    "test_weights",
     "test_decode",
     "test_decode_exact",
+    "test_decode_memory",
     "test_statistics",
     "test_prefill",
+    "test_backward",
     "test_merge",
     "test_write_cache",
     "test_sparse",
+    "test_project_indexer",
     "test_indexer",
+    "test_indexed_attention",
     "test_quantised_cache",
     "test_quantised_decode",
     "test_layer",
+    "test_layer_gradients",
+    "test_tensor_parallel",
+    "test_context_parallel",
+    "test_state",
+    "test_compiled",
 )
 """Modules of ``mla_spec.properties`` that hold laws, in the order of the report."""
 
@@ -56,7 +66,7 @@ AVAILABLE_PROVIDERS[BACKEND] = AVAILABLE_PROVIDERS["hypothesis"]
 class Run:
     """What a law's function works with: a driver of the subject, and the judge.
 
-    The judge's largest error / bound over the law's cases is kept in ``worst``.
+    The judge's largest error / bound over the law's cases is kept in ``worst``. ``compile`` is that of the options.
     """
 
     driver: Driver
@@ -65,6 +75,7 @@ class Run:
     worst: float | None = None
     worst_case: str = ""
     case_id: str = ""
+    compile: str | None = None
 
     def within(self, got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> None:
         """``judge_within``, recorded."""
@@ -107,6 +118,8 @@ class Law:
         cases: from what the subject supports and its profile for a dtype, a strategy of cases, or a list of all of them.
         check: (run, case) -> None; raises Violation.
         missing: from what the subject supports, why the law does not apply, or "".
+        unavailable: from how laws are run, why this one cannot be, or "".
+        cost: one case of it runs for every so many examples that were asked for.
     """
 
     name: str
@@ -114,6 +127,8 @@ class Law:
     cases: CaseSource
     check: Callable[[Run, Any], None] = field(repr=False)
     missing: Callable[[Supports], str] = field(repr=False)
+    unavailable: Callable[[Options], str] = field(default=lambda _: "", repr=False)
+    cost: int = 1
 
     @property
     def statement(self) -> str:
@@ -122,12 +137,17 @@ class Law:
 
 
 def law(
-    *, needs: tuple[str, ...], cases: CaseSource, missing: Callable[[Supports], str] = lambda _: ""
+    *,
+    needs: tuple[str, ...],
+    cases: CaseSource,
+    missing: Callable[[Supports], str] = lambda _: "",
+    unavailable: Callable[[Options], str] = lambda _: "",
+    cost: int = 1,
 ) -> Callable[[Callable[[Run, Any], None]], Callable[[Any], None]]:
     """Make a law of a function (run, case); what remains is a pytest test that takes the fixture ``mla_check``."""
 
     def decorate(check: Callable[[Run, Any], None]) -> Callable[[Any], None]:
-        made = Law(check.__name__, needs, cases, check, missing)
+        made = Law(check.__name__, needs, cases, check, missing, unavailable, cost)
 
         def test(mla_check: Callable[[Law], None]) -> None:
             mla_check(made)
@@ -167,6 +187,7 @@ class Options:
         dtypes: only these; None for all that the subject supports.
         case: run this one case instead.
         minimise: whether a failing case is made smaller.
+        compile: backend of ``torch.compile`` with which laws of compiled operations run; None where they do not.
         spec: arguments by which ``mla-spec check`` finds the subject, for replay commands; None where it cannot.
         announce: called with each case before it runs.
     """
@@ -178,6 +199,7 @@ class Options:
     dtypes: tuple[str, ...] | None = None
     case: Case | None = None
     minimise: bool = True
+    compile: str | None = None
     spec: tuple[str, ...] | None = None
     announce: Callable[[Case], None] | None = None
 
@@ -187,7 +209,7 @@ def run_law(made: Law, subject: object, options: Options = Options()) -> Record:
     supports = supports_of(subject)
     name = subject_name(subject)
     absent = [operation for operation in made.needs if not offers(subject, operation)]
-    reason = f"does not offer {', '.join(absent)}" if absent else made.missing(supports)
+    reason = f"does not offer {', '.join(absent)}" if absent else made.unavailable(options) or made.missing(supports)
     dtypes = [d for d in supports.dtypes if options.dtypes is None or d in options.dtypes]
     if options.case is not None:
         dtypes = [options.case.dtype]
@@ -195,7 +217,7 @@ def run_law(made: Law, subject: object, options: Options = Options()) -> Record:
         reason = f"supports none of the dtypes {', '.join(options.dtypes or ())}"
     if reason:
         return Record(made.name, name, "unsupported", message=reason)
-    share = max(1, -(-options.examples // len(dtypes)))
+    share = max(1, -(-options.examples // (len(dtypes) * made.cost)))
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
@@ -216,6 +238,8 @@ def replay_command(law: str, case: Case, options: Options) -> str:
     device: tuple[str, ...] = () if options.device == "cpu" else ("--device", options.device)
     if options.threads != 1:
         device += ("--threads", str(options.threads))
+    if options.compile is not None:
+        device += ("--compile", options.compile)
     return shlex.join(["mla-spec", "check", *options.spec, "--law", law, "--case", case.id, *device])
 
 
@@ -224,7 +248,8 @@ _FLAKY = "the same inputs gave a violation once and none when repeated: the subj
 
 
 def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: Options) -> Record:
-    run = Run(Driver(subject, dtype, options.device), profile_of(subject, dtype), supports_of(subject))
+    driver = Driver(subject, dtype, options.device)
+    run = Run(driver, profile_of(subject, dtype), supports_of(subject), compile=options.compile)
     cases = 0
     failed = False
     last: Case | None = None
@@ -237,7 +262,7 @@ def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: O
             options.announce(case)
         try:
             made.check(run, case)
-        except (Violation, SubjectCrashed, VacuousCase):
+        except (Violation, SubjectCrashed, VacuousCase, NotOffered):
             failed = True
             raise
 
@@ -248,6 +273,8 @@ def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: O
             attempt(options.case)
         else:
             _generate(made, run, examples, options, attempt)
+    except NotOffered as error:
+        return Record(made.name, name, "unsupported", message=str(error), seconds=time.perf_counter() - start)
     except (Violation, SubjectCrashed, VacuousCase, Flaky) as error:
         assert last is not None
         return Record(

@@ -37,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="tests expected to fail: one `test_name` or `test_name[subject]` per line, # comments",
     )
     group.addoption("--mla-threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (1)")
+    group.addoption(
+        "--mla-compile",
+        default=None,
+        metavar="BACKEND",
+        help="also check what torch.compile makes of operations with this backend, e.g. inductor",
+    )
     group.addoption("--mla-examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
     group.addoption("--mla-seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
 
@@ -70,6 +76,7 @@ def mla_check(request: pytest.FixtureRequest) -> Callable[[Law], None]:
         seed=config.getoption("--mla-seed"),
         device=config.getoption("--mla-device"),
         threads=config.getoption("--mla-threads"),
+        compile=config.getoption("--mla-compile"),
         spec=(request.param,),
     )
     try:

@@ -84,9 +84,14 @@ class Matrix:
 
     @property
     def idle_laws(self) -> list[str]:
-        """Laws that killed nothing."""
-        kills = {record.law for result in self.results for record in result.kills}
-        return [name for name in all_laws() if name not in kills]
+        """Laws that killed nothing; not those that could not run, for want of a device or a compiler."""
+        killers = {record.law for result in self.results for record in result.kills}
+        ran = {r.law for result in self.results for r in result.records if r.verdict != "unsupported"}
+        return [
+            name
+            for name, law in all_laws().items()
+            if name not in killers and (name in ran or not law.unavailable(Options()))
+        ]
 
     @property
     def sole_killers(self) -> dict[str, list[str]]:
@@ -146,7 +151,7 @@ def laws_for(bug: Any) -> list[str]:
 def run_bug(bug: Any, options: Options, pool: WorkerPool, *, quick: bool) -> BugResult:
     """Run the laws on one bug, in a process of ``pool``; up to the first that kills where ``quick``."""
     records: list[Record] = []
-    own = replace(options, spec=(bug.spec,), minimise=False)
+    own = replace(options, spec=(bug.spec,), minimise=False, compile=bug.compile or options.compile)
     for law in laws_for(bug):
         records.append(pool.submit(law, f"bug-{bug.id}", own).result())
         could_be_made = records[-1].verdict != "crashed" or records[-1].cases > 0

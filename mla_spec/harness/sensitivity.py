@@ -14,7 +14,7 @@ from mla_spec.harness.check import find_laws
 from mla_spec.harness.contract import Supports, offers, profile_of, subject_name, supports_of
 from mla_spec.harness.driver import Driver
 from mla_spec.harness.faults import FAULTS, Fault, Grade, emulated_kernel
-from mla_spec.harness.laws import BACKEND, Law, Run
+from mla_spec.harness.laws import BACKEND, Law, Options, Run
 from mla_spec.harness.report import format_table
 from mla_spec.harness.verdict import SubjectCrashed, VacuousCase, Violation
 from mla_spec.reference.profile import Profile
@@ -100,7 +100,9 @@ def draw_cases(made: Law, supports: Supports, profile: Profile, count: int, seed
 def detectors_of(subject: Any, dtype: str, count: int, seed: int, laws: Iterable[str] = ()) -> list[Detector]:
     """Every law of ``decode``, of ``laws`` where some are named, that holds on the subject as it is."""
     supports, profile = supports_of(subject), profile_of(subject, dtype)
-    made = [m for m in find_laws(laws) if m.needs == ("decode",) and not m.missing(supports)]
+    made = [
+        m for m in find_laws(laws) if m.needs == ("decode",) and not (m.missing(supports) or m.unavailable(Options()))
+    ]
     detectors = [Detector(m, draw_cases(m, supports, profile, count, seed)) for m in made]
     return [d for d in detectors if d.detect(subject, dtype) is None]
 

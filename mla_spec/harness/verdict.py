@@ -19,6 +19,10 @@ class SubjectCrashed(Exception):
     """The subject raised an exception on valid input."""
 
 
+class NotOffered(Exception):
+    """The subject turned out to have no such thing, and never said that it has; the text says how that showed."""
+
+
 class VacuousCase(Exception):
     """The bound of this case is too loose to mean anything: an error of the suite, never a pass."""
 

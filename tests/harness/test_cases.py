@@ -122,7 +122,7 @@ def test_seeds_give_different_values() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "unknown kind ''; known are rope, prefill, decode, merge, write, "),
+        ("", "unknown kind ''; known are rope, prefill, "),
         ("attend:s=1", "unknown kind 'attend'"),
         ("prefill:seqlens_q=1+x", "seqlens_q cannot be '1\\+x'"),
         ("merge:lse_mean=much", "lse_mean cannot be 'much'"),

@@ -19,7 +19,7 @@ class Wrong(TorchAbsorbed):
     def rotate(self, x, cos, sin, interleaved):
         return super().rotate(2 * x, cos, sin, interleaved)
 """
-LAWS = sum(made.needs == ("rope",) for made in all_laws().values())
+LAWS = sum(made.check.__module__ == "mla_spec.properties.test_rope" for made in all_laws().values())
 """Laws in the module that ``ROPE`` runs; four of them see the factor 2."""
 ROPE = ("--pyargs", "mla_spec.properties.test_rope", "--mla-examples", "8", "-p", "no:xdist", "-p", "no:cacheprovider")
 
@@ -90,7 +90,7 @@ def test_parametrize_with_checks(project: pytest.Pytester) -> None:
         """
     )
     done = project.runpytest_subprocess("-k", "rope_layouts or rope_agrees", "-v", "-p", "no:xdist")
-    done.assert_outcomes(passed=3, failed=1)
+    done.assert_outcomes(passed=3, failed=1, skipped=2)  # compiled laws are skipped
     done.stdout.fnmatch_lines(["*test_mla?wrong-test_rope_agrees_with_reference? FAILED*"])
 
 
@@ -101,3 +101,14 @@ def test_unsupported_laws_are_skipped_with_the_reason(project: pytest.Pytester) 
     )  # fmt: skip
     done.assert_outcomes(skipped=2)
     done.stdout.fnmatch_lines(["*decode returns no LSE*"])
+
+
+@pytest.mark.parametrize(("options", "outcome"), [((), {"skipped": 1}), (("--mla-compile", "eager"), {"passed": 1})])
+def test_compiled_laws_run_where_a_backend_is_named(
+    project: pytest.Pytester, options: tuple[str, ...], outcome: dict[str, int]
+) -> None:
+    law = ("--pyargs", "mla_spec.properties.test_compiled", "-k", "rope", "-rs", "-p", "no:xdist")
+    done = project.runpytest_subprocess(*law, "--mla-impl", "kernels.py:Good", *options)
+    done.assert_outcomes(**outcome, deselected=2)
+    if not options:
+        done.stdout.fnmatch_lines(["*not asked for: --compile BACKEND*"])

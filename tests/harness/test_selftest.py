@@ -157,7 +157,7 @@ def test_the_catalogue_is_whole() -> None:
 def test_the_command_lists_the_catalogue_and_refuses_what_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["selftest", "--catalogue"]) == 0
     out = capsys.readouterr().out
-    assert "C12  not planted: layers take no adapters" in out
+    assert "C15  not planted: which layers a checkpoint's stack has" in out
     assert main(["selftest", "--bug", "none"]) == 2
     assert "no planted bug has the id 'none'" in capsys.readouterr().err
     assert main(["selftest", "--device", "nowhere"]) == 2

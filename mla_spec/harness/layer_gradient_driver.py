@@ -1,0 +1,37 @@
+"""Differentiates a layer of a subject: what a backward pass leaves in the gradients of its weights and tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from mla_spec.harness.backward_driver import BackwardDriver, Gradients, Tensors
+from mla_spec.harness.driver import Driver
+from mla_spec.harness.layer_gradient_cases import LayerGradientInputs
+
+
+class LayerGradientDriver:
+    """A driver's subject, of which each backward pass gets a layer of its own."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = BackwardDriver.of(driver)
+
+    def tensors(self, inputs: LayerGradientInputs) -> Tensors:
+        """The weights by name, "hidden", "positions" and "out_grad"."""
+        layer, tensor = inputs.layer, self.driver.tensor
+        return {
+            **{name: tensor(w) for name, w in layer.weights.items()},
+            "hidden": tensor(layer.hidden),
+            "positions": self.driver.integers(layer.positions, torch.int64),
+            "out_grad": tensor(inputs.out_grad),
+        }
+
+    def gradients(self, inputs: LayerGradientInputs, tensors: Tensors | None = None) -> Gradients:
+        """Gradients of "hidden" and of the weights by name. ``tensors`` replace those built from ``inputs``."""
+        tensors = tensors or self.tensors(inputs)
+        names = ("hidden", *inputs.layer.weights)
+        leaves = tensors | {name: tensors[name].detach().requires_grad_() for name in names}
+        weights = {name: leaves[name] for name in inputs.layer.weights}
+        layer = self.driver.guard(lambda: self.driver.subject.layer(weights, inputs.layer.config))
+        out = self.driver.guard(lambda: layer.prefill(leaves["hidden"], leaves["positions"]))
+        self.driver.result(out, "prefill output", inputs.layer.hidden.shape)
+        return self.driver.gradients("layer", leaves, names, out, None)

@@ -1,0 +1,154 @@
+"""Why some laws see no case of some regime, as ``mla-spec coverage`` asks for every empty cell."""
+
+from __future__ import annotations
+
+from mla_spec.harness.coverage import EVERY_REGIME, Reason
+
+LARGE = ("peaked scores", "huge scores")
+OTHER_NUMBERS = ("outlier", "ties", "offset", "sink", "cancelling", "flat scores", *LARGE)
+STATISTICS = ("test_output_is_unbiased", "test_lse_is_unbiased", "test_error_is_as_small_as_declared")
+EXACT = ("test_one_hot_*", "test_two_equal_maxima_*", "test_equal_scores_*")
+CALLED_TWICE = ("test_reset_*", "test_cache_bytes_*", "test_layer_allocates_*", "test_layers_are_independent")
+DECODING = ("test_layer_decode_*", "test_layer_decodes_*", *CALLED_TWICE)
+
+DECODE: tuple[Reason, ...] = (
+    Reason(EXACT, OTHER_NUMBERS, "the law sets queries and keys itself, so that some keys lead or all are equal"),
+    Reason(EXACT, ("no keys",), "a key must lead"),
+    Reason(STATISTICS, (*OTHER_NUMBERS, "several queries"), "the few cases are fixed; many independent rows matter"),
+    Reason((*STATISTICS, "test_roundings_do_not_add_up"), ("no keys",), "roundings of many weights are looked at"),
+    Reason(("test_roundings_do_not_add_up",), LARGE, "few keys would have all the weight, and roundings not spread"),
+    Reason(("test_future_keys_are_ignored",), ("one query",), "all keys are visible to a single query"),
+    Reason(("test_lse_recombines_*", "test_merge_of_decoded_*"), ("several queries",), "parts have no causal mask"),
+    Reason(("test_lse_recombines_*", "test_merge_of_decoded_*"), ("no keys",), "there must be keys to divide"),
+    Reason(("test_absorbed_equals_explicit",), LARGE, "rounding the folded query moves large scores by more than 1"),
+    Reason(
+        ("test_merge_of_decoded_*", "test_chunked_prefill_*", "test_context_parallel_*", "test_ring_attention_*"),
+        ("huge scores",),
+        "the weight exp(lse_part - lse) of a part has the error of LSEs of that size, and no bound means anything",
+    ),
+    Reason(("test_prefill_equals_decode",), ("huge scores",), "two results may differ by more than either is worth"),
+    Reason(("test_decode_reads_what_*",), ("no keys",), "there must be tokens to write"),
+    Reason(
+        ("test_decode_memory_*",),
+        (*OTHER_NUMBERS, "several queries", "no keys"),
+        "memory depends on shapes, not on numbers; the two cases are fixed",
+    ),
+    Reason(
+        ("test_quantised_*",),
+        ("huge scores",),
+        "rows rounded after dequantising shift scores of that size by more than 1",
+        dtypes=("float32", "float16", "bfloat16"),
+    ),
+)
+
+PREFILL: tuple[Reason, ...] = (
+    Reason(("test_prefill_ignores_future_keys",), ("no queries",), "there must be a query before the last key"),
+    Reason(
+        ("test_prefill_in_chunks_*", "test_chunked_prefill_*"),
+        ("no keys", "no queries", "fewer keys than queries"),
+        "queries are the newest tokens of a sequence whose keys are all there",
+    ),
+    Reason(("test_ring_attention_*",), ("no keys", "no queries"), "each sequence has tokens to spread over ranks"),
+)
+
+OTHERS: tuple[Reason, ...] = (
+    Reason(
+        ("test_merge_order_*", "test_merge_is_associative", "test_merge_ignores_*", "test_merge_calls_*"),
+        ("one part",),
+        "one part has no order, cannot be merged in steps, and is what it gives",
+    ),
+    Reason(("test_write_cache_skips_*",), ("every token has a slot",), "a token must be skipped"),
+    Reason(("test_groups_of_zeros_*",), ("[!z]*",), "the law is about zeros"),
+    Reason(
+        ("test_latent_codes_*",),
+        ("outlier", "rope", "tiny", "huge", "edges"),
+        "the law itself scales k_pe, by as much as the dtype's range leaves ordinary rows",
+    ),
+)
+
+SPARSE: tuple[Reason, ...] = (
+    Reason(("test_sparse_*_sink*",), ("no sink",), "the law is about sinks"),
+    Reason(("test_sparse_*_equal_sink_*",), ("infinite sink",), "the law is about a sink that equals the score"),
+    Reason(("test_sparse_*_sink*",), LARGE, "the LSE is not known well enough to be compared with a sink"),
+    Reason(
+        ("test_sparse_*_of_nothing", "test_sparse_*_ignores_rows_*", "test_sparse_*_ignores_slots_*"),
+        ("all entries valid",),
+        "some rows or slots must not be selected",
+    ),
+    Reason(("test_sparse_*_invalid_entries_*",), ("all entries valid",), "the law is about invalid entries"),
+    Reason(
+        ("test_sparse_prefill_over_all_keys_*",),
+        ("topk_length", "finite sink", "infinite sink"),
+        "prefill has none of them",
+    ),
+    Reason(("test_indexer_rotates_only_*",), ("no rotary embedding",), "the law is about what is rotated"),
+    Reason(("test_indexer_ties_*",), ("typical", "ties"), "logits must be exact, as those of integers are"),
+    Reason(
+        ("test_indexer_ignores_future_*", "test_indexer_sequences_*"),
+        ("no keys", "no queries", "fewer keys than queries"),
+        "there must be queries, and keys that they see and others that they do not",
+    ),
+    Reason(("test_indexer_of_rotated_*",), ("ties", "integers"), "rotation leaves neither equal nor whole"),
+    Reason(
+        ("test_sparse_prefill_attends_to_*", "test_selecting_every_key_*"),
+        ("fewer keys than queries",),
+        "dense attention over a sequence has a key for every query",
+    ),
+)
+
+LAYERS: tuple[Reason, ...] = (
+    Reason(
+        ("test_layer_prefill_*", "test_future_tokens_*", "test_prefill_equals_token_*", "test_shard*", "test_gather*"),
+        ("decoded tokens",),
+        "the law has no tokens but those of the prompt, or none at all",
+    ),
+    Reason(("test_every_shard_caches_*",), ("decoded tokens",), "rows of a prompt and decoded ones are alike"),
+    Reason(
+        (*DECODING, "test_prefill_equals_token_*", "test_future_tokens_*"),
+        ("one token in all", "no decoded token"),
+        "the law is about what comes after a first token",
+    ),
+    Reason(
+        ("test_layer_gradients_*", "test_every_weight_*", "test_layer_backward_*", "test_gradients_of_a_batch_*"),
+        ("one token in all",),
+        "a single key has all the weight whatever its score, and what queries and keys get is 0",
+    ),
+    Reason(
+        ("test_layer_gradients_*", "test_every_weight_*", "test_layer_backward_*", "test_gradients_of_a_batch_*"),
+        ("small hidden states",),
+        "gradients through the norm of small rows are large, and lie beyond what the format's bound can say",
+        dtypes=("float16", "bfloat16"),
+    ),
+    Reason(
+        ("test_shards_*", "test_outputs_of_shards_*", "test_every_shard_*", "test_gather*"),
+        ("one rank",),
+        "one rank has the whole layer",
+    ),
+)
+
+GRADIENTS: tuple[Reason, ...] = (
+    Reason(
+        ("test_prefill_gradients_*", "test_prefill_backward_*", "test_sparse_prefill_gradients_*"),
+        (*LARGE, "ties"),
+        "softmax subtracts means on the way back; equal keys and decided rows leave gradients that are all error",
+    ),
+    Reason(
+        ("test_prefill_gradients_*", "test_prefill_backward_*", "test_sparse_prefill_gradients_*"),
+        ("typical", "outlier"),
+        "the worst case of 16 bits says something for values of one size only",
+        dtypes=("float16", "bfloat16"),
+    ),
+    Reason(("test_prefill_gradients_[!o]*", "test_prefill_backward_*"), ("exact",), "that regime has its own law"),
+    Reason(
+        ("test_prefill_gradients_of_exact_steps",),
+        ("[!e]*",),
+        "every step is exact only for scores of 0 and one sequence's keys that all queries see",
+    ),
+)
+
+ELSEWHERE: tuple[Reason, ...] = (
+    Reason(("test_*_cuda_graph",), (EVERY_REGIME,), "needs a CUDA device: mla-spec check --device cuda"),
+    Reason(("test_compiled_*",), (EVERY_REGIME,), "asked for by mla-spec check --compile BACKEND"),
+)
+
+REASONS: tuple[Reason, ...] = (*DECODE, *PREFILL, *OTHERS, *SPARSE, *LAYERS, *GRADIENTS, *ELSEWHERE)

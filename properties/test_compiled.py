@@ -1,0 +1,83 @@
+"""Laws of operations compiled by ``torch.compile``; they run where a backend is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mla_spec.harness.cases import DecodeCase, PrefillCase, RopeCase
+from mla_spec.harness.compiled import compiled, needs_compiler
+from mla_spec.harness.contract import Supports
+from mla_spec.harness.laws import Run, law
+from mla_spec.properties.expected import decode_expected, judge_attention, prefill_expected
+from mla_spec.reference.profile import Profile
+from mla_spec.reference.rope_bound import rope_with_bound
+
+
+def _decode_cases(supports: Supports, profile: Profile) -> list[DecodeCase]:
+    """Several ragged sequences, and several queries if they are supported."""
+    c, r = (supports.latent_dims or ((24, 8),))[0]
+    return [
+        DecodeCase(
+            dtype=profile.dtype,
+            seqlens=(5, 37, 20),
+            s=min(2, supports.max_s or 2),
+            num_heads=(supports.num_heads or (3,))[0],
+            kv_lora_rank=c,
+            qk_rope_head_dim=r,
+            page_size=(supports.page_sizes or (16,))[0],
+            causal=supports.causal[0],
+        )
+    ]
+
+
+def _prefill_cases(supports: Supports, profile: Profile) -> list[PrefillCase]:
+    """Two packed sequences, one of them with more keys than queries."""
+    d, v = (supports.prefill_dims or ((24, 16),))[0]
+    return [
+        PrefillCase(
+            dtype=profile.dtype,
+            seqlens_q=(5, 9),
+            seqlens_k=(20, 9),
+            num_heads=(supports.num_heads or (3,))[0],
+            qk_head_dim=d,
+            v_head_dim=v,
+            causal=supports.causal[0],
+        )
+    ]
+
+
+def _rope_cases(supports: Supports, profile: Profile) -> list[RopeCase]:
+    """Each layout at positions of a long context, as for queries."""
+    return [
+        RopeCase(dtype=profile.dtype, batch=2, s=3, heads=2, dim=16, layout=layout, start=131_072, stride=17)
+        for layout in supports.rope_layouts
+    ]
+
+
+@law(needs=("decode",), cases=_decode_cases, unavailable=needs_compiler)
+def test_compiled_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
+    """Compiled once, decode is within the bound of its profile for longer and for shorter sequences."""
+    driver, inputs = compiled(run, "decode"), case.build()
+    shorter = np.maximum(inputs.cache_seqlens // 2, case.s).astype(np.int32)
+    for this in (inputs, replace(inputs, cache_seqlens=shorter, softmax_scale=inputs.softmax_scale / 2)):
+        judge_attention(run, driver.decode(this), decode_expected(this, run.profile))
+
+
+@law(needs=("prefill",), cases=_prefill_cases, unavailable=needs_compiler)
+def test_compiled_prefill_agrees_with_reference(run: Run, case: PrefillCase) -> None:
+    """Compiled once, prefill is within the bound of its profile for longer and for shorter sequences."""
+    driver = compiled(run, "prefill")
+    shorter = replace(case, seqlens_q=case.seqlens_q[1:], seqlens_k=case.seqlens_k[1:])
+    for this in (case, shorter):
+        inputs = this.build()
+        judge_attention(run, driver.prefill(inputs), prefill_expected(inputs, run.profile))
+
+
+@law(needs=("rope",), cases=_rope_cases, unavailable=needs_compiler)
+def test_compiled_rope_agrees_with_reference(run: Run, case: RopeCase) -> None:
+    """Compiled, rope is within the bound of its profile, at the positions of a long context too."""
+    (x,) = case.vectors(1)
+    want, bound = rope_with_bound(x, case.positions(), case.rope, run.profile.rope, output=case.dtype)
+    run.within(compiled(run, "rope").rope(x, case.positions(), case.rope), want, bound)

@@ -1,0 +1,64 @@
+"""Law of the memory that ``decode`` takes while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+
+from mla_spec.harness.allocation import PeakAllocations
+from mla_spec.harness.cases import DecodeCase, DecodeInputs
+from mla_spec.harness.contract import Supports
+from mla_spec.harness.laws import Run, law
+from mla_spec.reference.profile import Profile
+
+COPIES = (2, 4, 8, 16)
+"""How often the sequences of a case are decoded at once; each is twice the one before."""
+
+
+def _cases(supports: Supports, profile: Profile) -> list[DecodeCase]:
+    """Two short sequences in the smallest dims that the subject takes."""
+    c, r = (8, 4) if supports.latent_dims is None else min(supports.latent_dims)
+    return [
+        DecodeCase(
+            dtype=profile.dtype,
+            seqlens=(5, 9),
+            num_heads=min(supports.num_heads or (2,)),
+            kv_lora_rank=c,
+            qk_rope_head_dim=r,
+            page_size=min(supports.page_sizes or (4,)),
+            causal=causal,
+        )
+        for causal in supports.causal
+    ]
+
+
+def _repeated(inputs: DecodeInputs, copies: int) -> DecodeInputs:
+    """The same sequences ``copies`` times, in the same pages."""
+    q, block_table, cache_seqlens = (
+        np.concatenate([x] * copies) for x in (inputs.q, inputs.block_table, inputs.cache_seqlens)
+    )
+    return replace(inputs, q=q, block_table=block_table, cache_seqlens=cache_seqlens)
+
+
+@law(needs=("decode",), cases=_cases)
+def test_decode_memory_grows_with_the_batch(run: Run, case: DecodeCase) -> None:
+    """The most memory in use grows no faster than the batch: not every time that the batch is doubled is it more than twice.
+
+    Whatever a kernel allocates once, per sequence, per tile or per split at most doubles with the sequences. A kernel that
+    does otherwise from some batch size on more than doubles once, not three times.
+    """
+    inputs = case.build()
+    peaks = []
+    for copies in COPIES:
+        batch = _repeated(inputs, copies)
+        tensors = run.driver.decode_tensors(batch)
+        with PeakAllocations() as memory:
+            run.driver.decode_raw(batch, tensors)
+        peaks.append(memory.peak)
+    sequences = " and ".join(str(copies * len(case.seqlens)) for copies in COPIES)
+    run.require(
+        any(larger <= 2 * smaller for smaller, larger in pairwise(peaks)),
+        f"decode of {sequences} sequences allocates up to {' and '.join(map(str, peaks))} B at once",
+    )
