@@ -1,12 +1,14 @@
-"""Faults of what a cache is said to occupy."""
+"""Faults of what a cache is said to occupy, and of what it occupies."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from mla_spec.adapters.pytorch import TorchAbsorbed, TorchLayer
+from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit, TorchLayer
 from mla_spec.planted_bugs.registry import planted
 from mla_spec.reference.config import MLAConfig
 
@@ -126,3 +128,170 @@ class CountsPages(TorchAbsorbed):
 
     def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
         return _CountsPages(self, weights, config)
+
+
+ALLOCATES = "test_layer_allocates_only_its_cache"
+
+
+class _Claims(TorchLayer):
+    """A layer that says its cache has the rows of MLA, whatever it keeps."""
+
+    tokens = 0
+
+    def append(self, latent: Tensor, k_pe: Tensor) -> None:
+        super().append(latent, k_pe)
+        self.tokens += latent.shape[0] * latent.shape[1]
+
+    def reset(self) -> None:
+        super().reset()
+        self.tokens = 0
+
+    def cache_bytes(self) -> int:
+        return self.tokens * self.config.cache_dim * self.weights["o_proj"].element_size()
+
+
+class _KeepsExpandedHeads(_Claims):
+    expanded: list[Tensor]
+
+    def append(self, latent: Tensor, k_pe: Tensor) -> None:
+        super().append(latent, k_pe)
+        assert self.cache is not None
+        self.expanded = [self.subject.linear(self.cache[0][:, None], w) for w in (self.w_uk, self.w_uv)]
+
+
+@planted(
+    "L2-memory",
+    source=(
+        "https://github.com/vllm-project/vllm/pull/32614",
+        "https://github.com/vllm-project/vllm/pull/32759",
+    ),
+    symptom="about four times the cache that is needed",
+    shows_when="always",
+    killed_by=(ALLOCATES,),
+)
+class KeepsExpandedHeads(TorchExplicit):
+    """Keys and values of every head are kept, although the layer says that it has the cache of MLA."""
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
+        return _KeepsExpandedHeads(self, weights, config)
+
+
+class _KeepsLatentTwice(_Claims):
+    values: Tensor | None = None
+
+    def append(self, latent: Tensor, k_pe: Tensor) -> None:
+        super().append(latent, k_pe)
+        assert self.cache is not None
+        self.values = self.cache[0].clone()
+
+    def reset(self) -> None:
+        super().reset()
+        self.values = None
+
+
+@planted(
+    "L4-memory",
+    source=("https://github.com/ggml-org/llama.cpp/pull/19067",),
+    symptom="the cache holds the latent a second time",
+    shows_when="always",
+    killed_by=(ALLOCATES,),
+)
+class KeepsLatentTwice(TorchAbsorbed):
+    """The latent is kept once more as values, and not counted."""
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
+        return _KeepsLatentTwice(self, weights, config)
+
+
+class _KeepsFloat32(_Claims):
+    def append(self, latent: Tensor, k_pe: Tensor) -> None:
+        wide = torch.promote_types(latent.dtype, torch.float32)
+        super().append(latent.to(wide), k_pe.to(wide))
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return super().forward(hidden, positions).to(hidden.dtype)
+
+
+@planted(
+    "X-cache-kept-in-float32",
+    symptom="twice the cache that the configuration says",
+    shows_when="a 16-bit dtype",
+    killed_by=(ALLOCATES,),
+)
+class KeepsFloat32(TorchAbsorbed):
+    """Rows are kept in the format of the arithmetic, and counted in that of the weights."""
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
+        return _KeepsFloat32(self, weights, config)
+
+    def project_output(self, out: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
+        return super().project_output(out.to(weights["o_proj"].dtype), weights, config)
+
+
+class _KeepsSlices(TorchLayer):
+    def append(self, latent: Tensor, k_pe: Tensor) -> None:
+        super().append(latent, k_pe)
+        assert self.cache is not None
+        whole = torch.cat([*self.cache, torch.zeros_like(self.cache[0])], dim=-1)
+        widths = [part.shape[-1] for part in self.cache]
+        self.cache = whole[..., : widths[0]], whole[..., widths[0] : sum(widths)]
+
+
+@planted(
+    "X-cache-of-slices",
+    symptom="out of memory at half the context that the cache's size promises",
+    shows_when="always",
+    killed_by=(ALLOCATES,),
+)
+class KeepsSlices(TorchAbsorbed):
+    """The cache is made of slices of wider rows, which stay in memory as long as their slices do."""
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
+        return _KeepsSlices(self, weights, config)
+
+
+class _RecordsRows(TorchLayer):
+    def append(self, latent: Tensor, k_pe: Tensor) -> None:
+        super().append(latent, k_pe)
+        assert isinstance(self.subject, RecordsRows)
+        self.subject.seen.append(latent.clone())
+
+
+@planted(
+    "X-subject-keeps-every-row",
+    symptom="memory grows from request to request",
+    shows_when="always",
+    killed_by=(ALLOCATES,),
+)
+class RecordsRows(TorchAbsorbed):
+    """Rows are also kept in a list outside of the layer, for statistics that nobody reads."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
+        return _RecordsRows(self, weights, config)
+
+
+@planted(
+    "L10",
+    source=("https://github.com/ROCm/aiter/pull/3855",),
+    symptom="the scratch buffer takes 32 GiB",
+    shows_when="many more sequences than processors",
+    killed_by=("test_decode_memory_grows_with_the_batch",),
+)
+class ScratchOfTilesTimesBudget(TorchAbsorbed):
+    """There is room for a whole budget of partial outputs in each tile, where all tiles share it.
+
+    The budget is the number of processors, 4 here, or that of tiles where there are more.
+    """
+
+    processors = 4
+
+    def decode(self, q: Tensor, *args: Any, head_dim_v: int, **options: Any) -> tuple[Tensor, Tensor | None]:
+        tiles = len(q)
+        budget = max(self.processors, tiles)
+        scratch = q.new_empty(tiles * budget, *q.shape[1:3], head_dim_v)
+        out, lse = super().decode(q, *args, head_dim_v=head_dim_v, **options)
+        scratch[:tiles] = out
+        return scratch[:tiles].clone(), lse

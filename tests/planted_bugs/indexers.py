@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ SELECTS = "test_indexer_selects_the_largest_logits"
 TIES = "test_indexer_ties_go_to_the_smaller_index"
 FUTURE = "test_indexer_ignores_future_keys"
 SEQUENCES = "test_indexer_sequences_do_not_see_each_other"
+EVERY_KEY = "test_selecting_every_key_is_causal_attention"
+SELECTED = "test_sparse_prefill_attends_to_what_the_indexer_selected"
 
 
 @planted(
@@ -42,7 +45,7 @@ class IndexerRotatesAsAttention(TorchAbsorbed):
     source=("https://github.com/huggingface/transformers/pull/48363",),
     symptom="queries select keys that come after them",
     shows_when="prefill",
-    killed_by=(FUTURE, SELECTS),
+    killed_by=(FUTURE, SELECTS, EVERY_KEY),
 )
 class IndexerWithoutMask(TorchExplicit):
     """The path without a mask tensor leaves causality to the attention."""
@@ -160,7 +163,7 @@ class TiesGoToTheLargerIndex(TorchExplicit):
     "X112",
     symptom="only the first request of a batch is right",
     shows_when="several packed sequences",
-    killed_by=(SEQUENCES, SELECTS),
+    killed_by=(SEQUENCES, SELECTS, EVERY_KEY),
 )
 class OneSequenceOfAll(TorchAbsorbed):
     """All packed tokens are one sequence."""
@@ -175,7 +178,7 @@ class OneSequenceOfAll(TorchAbsorbed):
     "X113",
     symptom="only the first request of a batch is right",
     shows_when="several packed sequences",
-    killed_by=(SELECTS,),
+    killed_by=(SELECTS, EVERY_KEY),
 )
 class IndicesWithinTheirSequence(TorchExplicit):
     """Indices count from the start of each sequence."""
@@ -201,3 +204,33 @@ class KeysIgnoreStrides(TorchAbsorbed):
         self, q: Tensor, k: Tensor, weights: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, top_k: int
     ) -> tuple[Tensor | None, Tensor]:
         return super().indexer(q, as_if_contiguous(k), weights, cu_seqlens_q, cu_seqlens_k, top_k=top_k)
+
+
+@planted(
+    "X-workspace-of-indexer-and-attention",
+    symptom="garbage with both kernels, while the tests of each pass",
+    shows_when="sparse_prefill gets the tensor that indexer returned",
+    killed_by=(SELECTED, EVERY_KEY),
+)
+class SharedWorkspace(TorchExplicit):
+    """Both kernels take their scratch memory from the start of one buffer, where the selected indices still lie."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.int32)
+
+    def scratch(self, like: Tensor) -> Tensor:
+        """Int32 memory of the shape of ``like``."""
+        if self.buffer.numel() < like.numel():
+            self.buffer = torch.empty(like.numel(), dtype=torch.int32, device=like.device)
+        return self.buffer[: like.numel()].view(like.shape)
+
+    def indexer(
+        self, q: Tensor, k: Tensor, weights: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, top_k: int
+    ) -> tuple[Tensor | None, Tensor]:
+        logits, indices = super().indexer(q, k, weights, cu_seqlens_q, cu_seqlens_k, top_k=top_k)
+        return logits, self.scratch(indices).copy_(indices)
+
+    def sparse_prefill(self, q: Tensor, kv: Tensor, indices: Tensor, **options: Any) -> Any:
+        row = torch.arange(len(indices), device=q.device)
+        self.scratch(row).copy_(row * indices.shape[-1])  # where each row of indices begins
+        return super().sparse_prefill(q, kv, indices, **options)

@@ -80,3 +80,22 @@ class RelaysOutOtherAxis(RelaidWeights):
 
     def relayout_keys(self, rows: Tensor) -> Tensor:
         return self.relayout(rows.T).T
+
+
+@planted(
+    "C12",
+    source=("https://github.com/vllm-project/vllm/pull/48986",),
+    symptom="an adapter on kv_b_proj has no effect in the absorbed path",
+    shows_when="a second layer of the same shapes has other weights",
+    killed_by=("test_layers_are_independent",),
+)
+class AbsorbedOnce(TorchAbsorbed):
+    """Absorbed weights were computed from the base model's; those with which an adapter was merged are not looked at."""
+
+    def __init__(self) -> None:
+        self.absorbed: dict[MLAConfig, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
+        made = super().layer(weights, config)
+        made.w_uk, made.w_uv = self.absorbed.setdefault(config, (made.w_uk, made.w_uv))
+        return made

@@ -202,6 +202,33 @@ class DecodesWithoutScale(TorchExplicit):
         return super().decode_quantized(*tensors, tensor_scale=1.0, **options)
 
 
+class ScalesKnownFormats(TorchExplicit):
+    """Correct: the scale of the tensor is handed on with a format that is known to have one."""
+
+    name = "torch-known-formats"
+
+    def decode_quantized(self, *tensors: Tensor, format: str, tensor_scale: float, **options: Any) -> Decoded:
+        scale = tensor_scale if self.needs_scale(format) else 1.0
+        return super().decode_quantized(*tensors, format=format, tensor_scale=scale, **options)
+
+    def needs_scale(self, format: str) -> bool:
+        return format in ("fp8_per_tensor", "fp8_e4m3")
+
+
+@planted(
+    "H13",
+    source=("https://github.com/ROCm/ATOM/pull/1772",),
+    symptom="answers are almost all wrong with an alias of a cache dtype",
+    shows_when="the scale of the tensor is not 1",
+    killed_by=(DECODE,),
+)
+class AliasNotKnown(ScalesKnownFormats):
+    """The format is known by another of its names only, and taken for one without a scale."""
+
+    def needs_scale(self, format: str) -> bool:
+        return format == "fp8_e4m3"
+
+
 @planted(
     "I6-decode_quantized",
     source=("https://github.com/sgl-project/sglang/pull/34765",),

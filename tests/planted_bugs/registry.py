@@ -19,7 +19,8 @@ class PlantedBug:
         source: where the fault was reported or fixed.
         symptom: what its users saw.
         shows_when: the inputs that expose it.
-        killed_by: laws that fail on it with the default options.
+        killed_by: laws that fail on it with the default options and ``compile``; those that need a device fail there.
+        compile: backend with which laws of compiled operations run on it; None where they do not.
     """
 
     id: str
@@ -28,6 +29,7 @@ class PlantedBug:
     symptom: str
     shows_when: str
     killed_by: tuple[str, ...]
+    compile: str | None = None
 
     @property
     def spec(self) -> str:
@@ -45,7 +47,13 @@ PLANTED: dict[str, PlantedBug] = {}
 
 
 def planted(
-    bug_id: str, *, source: tuple[str, ...] = (), symptom: str, shows_when: str, killed_by: tuple[str, ...]
+    bug_id: str,
+    *,
+    source: tuple[str, ...] = (),
+    symptom: str,
+    shows_when: str,
+    killed_by: tuple[str, ...],
+    compile: str | None = None,
 ) -> Callable[[C], C]:
     """Decorate the class of a faulty subject: name it and enter it in ``PLANTED``."""
 
@@ -53,7 +61,13 @@ def planted(
         assert bug_id not in PLANTED, f"planted bug {bug_id} is defined twice"
         cls.name = f"bug-{bug_id}"
         PLANTED[bug_id] = PlantedBug(
-            id=bug_id, make=cls, source=source, symptom=symptom, shows_when=shows_when, killed_by=killed_by
+            id=bug_id,
+            make=cls,
+            source=source,
+            symptom=symptom,
+            shows_when=shows_when,
+            killed_by=killed_by,
+            compile=compile,
         )
         return cls
 

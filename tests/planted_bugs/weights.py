@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,59 @@ class OutputByNopeWidth(TorchAbsorbed):
     def project_output(self, out: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
         per_head = weights["o_proj"].T.reshape(config.num_heads, config.qk_nope_head_dim, -1)  # [h, n, e]
         return torch.einsum("bshv,hve->bse", out, per_head)
+
+
+@planted(
+    "C7-absorb",
+    source=("https://github.com/ModelTC/LightLLM/commit/808d8325f",),
+    symptom="shape error, or a wrong output projection",
+    shows_when="v_head_dim differs from qk_nope_head_dim",
+    killed_by=("test_absorb_splits_kv_b_proj", "test_absorbed_equals_explicit"),
+)
+class ValuesByNopeWidth(TorchAbsorbed):
+    """The value rows of a head are taken to begin where the next head's key rows would, were all widths equal."""
+
+    def absorb(self, kv_b_proj: Tensor, *, config: MLAConfig) -> tuple[Tensor, Tensor]:
+        n, v = config.qk_nope_head_dim, config.v_head_dim
+        head = torch.arange(config.num_heads, device=kv_b_proj.device)[:, None]
+        rows = 2 * n * head + torch.arange(n + v, device=kv_b_proj.device)  # [h, n+v]
+        w_uk, w_uv = kv_b_proj[rows.clamp(max=len(kv_b_proj) - 1)].split([n, v], dim=1)
+        return w_uk, w_uv
+
+
+@planted(
+    "C12-absorb",
+    source=("https://github.com/vllm-project/vllm/pull/48986",),
+    symptom="an adapter on kv_b_proj has no effect in the absorbed path",
+    shows_when="a second weight has the shape of the first",
+    killed_by=("test_absorb_calls_are_independent",),
+)
+class AbsorbedOncePerShape(TorchAbsorbed):
+    """The parts of the first weight of a shape are kept, and given for every later one."""
+
+    def __init__(self) -> None:
+        self.absorbed: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def absorb(self, kv_b_proj: Tensor, *, config: MLAConfig) -> tuple[Tensor, Tensor]:
+        key = config, kv_b_proj.dtype
+        return self.absorbed.setdefault(key, super().absorb(kv_b_proj, config=config))
+
+
+@planted(
+    "K4-absorb",
+    source=("https://github.com/NVIDIA/Megatron-LM/pull/5412",),
+    symptom="wrong weight gradients",
+    shows_when="the caller uses the weight again",
+    killed_by=("test_absorb_does_not_modify_its_input",),
+)
+class AbsorbsInPlace(TorchAbsorbed):
+    """The key rows are scaled in place once they were copied, although another step has kept them."""
+
+    def absorb(self, kv_b_proj: Tensor, *, config: MLAConfig) -> tuple[Tensor, Tensor]:
+        w_uk, w_uv = super().absorb(kv_b_proj, config=config)
+        absorbed = w_uk.clone(), w_uv.clone()
+        w_uk.mul_(0.5)
+        return absorbed
 
 
 @planted(
