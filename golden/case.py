@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
 from mla_spec.reference.formats import format_of
+from mla_spec.reference.indexer import IndexerConfig
 from mla_spec.reference.typing import Array
 
 Values = Mapping[str, NDArray[Any]]
@@ -119,6 +120,12 @@ def config_from(parameters: Mapping[str, Any]) -> MLAConfig:
         rope=None if rope is None else rope_from(rope),
         llama_4_scaling=None if temperature is None else Llama4Scaling(**temperature),
     )
+
+
+def indexer_config_from(parameters: Mapping[str, Any]) -> IndexerConfig:
+    """The IndexerConfig whose fields ``parameters`` holds."""
+    rope = parameters["rope"]
+    return IndexerConfig(**{**parameters, "rope": None if rope is None else rope_from(rope)})
 
 
 def layer_weights(inputs: Values) -> dict[str, Array]:

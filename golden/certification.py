@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mla_spec.golden.certify import LIMIT_ULPS, Certified, certify
-from mla_spec.harness.cases import YARN, DecodeCase, LayerCase, MergeCase, RopeCase
+from mla_spec.harness.cases import YARN, DecodeCase, LayerCase, MergeCase, ProjectIndexerCase, RopeCase
 from mla_spec.harness.prefill_cases import PrefillCase
 from mla_spec.harness.report import format_table
 from mla_spec.reference.cache import gather_rows
@@ -262,6 +262,29 @@ def _rms_norm(rng: np.random.Generator, number: int) -> Task:
     return Task(f"rms_norm number {number}, {width} wide, of {size:g}", "rms_norm", inputs, {"eps": 1e-6})
 
 
+def _project_indexer(rng: np.random.Generator, number: int) -> Task:
+    d = _one(rng, 8, 16, 128)
+    case = ProjectIndexerCase(
+        dtype=_one(rng, *DTYPES),
+        seed=number,
+        seqlens=(3, 2),
+        hidden_size=_one(rng, 3, 12, 100),
+        q_lora_rank=_one(rng, 2, 7, 64),
+        index_n_heads=2,
+        index_head_dim=d,
+        rope_dim=_one(rng, 0, d // 2, d),
+        layout=_one(rng, "interleaved", "half"),
+        theta=_one(rng, 100.0, 10000.0),
+        yarn=_one(rng, *YARN),
+        start=_one(rng, *POSITIONS),
+        hidden_scale=_one(rng, 1.0, 2.0**-10),
+    )
+    built = case.build()
+    weights = {f"weights.{name}": values for name, values in built.weights.items()}
+    inputs = {**weights, "hidden": built.hidden, "q_latent": built.q_latent, "positions": built.positions}
+    return Task(case.id, "project_indexer", inputs, {"config": asdict(built.config)})
+
+
 _KINDS = (
     _decode,
     _rope,
@@ -275,4 +298,5 @@ _KINDS = (
     _rms_norm,
     _real_layer,
     _absorb,
+    _project_indexer,
 )

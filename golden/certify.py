@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from flint import ctx
 
-from mla_spec.golden.case import Values, config_from, layer_weights, rope_from
+from mla_spec.golden.case import Values, config_from, indexer_config_from, layer_weights, rope_from
 from mla_spec.golden.certified import FIRST_BITS, LAST_BITS, Balls, arb
-from mla_spec.golden.compare import merge_as_attention
+from mla_spec.golden.computed import merge_as_attention
 from mla_spec.golden.expected import enclosures
-from mla_spec.golden.gauge import Gauged, attend, explicit, layer, rms_norm, rope
+from mla_spec.golden.gauge import Gauged, attend, concat, explicit, layer, layer_norm, product, rms_norm, rope
 from mla_spec.reference import mla
 from mla_spec.reference.cache import gather_rows, paged_decode
+from mla_spec.reference.indexer import project_indexer
 from mla_spec.reference.merge import merge
 from mla_spec.reference.rope import rope_cos_sin, rope_frequencies
 from mla_spec.reference.typing import Array
@@ -158,6 +159,20 @@ def _merge(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
     yield "lse", Gauged(lse, np.swapaxes(gauged_lse.gauge[..., 0, 0], 1, 2))
 
 
+def _project_indexer(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
+    config, weights = indexer_config_from(p["config"]), layer_weights(x)
+    hidden, r = Gauged.of(x["hidden"]), config.rope_dim
+    q = product("oc,...c->...o", weights["wq_b"], Gauged.of(x["q_latent"]))
+    q = q.reshape(len(x["hidden"]), config.index_n_heads, config.index_head_dim)
+    k = product("oe,...e->...o", weights["wk"], hidden)
+    k = layer_norm(k, weights["k_norm.weight"], weights["k_norm.bias"], config.k_norm_eps)
+    q, k = (concat(rope(y[..., :r], x["positions"], config.rope), y[..., r:]) for y in (q, k))
+    heads = product("oe,...e->...o", config.weight_scale * weights["weights_proj"], hidden)
+    values = project_indexer(x["hidden"], x["q_latent"], x["positions"], weights, config)
+    for name, value, gauged in zip(("q", "k", "weights"), values, (q, k, heads), strict=True):
+        yield name, Gauged(value, gauged.gauge)
+
+
 _RESULTS: dict[str, Callable[[Values, Mapping[str, Any]], Iterator[tuple[str, Gauged]]]] = {
     "rope_table": _rope_table,
     "rope": _rope,
@@ -168,4 +183,7 @@ _RESULTS: dict[str, Callable[[Values, Mapping[str, Any]], Iterator[tuple[str, Ga
     "prefill": _prefill,
     "decode": _decode,
     "merge": _merge,
+    "project_indexer": _project_indexer,
 }
+"""Operations that are certified. The others of the corpus are made of these: attention over rows that are gathered,
+dequantised or selected, and rotation of a part."""

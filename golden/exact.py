@@ -9,7 +9,7 @@ vllm/models/deepseek_v4/common/ops/cache_utils.py (deepseek_v4).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -105,6 +105,59 @@ def pattern_of(x: float, name: str) -> int:
 
 
 # Results
+
+
+def dequantize_weight(codes: NDArray[Any], scales: Array, block_size: tuple[int, int]) -> Array:
+    """Code times the scale of its block, [out, in]."""
+    rows, columns = block_size
+    out = np.zeros(codes.shape)
+    for i, j in np.ndindex(codes.shape):
+        code = number(int(codes[i, j]), "float8_e4m3fn")
+        assert code is not None
+        out[i, j] = _float(code * Fraction(scales[i // rows, j // columns]))
+    return out
+
+
+DIVIDED = {"q_proj": 0, "q_b_proj": 0, "kv_b_proj": 0, "o_proj": 1}
+"""Weights of which a rank has its own heads' part, and the axis on which heads follow one another."""
+
+
+def shard_layer(weights: Mapping[str, Array], num_heads: int, ranks: int, rank: int) -> dict[str, Array]:
+    """What one rank has of each weight."""
+    heads = range(rank * num_heads // ranks, (rank + 1) * num_heads // ranks)
+    parts = dict(weights)
+    for name in DIVIDED.keys() & weights.keys():
+        w = weights[name] if DIVIDED[name] == 0 else weights[name].T
+        width = len(w) // num_heads
+        rows = np.array([w[head * width + i] for head in heads for i in range(width)])
+        parts[name] = rows if DIVIDED[name] == 0 else np.ascontiguousarray(rows.T)
+    return parts
+
+
+def gather_gradients(gradients: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Gradients of the whole weights, from those of each rank's: joined where they are divided, else added exactly."""
+    gathered: dict[str, Array] = {}
+    for name in gradients[0]:
+        parts = [each[name] for each in gradients]
+        if name in DIVIDED:
+            gathered[name] = np.concatenate(parts, axis=DIVIDED[name])
+            continue
+        sums = [
+            sum((Fraction(x) for x in values), Fraction(0))
+            for values in np.stack(parts, axis=-1).reshape(-1, len(parts))
+        ]
+        gathered[name] = np.array([_float(x) for x in sums]).reshape(parts[0].shape)
+    return gathered
+
+
+def write_cache(latent: Array, k_pe: Array, kv_cache: Array, slot_mapping: NDArray[Any]) -> Array:
+    """The cache [pages, page size, 1, c+r] with row [latent | k_pe] of each token in its slot; -1 is none."""
+    written = kv_cache.copy()
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            page, row = divmod(slot, kv_cache.shape[1])
+            written[page, row, 0] = [*latent[token], *k_pe[token]]
+    return written
 
 
 def decode_bits(bits: NDArray[Any], name: str) -> Array:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mla_spec.reference.attention import attention
 from mla_spec.reference.config import MLAConfig, RopeConfig
+from mla_spec.reference.indexer import layer_norm as reference_layer_norm
 from mla_spec.reference.mla import Weights, absorb
 from mla_spec.reference.mla import rms_norm as reference_rms_norm
 from mla_spec.reference.rope import apply_rope, join_pairs, split_pairs
@@ -60,6 +61,16 @@ def rms_norm(x: Gauged, weight: Array, eps: float) -> Gauged:
     rms_moves = np.mean(np.abs(x.value) * x.gauge, axis=-1, keepdims=True) / mean_square  # relative
     gauge = np.abs(weight) * (x.gauge + np.abs(x.value) * rms_moves) / np.sqrt(mean_square)
     return Gauged(reference_rms_norm(x.value, weight, eps), gauge)
+
+
+def layer_norm(x: Gauged, weight: Array, bias: Array, eps: float) -> Gauged:
+    """Weight · c / deviation + bias: x moves its mean as well, and what moves c moves the deviation."""
+    centred = x.value - np.mean(x.value, axis=-1, keepdims=True)
+    moved = x.gauge + np.mean(x.gauge, axis=-1, keepdims=True)
+    variance = np.mean(centred**2, axis=-1, keepdims=True) + eps
+    deviation_moves = np.mean(np.abs(centred) * moved, axis=-1, keepdims=True) / variance  # relative
+    gauge = np.abs(weight) * (moved + np.abs(centred) * deviation_moves) / np.sqrt(variance) + np.abs(bias)
+    return Gauged(reference_layer_norm(x.value, weight, bias, eps), gauge)
 
 
 def rope(x: Gauged, positions: IntArray, rope: RopeConfig | None) -> Gauged:

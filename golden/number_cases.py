@@ -100,7 +100,7 @@ def _row_cases(name: str, catches: str, sources: tuple[str, ...]) -> Iterator[Ca
     """Packing numbers into pages, and reading the same pages, whose unused bytes are 0xFF there."""
     layout, numbers = exact.LAYOUTS[name], Numbers(f"rows-{name}")
     short = name.replace("_", "-")
-    codes, scales, plain = (_draw(numbers, layout, kind) for kind in ("codes", "scales", "plain"))
+    codes, scales, plain = draw_rows(numbers, layout, TOKENS)
     parameters: dict[str, Any] = {"layout": name, "page_size": PAGE_SIZE}
     inputs: dict[str, NDArray[Any]] = {"codes": codes}
     dtypes = {}
@@ -132,19 +132,27 @@ def _row_cases(name: str, catches: str, sources: tuple[str, ...]) -> Iterator[Ca
     )
 
 
-def _draw(numbers: Numbers, layout: exact.Layout, kind: str) -> NDArray[Any]:
-    """Codes as bit patterns; scales that are no powers of two, where the format has others; plain numbers."""
+def draw_rows(numbers: Numbers, layout: exact.Layout, tokens: int) -> tuple[NDArray[Any], Array, Array]:
+    """Codes [tokens, codes] as bit patterns; scales that are no powers of two, where the format has others; plain numbers."""
+    return (
+        _draw(numbers, layout, "codes", tokens),
+        _draw(numbers, layout, "scales", tokens),
+        _draw(numbers, layout, "plain", tokens),
+    )
+
+
+def _draw(numbers: Numbers, layout: exact.Layout, kind: str, tokens: int) -> NDArray[Any]:
     if kind == "codes":
         finite = [
             p for p in range(2 ** exact.bits(layout.code_format)) if exact.number(p, layout.code_format) is not None
         ]
-        shape = (TOKENS, layout.codes)
+        shape = (tokens, layout.codes)
         drawn = [finite[numbers.below(len(finite))] for _ in range(shape[0] * shape[1])]
         return np.array(drawn, dtype=np.uint8).reshape(shape)
     if kind == "plain":
-        plain: Array = numbers.array(TOKENS, layout.plains, size=4.0, dtype=layout.plain_format)
+        plain: Array = numbers.array(tokens, layout.plains, size=4.0, dtype=layout.plain_format)
         return plain
-    shape = (TOKENS, layout.codes // layout.group)
+    shape = (tokens, layout.codes // layout.group)
     if layout.scale_format == "float8_e8m0fnu":
         return np.array([2.0 ** (numbers.below(20) - 12) for _ in range(shape[0] * shape[1])]).reshape(shape)
     scales: Array = numbers.array(*shape, size=0.25, centre=0.5, dtype=layout.scale_format)

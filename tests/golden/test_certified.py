@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from mla_spec.golden import compare
+from mla_spec.golden.case import layer_weights
 from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
+from mla_spec.reference.formats import format_of
 from mla_spec.reference.mla import weight_shapes
+from mla_spec.reference.profile import gamma
 from mla_spec.reference.published import published_models
 from mla_spec.reference.rope import rope_cos_sin, rope_frequencies
 
@@ -142,7 +145,7 @@ def test_scale_and_factor(yarn: YarnScaling) -> None:
     )
     scale, factor = one(lambda: certified.softmax_scale(config)), one(lambda: certified.cos_sin_factor(rope))
     # Five roundings of mscale, squared, and three of the product and the root.
-    few = compare.gamma(2 * 5 + 3, compare.format_of("float64").unit_roundoff)
+    few = gamma(2 * 5 + 3, format_of("float64").unit_roundoff)
     assert abs(config.scale - scale) <= few * scale
     assert abs(rope.cos_sin_factor - factor) <= few * factor
 
@@ -242,7 +245,7 @@ def test_layer(changes: dict[str, Any], size: float) -> None:
 
 def test_absorbed_and_explicit_layers_round_to_the_same_doubles() -> None:
     inputs, config = layer_inputs(4, 1.0)
-    weights = compare.layer_weights(inputs)
+    weights = layer_weights(inputs)
     arguments = (inputs["hidden"], inputs["positions"], weights, config)
     both = [
         certified.rounded(lambda form=form: [certified.layer(*arguments, form)])[0]
