@@ -88,7 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     selftest.add_argument("--jobs", type=int, default=2, metavar="N", help="bugs at once (2)")
     selftest.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
     selftest.add_argument("--json", metavar="FILE", help="also write all records to FILE")
-    selftest.add_argument("--markdown", metavar="FILE", help="also write the score to FILE, between its marks")
+    selftest.add_argument(
+        "--markdown",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write the matrix to FILE, or the score between its marks; repeatable",
+    )
+    selftest.add_argument("--read", metavar="FILE", help="a matrix that --json wrote, instead of running the laws")
 
     coverage = commands.add_parser("coverage", help="cases and killed bugs by law, regime and dtype")
     coverage.set_defaults(run=_coverage)

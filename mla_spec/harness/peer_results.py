@@ -28,6 +28,10 @@ DISCLAIMER = (
 )
 
 
+OTHER_MATTERS = ("_gradients_", "_backward_", "test_compiled_", "_memory_")
+"""In the names of laws of what the result of a plain call, all that a peer's test looks at, does not show."""
+
+
 def accepted(peer: Peer, subject: Any) -> bool:
     """Whether the subject passes on every seed that suits it. One that raises, or returns nothing to compare, does not."""
     try:
@@ -51,7 +55,9 @@ def _accepts(call: PeerCall, subject: Any) -> bool:
 
 
 def can_see(peer: Peer, bug: Any) -> bool:
-    """Whether the bug is in an operation that the peer's test calls, with a dtype that it uses."""
+    """Whether the bug is in the results of an operation that the peer's test calls, with a dtype that it uses."""
+    if all(any(word in law for word in OTHER_MATTERS) for law in bug.killed_by):
+        return False
     if peer.operation not in operations_that_differ(bug.make):
         return False
     subject = bug.make()
@@ -131,14 +137,16 @@ def report(results: PeerResults) -> str:
 HEADER = ("peer", "operation", "inputs", "passes when", "bugs it can see", "it kills", "this suite kills")
 
 
-def markdown(results: PeerResults) -> str:
-    """The side-by-side table, with links to the sources."""
+def markdown(results: PeerResults, *, short: bool = False) -> str:
+    """The side-by-side table, with links to the sources; without inputs, criteria and the names of bugs if ``short``."""
     sources = {peer.name: peer.source for peer in PEERS}
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    for name, *cells in results.rows():
-        linked = f"[{name}]({sources[name]})" if name in sources else name
-        lines.append("| " + " | ".join([linked, *(cell.replace("|", "\\|") for cell in cells)]) + " |")
-    return "\n".join([DISCLAIMER, "", *lines, "", *results.footnotes()])
+    columns = [i for i in range(len(HEADER)) if not (short and HEADER[i] in ("inputs", "passes when"))]
+    lines = ["| " + " | ".join(HEADER[i] for i in columns) + " |", "|" + "---|" * len(columns)]
+    for row in results.rows():
+        cells = [cell.replace("|", "\\|") for cell in row]
+        cells[0] = f"[{row[0]}]({sources[row[0]]})" if row[0] in sources else row[0]
+        lines.append("| " + " | ".join(cells[i] for i in columns) + " |")
+    return "\n".join([DISCLAIMER, "", *lines, *([] if short else ["", *results.footnotes()])])
 
 
 def run_peers(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from mla_spec.harness import peer_results
 from mla_spec.harness.laws import Options
 from mla_spec.harness.report import format_table
-from mla_spec.harness.selftest import BugResult, planted_bugs, run_selftest
+from mla_spec.harness.selftest import BugResult, Matrix, matrix_from, planted_bugs, run_selftest
 from mla_spec.harness.selftest_report import report, write_markdown
 from mla_spec.harness.terminal import UsageError, show_progress, write_json
 
@@ -32,6 +34,34 @@ def selftest(options: argparse.Namespace) -> int:
     if options.catalogue:
         print(format_table([("bug", "status", "symptom"), *_catalogue()]))
         return 0
+    matrix = _read(options.read) if options.read is not None else _run(bugs, options)
+    print(report(matrix))
+    content, tables, short_tables = matrix.as_dict(), [], []
+    if options.peers:
+        results = peer_results.run_peers(bugs, matrix, jobs=options.jobs, progress=show_progress)
+        show_progress("")
+        print(f"\n{peer_results.report(results)}")
+        content["peers"] = results.as_dict()
+        tables.append(peer_results.markdown(results))
+        short_tables.append(peer_results.markdown(results, short=True))
+    if options.json is not None:
+        write_json(options.json, content)
+    for path in options.markdown:
+        try:
+            write_markdown(path, matrix, tables, short_tables)
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    return 1 if matrix.survivors else 0
+
+
+def _read(path: str) -> Matrix:
+    try:
+        return matrix_from(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--read must be what `mla-spec selftest --json` wrote; {path}: {error!r}") from error
+
+
+def _run(bugs: list[Any], options: argparse.Namespace) -> Matrix:
     done = 0
 
     def progress(result: BugResult) -> None:
@@ -44,22 +74,7 @@ def selftest(options: argparse.Namespace) -> int:
         bugs, made, quick=options.quick, jobs=options.jobs, timeout=options.timeout, progress=progress
     )
     show_progress("")
-    print(report(matrix))
-    content, tables = matrix.as_dict(), []
-    if options.peers:
-        results = peer_results.run_peers(bugs, matrix, jobs=options.jobs, progress=show_progress)
-        show_progress("")
-        print(f"\n{peer_results.report(results)}")
-        content["peers"] = results.as_dict()
-        tables.append(peer_results.markdown(results))
-    if options.json is not None:
-        write_json(options.json, content)
-    if options.markdown is not None:
-        try:
-            write_markdown(options.markdown, matrix, tables)
-        except OSError as error:
-            raise UsageError(f"cannot write {options.markdown}: {error.strerror}") from error
-    return 1 if matrix.survivors else 0
+    return matrix
 
 
 def _catalogue() -> list[tuple[str, ...]]:

@@ -21,13 +21,15 @@ def report(matrix: Matrix) -> str:
     return f"{format_table([HEADER, *rows])}\n\n{summary(matrix)}"
 
 
-def summary(matrix: Matrix) -> str:
-    """Score, survivors, and of a complete matrix the laws that killed nothing and the sole killers."""
+def summary(matrix: Matrix, *, short: bool = False) -> str:
+    """Score, survivors, and of a complete matrix the laws that killed nothing and the sole killers, counted if ``short``."""
     lines = [matrix.score, f"surviving: {_names(result.bug for result in matrix.survivors)}"]
     if matrix.complete:
         lines.append(f"laws that killed nothing: {_names(matrix.idle_laws)}")
-        sole = (f"{law} ({', '.join(bugs)})" for law, bugs in matrix.sole_killers.items())
-        lines.append(f"sole killers: {_names(sole)}")
+        sole = matrix.sole_killers
+        named = _names(f"{law} ({', '.join(bugs)})" for law, bugs in sole.items())
+        counted = f"{len(sole)} laws kill {sum(map(len, sole.values()))} bugs that no other law kills"
+        lines.append(counted if short else f"sole killers: {named}")
     else:
         lines.append("not every law on every bug: neither laws that killed nothing nor sole killers can be named")
     return "\n".join(lines)
@@ -54,7 +56,7 @@ def markdown(matrix: Matrix, tables: Sequence[str] = (), *, short: bool = False)
         f"{result.cases_to_kill} | {result.seconds_to_kill:.1f} |"
         for result in matrix.results
     ]
-    paragraphs = summary(matrix).split("\n")
+    paragraphs = summary(matrix, short=short).split("\n")
     return "\n\n".join([*paragraphs, *([] if short else ["\n".join([header, *rows])]), *tables])
 
 
@@ -62,8 +64,11 @@ def _first(result: BugResult) -> str:
     return "**survives**" if result.survives else f"`{result.kills[0].law}`"
 
 
-def write_markdown(path: str, matrix: Matrix, tables: Sequence[str] = ()) -> None:
+def write_markdown(path: str, matrix: Matrix, tables: Sequence[str] = (), short_tables: Sequence[str] = ()) -> None:
     """Write the Markdown to a file, or the short one between the two marks of a file that has them.
+
+    Args:
+        tables, short_tables: what follows in the one and the other.
 
     Raises:
         OSError: the file cannot be written.
@@ -74,5 +79,5 @@ def write_markdown(path: str, matrix: Matrix, tables: Sequence[str] = ()) -> Non
         write_atomically(file, markdown(matrix, tables) + "\n")
         return
     before, rest = content.split(BEGIN, 1)
-    text = f"{before}{BEGIN}\n{markdown(matrix, tables, short=True)}\n{END}{rest.split(END, 1)[1]}"
+    text = f"{before}{BEGIN}\n{markdown(matrix, short_tables, short=True)}\n{END}{rest.split(END, 1)[1]}"
     write_atomically(file, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +18,9 @@ from mla_spec.harness.peer_criteria import Close, Cosine, Criterion, Every, NoWo
 from mla_spec.harness.peer_results import accepted, can_see
 from mla_spec.harness.peers import PEERS
 from mla_spec.harness.reach import operations_that_differ
-from mla_spec.harness.selftest import BugResult, Matrix, laws_for, planted_bugs, run_selftest
+from mla_spec.harness.selftest import BugResult, Matrix, laws_for, matrix_from, planted_bugs, run_selftest
 from mla_spec.harness.selftest_report import BEGIN, END, report, summary, write_markdown
+from mla_spec.harness.terminal import write_json
 from mla_spec.harness.verdict import Record
 from mla_spec.planted_bugs import PLANTED, PlantedBug
 from mla_spec.planted_bugs.catalogue import NOT_PLANTED, catalogue
@@ -134,7 +136,7 @@ def test_a_marked_file_gets_the_score_and_another_the_whole_table(tmp_path: Path
     readme, whole = tmp_path / "README.md", tmp_path / "score.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     for path in (readme, whole):
-        write_markdown(str(path), matrix, ["| peers |"])
+        write_markdown(str(path), matrix, ["| all of the peers |"], ["| peers |"])
     text = readme.read_text()
     assert text.startswith(f"before\n{BEGIN}\n1 of 1 planted bugs killed")
     assert text.endswith(f"| peers |\n{END}\nafter\n")
@@ -142,6 +144,21 @@ def test_a_marked_file_gets_the_score_and_another_the_whole_table(tmp_path: Path
     row = f"| P | symptom | `{law}` | 0 | 7 | 2.0 |"
     assert row in whole.read_text()
     assert row not in text
+    assert whole.read_text().endswith("| all of the peers |\n")
+
+
+def test_a_matrix_that_was_written_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    law = next(iter(all_laws()))
+    matrix = Matrix((_result("P", **{law: "fail"}), _result("Q", **{law: "pass"})), complete=True)
+    file, again = tmp_path / "matrix.json", tmp_path / "again.json"
+    write_json(str(file), matrix.as_dict())
+    assert matrix_from(json.loads(file.read_text())) == matrix
+    assert main(["selftest", "--read", str(file), "--json", str(again)]) == 1
+    assert "1 of 2 planted bugs killed" in capsys.readouterr().out
+    assert again.read_text() == file.read_text()
+    file.write_text("{}")
+    assert main(["selftest", "--read", str(file)]) == 2
+    assert "--read must be what `mla-spec selftest --json` wrote" in capsys.readouterr().err
 
 
 def test_the_catalogue_is_whole() -> None:
@@ -205,6 +222,13 @@ def test_what_a_peer_passes_beside_ordinary_arguments_finds_bugs() -> None:
     for bug, ordinary in (("N2", {"noncontiguous": False}), ("F16", {"unused_page": 0}), ("F2", {"unused": 0.0})):
         assert not accepted(peer, PLANTED[bug].make())
         assert accepted(replace(peer, **ordinary), PLANTED[bug].make())
+
+
+def test_a_peer_does_not_see_what_results_do_not_show() -> None:
+    (decode,) = (peer for peer in PEERS if peer.name == "FlashMLA dense decode")
+    (prefill,) = (peer for peer in PEERS if peer.operation == "prefill")
+    assert not can_see(decode, PLANTED["L10"])
+    assert not can_see(prefill, PLANTED["K1"])
 
 
 def test_a_peer_sees_bugs_in_its_own_operation_only() -> None:
