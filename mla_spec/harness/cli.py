@@ -255,8 +255,13 @@ def _cache(options: argparse.Namespace) -> int:
 def _training(options: argparse.Namespace) -> str:
     from mla_spec.harness.activation_report import activation_report
 
-    if options.layout is not None:
-        raise ValueError("--layout is of a cache, which --training does not print")
+    of_a_cache = {
+        "--layout": options.layout is not None,
+        "--page-size": options.page_size != 1,
+        "--tp": options.tp != 1,
+    }
+    for name in (name for name, given in of_a_cache.items() if given):
+        raise ValueError(f"{name} is of a cache, which --training does not print")
     return activation_report(options.model, options.dtype, options.tokens, options.batch)
 
 

@@ -76,7 +76,7 @@ def write_markdown(path: str, matrix: Matrix, tables: Sequence[str] = (), short_
     file = Path(path)
     content = file.read_text(encoding="utf-8") if file.exists() else ""
     if BEGIN not in content or END not in content:
-        write_atomically(file, markdown(matrix, tables) + "\n")
+        write_atomically(file, f"# Planted bugs\n\n{markdown(matrix, tables)}\n")
         return
     before, rest = content.split(BEGIN, 1)
     text = f"{before}{BEGIN}\n{markdown(matrix, short_tables, short=True)}\n{END}{rest.split(END, 1)[1]}"

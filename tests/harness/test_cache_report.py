@@ -63,3 +63,11 @@ def test_a_layout_is_on_every_rank_too() -> None:
     report = cache_report("DeepSeek-V3", "bfloat16", 64, 1, 64, layout="fp8_ds_mla", tensor_parallel=8)
     row = next(line.split() for line in report.splitlines() if line.startswith("fp8_ds_mla"))
     assert row[4:] == [str(61 * 41984), str(61 * 41984), str(8 * 61 * 41984)]
+
+
+@pytest.mark.parametrize("of_a_cache", [("--layout", "fp8_ds_mla"), ("--page-size", "64"), ("--tp", "8")])
+def test_training_refuses_what_is_of_a_cache(of_a_cache: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", "DeepSeek-V3", "--training"]) == 0
+    assert "51840" in capsys.readouterr().out
+    assert main(["cache", "DeepSeek-V3", "--training", *of_a_cache]) == 2
+    assert f"{of_a_cache[0]} is of a cache, which --training does not print" in capsys.readouterr().err
