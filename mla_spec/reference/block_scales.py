@@ -68,4 +68,4 @@ def quantise_weight(weight: Array, block_size: BlockSize, *, power_of_two: bool 
     np.maximum.at(largest, blocks, np.abs(weight))
     scales = np.where(largest > 0, largest / format_of(CODE).max_finite, 1.0)
     scales = np.exp2(np.ceil(np.log2(scales))) if power_of_two else round_to(scales, "float32")
-    return round_to(weight / scales[blocks], CODE, overflow="saturate"), scales
+    return round_to(weight / scales[blocks], CODE), scales

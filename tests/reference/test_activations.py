@@ -229,9 +229,29 @@ def test_compression_of_queries_saves_where_they_are_recomputed() -> None:
     assert kept[0] - kept[1] == 2 * 2 * 1536 + 4
 
 
+def test_everything_that_is_kept_has_its_name_and_size() -> None:
+    kept = mla_activations(**dims(config(5)), recompute=False)
+    assert {a.name: a.elements for a in kept} == {
+        "hidden": 10,
+        "q_down": 5,
+        "c_q": 5,
+        "q rms": 1,
+        "q": 24,
+        "kv_down": 11,
+        "latent": 7,
+        "kv rms": 1,
+        "k": 24,
+        "v": 24,
+        "out": 24,
+        "lse": 3,
+    }
+    assert [a.name for a in kept if a.statistic] == ["q rms", "kv rms", "lse"]
+
+
 def test_statistics_are_wide() -> None:
     heads = {"hidden_size": 4, "num_heads": 2, "qk_head_dim": 3, "v_head_dim": 1}
     kept = mha_activations(**heads)
+    assert {a.name: a.elements for a in kept} == {"hidden": 4, "q": 6, "k": 6, "v": 2, "out": 2, "lse": 2}
     assert [bytes_per_token(kept, d) for d in ("bfloat16", "float32", "float64")] == [
         2 * 20 + 8,
         4 * 20 + 8,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mla_spec.reference.block_scales import CODE, dequantise_weight, quantise_weight, scales_shape
+from mla_spec.reference.block_scales import CODE, block_of, dequantise_weight, quantise_weight, scales_shape
 from mla_spec.reference.formats import format_of, round_to
 
 
@@ -32,6 +32,10 @@ def test_quantised_weights_are_near_and_no_code_saturates(block_size: tuple[int,
     np.testing.assert_array_equal(round_to(codes, CODE), codes)
     np.testing.assert_array_equal(round_to(scales, "float32"), scales)
     assert not power_of_two or (np.frexp(scales)[0] == 0.5).all()
+    # the least scale of the kind: the largest code of each block is 448, or at least half of it
+    largest = np.zeros(scales.shape)
+    np.maximum.at(largest, block_of((6, 9), block_size), np.abs(codes))
+    assert (largest >= 224).all() if power_of_two else (largest == 448).all()
     got = dequantise_weight(codes, scales, block_size)
     fmt = format_of(CODE)
     own = dequantise_weight(np.ones_like(codes), scales, block_size)
@@ -44,6 +48,11 @@ def test_a_block_of_zeros_is_zeros() -> None:
     codes, scales = quantise_weight(np.zeros((3, 3)), (2, 2))
     assert not codes.any()
     assert (scales == 1).all()
+
+
+def test_scales_are_powers_of_two_only_where_asked_for() -> None:
+    assert quantise_weight(np.full((1, 1), 672.0), (1, 1))[1] == 1.5
+    assert quantise_weight(np.full((1, 1), 672.0), (1, 1), power_of_two=True)[1] == 2.0
 
 
 def test_scales_of_another_shape_are_refused() -> None:

@@ -185,7 +185,7 @@ def test_groups_that_do_not_divide_the_heads_are_left_out() -> None:
 
 def test_sizes_are_exact_integers() -> None:
     size = multi_head_cache_size(8, 192, 128, "GQA-8")
-    assert (size.attention, size.elements) == ("GQA-8", 8 * 320)
+    assert (size.attention, size.elements, size.kv_heads) == ("GQA-8", 8 * 320, 8)
     assert size.bytes_per_token("bfloat16", 10**9) == 8 * 320 * 2 * 10**9
     with pytest.raises(ValueError, match="unknown number format 'int3'"):
         size.bytes_per_token("int3", 1)
@@ -213,6 +213,7 @@ def test_kv_heads_are_divided_among_ranks_or_copied() -> None:
     assert kv_heads_on_ranks(20, 20, 1) == [20]
     # Ranks of 4 query heads, 3 of which read one KV head: those of a rank read 2 KV heads.
     assert kv_heads_on_ranks(12, 4, 3) == [2, 2, 2]
+    assert all(type(heads) is int for heads in kv_heads_on_ranks(128, 8, 16))
 
 
 @pytest.mark.parametrize("ranks", [0, -1, 3, 256])

@@ -302,6 +302,12 @@ def test_attention_factor_overrides_the_rules(rule: Any) -> None:
     assert yarn(attention_factor=1.25, attention_factor_rule=rule, mscale_all_dim=0.5).cos_sin_factor == 1.25
 
 
+@pytest.mark.parametrize("factor", [1, 1.0, 1.5])
+def test_any_extension_from_one_on_is_accepted(factor: float) -> None:
+    assert yarn(factor=factor).cos_sin_factor == 1.0
+    assert yarn(factor=factor).softmax_factor == (0.1 * math.log(factor) + 1) ** 2
+
+
 def test_softmax_factor() -> None:
     assert yarn().softmax_factor == (0.1 * LN40 + 1) ** 2
     assert yarn(mscale_all_dim=None).softmax_factor == 1.0
@@ -415,6 +421,7 @@ def test_longrope_factor_on_cos_and_sin() -> None:
     expected = pytest.approx(math.sqrt(17 / 12), rel=4 * 2.0**-53)
     assert longrope_config(131072).cos_sin_factor == expected
     assert longrope_config(4096, factor=32).cos_sin_factor == expected
+    assert longrope_config(131072, factor=2).cos_sin_factor == pytest.approx(math.sqrt(13 / 12), rel=4 * 2.0**-53)
     assert longrope_config(131072, factor=0.5).cos_sin_factor == 1.0
     assert longrope_config(131072, attention_factor=1.25).cos_sin_factor == 1.25
 

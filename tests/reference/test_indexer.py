@@ -67,11 +67,13 @@ def test_indexers_that_cannot_be_expressed_are_named(model: str, message: str) -
 
 
 def test_a_configuration_must_make_sense() -> None:
-    with pytest.raises(ValueError, match="index_topk must be a positive integer, got 0"):
-        replace(CONFIG, index_topk=0)
+    for name in ("hidden_size", "q_lora_rank", "index_n_heads", "index_head_dim", "index_topk"):
+        with pytest.raises(ValueError, match=f"^IndexerConfig: {name} must be a positive integer, got 0$"):
+            replace(CONFIG, **{name: 0})
+    assert replace(CONFIG, rope=RopeConfig(dim=8)).rope_dim == CONFIG.index_head_dim
     with pytest.raises(ValueError, match=r"rope\.dim must not exceed index_head_dim, got 10 and 8"):
         replace(CONFIG, rope=RopeConfig(dim=10))
-    with pytest.raises(ValueError, match="k_norm_eps must be a positive finite number"):
+    with pytest.raises(ValueError, match=r"^IndexerConfig: k_norm_eps must be a positive finite number"):
         replace(CONFIG, k_norm_eps=0.0)
     hidden, q_latent, weights = drawn(CONFIG)
     with pytest.raises(ValueError, match="weights of an indexer must have shapes"):

@@ -85,7 +85,7 @@ def test_shapes_must_fit(outs: tuple[int, ...], lses: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_lses_must_be_numbers_or_minus_infinity(bad: float) -> None:
     outs, lses = parts([0.0, bad])
-    with pytest.raises(ValueError, match="finite or -inf"):
+    with pytest.raises(ValueError, match=r"^lses must be finite or -inf"):
         merge(outs, lses)
 
 

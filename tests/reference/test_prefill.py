@@ -42,16 +42,31 @@ def test_the_last_query_sees_every_key_and_the_first_as_many_fewer() -> None:
     assert np.abs(out - np.concatenate([first, last])).max() < 16 * np.finfo(float).eps
 
 
-def test_the_bound_is_that_of_each_sequence() -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_bound_is_that_of_each_sequence(causal: bool) -> None:
     profile = Profile.default("bfloat16")
-    bounded = prefill_with_bound(Q, K, V, CU_Q, CU_K, softmax_scale=0.7, profile=profile)
-    out, lse = prefill(Q, K, V, CU_Q, CU_K, softmax_scale=0.7)
+    bounded = prefill_with_bound(Q, K, V, CU_Q, CU_K, softmax_scale=0.7, profile=profile, causal=causal)
+    out, lse = prefill(Q, K, V, CU_Q, CU_K, softmax_scale=0.7, causal=causal)
     assert np.abs(bounded.out - out).max() < 16 * np.finfo(float).eps
     np.testing.assert_array_equal(np.isneginf(bounded.lse), np.isneginf(lse))
     rows, cols = slice(3, 5), slice(3, 9)
-    alone = attention_with_bound(Q[rows], K[cols], V[cols], softmax_scale=0.7, profile=profile)
-    np.testing.assert_array_equal(bounded.out_error.total[rows], alone.out_error.total)
-    np.testing.assert_array_equal(bounded.lse_error.total[:, rows], alone.lse_error.total)
+    alone = attention_with_bound(Q[rows], K[cols], V[cols], softmax_scale=0.7, profile=profile, causal=causal)
+    for all_rows, want in (
+        (bounded.out_error, alone.out_error),
+        (bounded.out_error_probable, alone.out_error_probable),
+        (bounded.lse_error.map(np.transpose), alone.lse_error.map(np.transpose)),
+        (bounded.lse_error_probable.map(np.transpose), alone.lse_error_probable.map(np.transpose)),
+    ):
+        for name, term in want.terms.items():
+            np.testing.assert_array_equal(all_rows.terms[name][rows], term)
+
+
+def test_one_sequence_is_attention() -> None:
+    """Whose queries see all keys up to their own by default."""
+    cu = np.array([0, 11])
+    bounded = prefill_with_bound(Q, K[:11], V[:11], cu, cu, softmax_scale=0.7, profile=Profile.default("float32"))
+    np.testing.assert_allclose(bounded.out, prefill(Q, K[:11], V[:11], cu, cu, softmax_scale=0.7)[0], rtol=1e-13)
+    np.testing.assert_allclose(bounded.out[0], np.repeat(V[0], 2, axis=0), rtol=1e-13)
 
 
 @pytest.mark.parametrize(
