@@ -94,6 +94,16 @@ class Matrix:
         ]
 
     @property
+    def late_laws(self) -> list[str]:
+        """Laws that kill, but no bug alone, and none after as few cases as any other law that kills it."""
+        first, killers = set[str](), set[str]()
+        for result in self.results:
+            fewest = min((record.cases for record in result.kills), default=0)
+            first |= {record.law for record in result.kills if record.cases == fewest}
+            killers |= {record.law for record in result.kills}
+        return [name for name in all_laws() if name in killers - first]
+
+    @property
     def sole_killers(self) -> dict[str, list[str]]:
         """The bugs that no other law kills, by law."""
         sole: dict[str, list[str]] = {}
@@ -123,7 +133,11 @@ class Matrix:
             "bugs": [result.as_dict() for result in self.results],
         }
         if self.complete:
-            matrix |= {"laws_that_killed_nothing": self.idle_laws, "sole_killers": self.sole_killers}
+            matrix |= {
+                "laws_that_killed_nothing": self.idle_laws,
+                "laws_that_kill_nothing_first": self.late_laws,
+                "sole_killers": self.sole_killers,
+            }
         return matrix
 
 

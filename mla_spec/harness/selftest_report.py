@@ -26,6 +26,7 @@ def summary(matrix: Matrix, *, short: bool = False) -> str:
     lines = [matrix.score, f"surviving: {_names(result.bug for result in matrix.survivors)}"]
     if matrix.complete:
         lines.append(f"laws that killed nothing: {_names(matrix.idle_laws)}")
+        lines.append(f"laws that kill nothing alone or first (after the fewest cases): {_names(matrix.late_laws)}")
         sole = matrix.sole_killers
         named = _names(f"{law} ({', '.join(bugs)})" for law, bugs in sole.items())
         counted = f"{len(sole)} laws kill {sum(map(len, sole.values()))} bugs that no other law kills"

@@ -130,6 +130,18 @@ def test_a_matrix_names_survivors_idle_laws_and_sole_killers() -> None:
     assert third not in summary(Matrix(results, complete=False))
 
 
+def test_a_law_that_always_needs_more_cases_than_another_is_named() -> None:
+    early, late, later = list(all_laws())[:3]
+    cases = {"P": {early: 2, late: 3, later: 2}, "Q": {early: 5, late: 6}}
+    results = tuple(
+        BugResult(bug, "", tuple(Record(law, bug, "fail", n) for law, n in of.items())) for bug, of in cases.items()
+    )
+    assert Matrix(results, complete=True).late_laws == [late]
+    alone = BugResult("R", "", (Record(late, "R", "fail", 99), Record(early, "R", "pass", 1)))
+    assert Matrix((*results, alone), complete=True).late_laws == []
+    assert f"alone or first (after the fewest cases): {late}\n" in summary(Matrix(results, complete=True))
+
+
 def test_a_marked_file_gets_the_score_and_another_the_whole_table(tmp_path: Path) -> None:
     law = next(iter(all_laws()))
     matrix = Matrix((_result("P", **{law: "fail"}),), complete=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit, TorchLayer
 from mla_spec.planted_bugs.registry import planted
-from mla_spec.reference.config import MLAConfig
+from mla_spec.reference.config import MLAConfig, RopeConfig
 
 
 @planted(
@@ -40,6 +40,21 @@ class RotatedInPlace(TorchAbsorbed):
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         x.copy_(super().rotate(x, cos, sin, interleaved))
         return x.clone()
+
+
+@planted(
+    "X-positions-advanced-in-place",
+    symptom="every layer but the first rotates by the next token's position",
+    shows_when="the caller uses its positions again",
+    killed_by=("test_rope_does_not_modify_its_inputs",),
+)
+class PositionsAdvancedInPlace(TorchAbsorbed):
+    """The positions are advanced for the next step, in the caller's tensor."""
+
+    def rope(self, x: Tensor, positions: Tensor, *, rope: RopeConfig) -> Tensor:
+        out = super().rope(x, positions, rope=rope)
+        positions += 1
+        return out
 
 
 @planted(

@@ -149,6 +149,21 @@ class AccumulatesInFirstPart(TorchAbsorbed):
 
 
 @planted(
+    "X-lses-shifted-in-place",
+    symptom="the LSEs that are kept for the backward pass are all at most 0",
+    shows_when="the caller keeps the parts",
+    killed_by=("test_merge_does_not_modify_its_inputs",),
+)
+class ShiftsLsesInPlace(TorchAbsorbed):
+    """The largest LSE is subtracted in the memory of the parts."""
+
+    def merge(self, outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+        merged = super().merge(outs, lses)
+        lses -= lses.amax(dim=0).clamp(min=torch.finfo(lses.dtype).min)
+        return merged
+
+
+@planted(
     "X32",
     symptom="the output changes when the buffer of parts is used again",
     shows_when="the keys were not split",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -137,3 +139,22 @@ class PagesTakenAsRun(TorchAbsorbed):
     def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
         run = block_table[:, :1] + torch.arange(block_table.shape[1], device=block_table.device)
         return super().gather_batch(kv_cache, run % len(kv_cache), cache_seqlens)
+
+
+@planted(
+    "X-keys-in-order-of-memory",
+    symptom="a request that is preempted and resumed gets other logits",
+    shows_when="a sequence of several full pages that do not lie in order",
+    killed_by=("test_page_relabelling_changes_nothing",),
+)
+class KeysInOrderOfMemory(TorchAbsorbed):
+    """With one query, full pages are read as they lie in memory, so that the order of the sums depends on the allocator."""
+
+    def decode(
+        self, q: Tensor, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if q.shape[1] == 1:
+            block_table = block_table.clone()
+            for row, full in zip(block_table, (cache_seqlens // kv_cache.shape[1]).tolist(), strict=True):
+                row[:full] = row[:full].sort().values
+        return super().decode(q, kv_cache, block_table, cache_seqlens, **options)

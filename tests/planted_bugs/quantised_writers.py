@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit
@@ -132,6 +133,19 @@ class ScaleRoundedDown(TorchAbsorbed):
 
     def stored_scale(self, wanted: Tensor, layout: CacheLayout) -> Tensor:
         return super().stored_scale(wanted, layout) / 2
+
+
+@planted(
+    "X-one-page-more",
+    symptom="the pool is full too early, or the next sequence's first page is cleared",
+    shows_when="the tokens fill their last page",
+    killed_by=(BYTES,),
+)
+class OnePageMore(TorchExplicit):
+    """Pages are counted as tokens // page size + 1."""
+
+    def paged(self, x: Tensor, page_size: int) -> Tensor:
+        return super().paged(F.pad(x, (0, 0, 0, int(len(x) % page_size == 0))), page_size)
 
 
 @planted(

@@ -31,6 +31,22 @@ class OneLayoutForAll(TorchAbsorbed):
 
 
 @planted(
+    "X-half-layout-of-32-dims",
+    symptom="half of the rope dimensions carry no position",
+    shows_when="the half layout with more than 32 rope dimensions",
+    killed_by=("test_rope_layouts_are_equivalent",),
+)
+class HalfLayoutOf32Dims(TorchAbsorbed):
+    """The kernel of the half layout rotates as many pairs as a row of its tile has."""
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        if not interleaved:
+            beyond = torch.arange(cos.shape[-1], device=cos.device) >= 16
+            cos, sin = cos.masked_fill(beyond, 1.0), sin.masked_fill(beyond, 0.0)
+        return super().rotate(x, cos, sin, interleaved)
+
+
+@planted(
     "B7",
     source=(
         "https://github.com/flashinfer-ai/flashinfer/pull/793",
