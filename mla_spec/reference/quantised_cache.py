@@ -80,8 +80,8 @@ def scale_limits(rows: Array, layout: CacheLayout, *, arithmetic: str = "float32
     wanted = _amax(rows, layout) / format_of(layout.code).max_finite
     floored = np.maximum(wanted, layout.scale_floor)
     operations = (4 + 8 * np.abs(np.log2(floored))) * format_of(arithmetic).unit_roundoff
-    slack = operations / (1 - operations)
-    low = np.minimum(wanted * (1 - slack), scale.max_finite)
+    slack = np.where(operations < 1, operations / np.where(operations < 1, 1 - operations, 1.0), np.inf)
+    low = np.minimum(wanted * (1 - np.minimum(slack, 1.0)), scale.max_finite)
     low = _rounded_up(low, scale.name) if scale.positive else round_to(low, scale.name)
     low = np.where(wanted > 0, np.maximum(low, scale.smallest_subnormal), 0.0)
     return low, 2 * floored * (1 + slack)

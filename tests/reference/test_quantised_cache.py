@@ -257,6 +257,34 @@ def test_limits_of_scales_allow_for_the_quantiser_s_arithmetic() -> None:
     assert high < wide_high
 
 
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+def test_limits_of_scales_are_those_written_out(arithmetic: str) -> None:
+    """Four operations and a logarithm of 8 roundoffs lie between the largest magnitude and the scale."""
+    for amax in (448 * 2.0**-40, 448 * 2.0**-9, 3.0, 448.0):
+        rows = np.zeros((1, 128))
+        rows[0, 5] = -amax
+        low, high = scale_limits(rows, LAYOUTS["indexer_fp8"], arithmetic=arithmetic)
+        wanted, least = amax / 448, LAYOUTS["indexer_fp8"].scale_floor
+        n = (4 + 8 * abs(math.log2(max(wanted, least)))) * FORMATS[arithmetic].unit_roundoff
+        slack = n / (1 - n) if n < 1 else math.inf
+        smallest = max(float(round_to(np.array(wanted * (1 - slack)), "float32")), 2.0**-149)
+        assert low[0, 0] == smallest
+        assert high[0, 0] == pytest.approx(2 * max(wanted, least) * (1 + slack), rel=1e-15)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_error_is_that_written_out(name: str) -> None:
+    """What the nearest code leaves, and twice γ_3 of float32 for the division; plain elements are rounded once."""
+    layout = LAYOUTS[name]
+    rows = some_rows(layout)[:3]
+    stored = quantise(rows, layout)
+    bound, nearest = error_bound(rows, stored.scales, layout), dequantise(stored, layout)
+    u = 2.0**-24
+    for token, i in itertools.product(range(3), range(layout.width)):
+        quotient = 2 * (3 * u / (1 - 3 * u)) * abs(rows[token, i]) if i < layout.scaled_dim else 0.0
+        assert bound[token, i] == pytest.approx(abs(rows[token, i] - nearest[token, i]) + quotient, rel=1e-15, abs=0)
+
+
 @pytest.mark.parametrize("name", SCALED)
 def test_faulty_codes_are_refused(name: str) -> None:
     layout = LAYOUTS[name]
