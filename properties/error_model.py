@@ -143,7 +143,8 @@ class ErrorModel:
         p = format_of(self.profile.probabilities)
         # Hardware may flush subnormals of wide formats; those of narrow ones are in reach, and kept.
         lost = p.smallest_subnormal / 2 if p.min_exponent > -100 else p.smallest_normal
-        return np.minimum(self.p, lost / self.total)
+        divided_first = self.profile.row_sum == "normalised"
+        return np.minimum(self.p, lost if divided_first else lost / self.total)
 
     @property
     def _dequantised(self) -> float:
@@ -179,7 +180,7 @@ class ErrorModel:
         along = np.abs(direction @ self.v.swapaxes(1, 2) - (direction * self.out).sum(-1, keepdims=True))  # [b, h, t]
         moved = (self.weight_bias * along).sum(-1)
         # What underflows is missing from P·V; where the row sum has it nevertheless, o itself shrinks.
-        shrinkage = self.underflow.sum(-1, keepdims=True) * (self.profile.row_sum == "unrounded")
+        shrinkage = self.underflow.sum(-1, keepdims=True) * (self.profile.row_sum != "rounded")
         size = (self.relative + shrinkage) * self.magnitude
         if self.profile.output_rounding == "truncate":
             size = size + self.spacing / 2  # 0 where the kernel is better than it says, one spacing where it is not

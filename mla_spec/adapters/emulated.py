@@ -182,6 +182,7 @@ class EmulatedAttention:
         *rows, t = scores.shape
         m, total = np.full(rows, -np.inf), np.zeros(rows)
         out = np.zeros((*rows, v.shape[-1]))
+        divided_first = profile.row_sum == "normalised" and t <= (profile.tile or t)
         for first in range(0, t, profile.tile or max(t, 1)):
             keys = slice(first, first + (profile.tile or t))
             s = scores[..., keys]
@@ -190,13 +191,15 @@ class EmulatedAttention:
             decay, p = self.exp(softmax(m - shift)), self.exp(softmax(s - shift[..., None]))
             p_rounded = self.probabilities(p)
             total = self.row_sum(softmax(total * decay), p_rounded if profile.row_sum == "rounded" else p)
+            if divided_first:
+                p_rounded = self.probabilities(softmax(p / np.where(total == 0, 1.0, total)[..., None]))
             out = rounded(out * decay[..., None], profile.value.format)
             out = multiply_add(out, p_rounded, v[..., keys, :], profile.value, stepwise=self.schedule.stepwise)
             m = m_new
         empty = total == 0
         divisor = np.where(empty, 1.0, total)
         lse = np.where(empty, -np.inf, softmax(np.where(empty, 0.0, m) + self.log(divisor)))
-        return softmax(out / divisor[..., None]), lse
+        return softmax(out if divided_first else out / divisor[..., None]), lse
 
     def probabilities(self, p: Array) -> Array:
         """The weights as they multiply V."""

@@ -31,7 +31,7 @@ def _profile(dtype: str, *, eager: bool, rope: RopeProfile) -> Profile:
     choose a backend that rounds P, so the profile does not rely on that.
     """
     if eager:
-        return Profile.default(dtype, rope=rope, score_format=dtype, score_roundings=2)
+        return Profile.default(dtype, rope=rope, score_format=dtype, score_roundings=2, row_sum="normalised")
     return Profile.default(dtype, rope=rope, operand_roundings=4, tile=16)
 
 

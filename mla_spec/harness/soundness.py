@@ -86,7 +86,7 @@ def _varied(profile: Profile, rng: np.random.Generator) -> Profile:
         "tile": [None, 16, 32, 64, 128, 256],  # multiples of every block
         "splits": [1, 2, 3, 7, 16, 64],
         "probabilities": [wide, "bfloat16", "float16"],
-        "row_sum": ["unrounded", "rounded"],
+        "row_sum": ["unrounded", "rounded", "normalised"],
         "score": accumulators,
         "value": accumulators,
         "output_rounding": ["nearest", "truncate"],

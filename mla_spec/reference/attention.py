@@ -68,17 +68,16 @@ def attention(
     Raises:
         ValueError: shapes do not fit, or a length lies outside 0 .. t.
     """
-    total, out, max_score = np.zeros(()), np.zeros(()), np.full((), -np.inf)
+    total, out = np.zeros(()), np.zeros(())
     for block in softmax_blocks(
         q, k, v, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal, block_size=block_size
     ):
         ones = np.ones((block.weights.shape[-1], 1))
         total = total * block.decay + accurate_product(block.weights, ones)[..., 0]  # [..., g, rows]
         out = out * block.decay[..., None] + accurate_product(block.weights, block.v)  # [..., g, rows, dv]
-        max_score = block.max_score
     s, h = q.shape[-3], q.shape[-2]
     out = out / np.where(total == 0, 1.0, total)[..., None]
-    return rows_to_heads(out, s, h), rows_to_lse(log_sum_exp(max_score, total), s, h)
+    return rows_to_heads(out, s, h), rows_to_lse(log_sum_exp(block.max_score, total), s, h)
 
 
 def softmax_blocks(

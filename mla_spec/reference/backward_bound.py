@@ -17,7 +17,7 @@ from mla_spec.reference.attention import SoftmaxBlock, heads_to_rows, key_block,
 from mla_spec.reference.backward import sink_share
 from mla_spec.reference.bound_moments import Rates, finite
 from mla_spec.reference.bounded import Bounded, matmul, multiply, perhaps_stored, stored
-from mla_spec.reference.bounds import InheritedError, attention_with_bound
+from mla_spec.reference.bounds import BoundedAttention, InheritedError, attention_with_bound
 from mla_spec.reference.formats import FORMATS, format_of
 from mla_spec.reference.profile import Profile, gamma
 from mla_spec.reference.typing import Array, BoolArray, IntArray
@@ -75,6 +75,7 @@ class BackwardAttention:
     key: Bounded  # [..., g, t, d]; 0 where no query sees it, and so is value
     value: Bounded  # [..., g, t, dv]
     out: Bounded  # [..., g, rows, dv]
+    whole: Bounded  # out before a sink takes its share
     p: Bounded  # [..., g, rows, t], without a sink
     share: Bounded  # of the output, what a sink leaves, [..., g, rows, 1]; 1 without one
     largest: BoolArray  # keys whose computed score may be the row's largest, [..., g, rows, t]
@@ -100,18 +101,26 @@ class BackwardAttention:
         profile = replace(profile, cache_dequantised=None)  # gradients do not go through a quantised cache
         h, t, g = q.shape[-2], *k.shape[-3:-1]
         inherited = inherited or InheritedError(np.zeros_like(q), np.zeros_like(k), np.zeros_like(v))
-        forward = attention_with_bound(
-            q,
-            k,
-            v,
-            softmax_scale=softmax_scale,
-            profile=replace(profile, output="float64", output_rounding="nearest"),
-            cache_seqlens=cache_seqlens,
-            causal=causal,
-            inherited=inherited,
-            attn_sink=attn_sink,
-        )
-        out = Bounded(heads_to_rows(forward.out, g), heads_to_rows(forward.out_error.total, g))
+
+        def forward(sink: Array | None) -> BoundedAttention:
+            return attention_with_bound(
+                q,
+                k,
+                v,
+                softmax_scale=softmax_scale,
+                profile=replace(profile, output="float64", output_rounding="nearest"),
+                cache_seqlens=cache_seqlens,
+                causal=causal,
+                inherited=inherited,
+                attn_sink=sink,
+            )
+
+        def output(x: BoundedAttention) -> Bounded:
+            out = Bounded(heads_to_rows(x.out, g), heads_to_rows(x.out_error.total, g))
+            return perhaps_stored(out, profile.output, profile.output_rounding)
+
+        attended = forward(None)
+        whole = output(attended)
         (block,) = softmax_blocks(
             q, k, v, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal, block_size=max(1, t)
         )
@@ -124,7 +133,7 @@ class BackwardAttention:
         rates = Rates.of(profile, q.shape[-1], t)
         delta = _score_error(query, key, softmax_scale, block.scores, rates)
         lse, lse_error = (
-            x.reshape(*block.scores.shape[:-1], 1) for x in (finite(forward.lse), forward.lse_error.total)
+            x.reshape(*block.scores.shape[:-1], 1) for x in (finite(attended.lse), attended.lse_error.total)
         )
         highest = np.where(block.visible, block.scores - delta, -np.inf).max(axis=-1, keepdims=True, initial=-np.inf)
         return cls(
@@ -134,7 +143,8 @@ class BackwardAttention:
             query=query,
             key=key,
             value=value,
-            out=perhaps_stored(out, profile.output, profile.output_rounding),
+            out=whole if attn_sink is None else output(forward(attn_sink)),
+            whole=whole,
             p=_weights(block, lse, delta + lse_error, rates),
             share=_share(attn_sink, lse, lse_error, h, rates),
             largest=block.visible & (block.scores + delta >= highest),
@@ -147,12 +157,12 @@ class BackwardAttention:
         self, out_grad: Array, out_grad_error: Array | None = None, lse_grad: Array | None = None
     ) -> Gradients:
         """Of q [..., s, h, d], k [..., t, g, d] and v [..., t, g, dv], before they are stored; the heads of a group added."""
-        g, narrow = self.key.value.shape[-3], self.profile.probabilities
+        g = self.key.value.shape[-3]
         error = np.zeros_like(out_grad) if out_grad_error is None else out_grad_error
         do = Bounded(heads_to_rows(out_grad, g), heads_to_rows(error, g))
         dlse = np.zeros(self.share.value.shape) if lse_grad is None else lse_grad.reshape(self.share.value.shape)
-        p = perhaps_stored(multiply(self.p, self.share, self.rates.u), narrow)
-        dp = perhaps_stored(matmul(do, _transposed(self.value), self._rate(do.value.shape[-1])), narrow)
+        p = self._narrow_at_any_share(multiply(self.p, self.share, self.rates.u))
+        dp = self._narrow_at_any_share(matmul(do, _transposed(self.value), self._rate(do.value.shape[-1])))
         ds = self._scores(p, dp, do, dlse)  # [..., g, rows, t], times the scale
         dq = matmul(ds, self.key, self._rate(ds.value.shape[-1]))  # [..., g, rows, d]
         s = out_grad.shape[-3]
@@ -165,15 +175,36 @@ class BackwardAttention:
         n += self.profile.operand_roundings + 2
         return max(self.profile.score.relative_error(n), self.profile.value.relative_error(n))
 
+    def _narrow_at_any_share(self, x: Bounded) -> Bounded:
+        """Perhaps in the format of P; with a sink, perhaps before or after its share, at a size that has other neighbours."""
+        name = self.profile.probabilities
+        relative = np.where(self._sunk, format_of(name).unit_roundoff, 0.0) * (np.abs(x.value) + x.error)
+        return Bounded(x.value, np.maximum(perhaps_stored(x, name).error, x.error + relative))
+
+    @property
+    def _sunk(self) -> BoolArray:
+        """Rows with a sink, [..., g, rows, 1]."""
+        return self.share.error > 0
+
     def _mean(self, p: Bounded, dp: Bounded, do: Bounded, gauge: Array) -> Bounded:
-        """D, [..., g, rows, 1]: Σ_d dO_d O_d of the output as it was stored, or Σ_j P_j dP_j."""
+        """D, [..., g, rows, 1]: Σ_d dO_d O_d of the output as it was stored, or Σ_j P_j dP_j.
+
+        Plain steps see a sink through the LSE: they have D of all weights and subtract what the sink takes of it.
+        """
         u = self.rates.u
-        of_weights = _row_sum(multiply(p, dp, u), u)
-        of_out = _row_sum(multiply(do, self.out, u), u)
-        # Plain steps see the sink through the LSE, and add what it takes.
-        relative = self.share.error / np.where(self.share.error > 0, self.share.value, 1.0)
-        through_lse = np.where(self.share.error > 0, 2 * relative + 8 * u, 0.0) * gauge
-        return Bounded(of_weights.value, np.maximum(of_weights.error, of_out.error) + through_lse)
+
+        def of_weights(weights: Bounded) -> Bounded:
+            return _row_sum(multiply(weights, dp, u), u)
+
+        def of_out(out: Bounded) -> Array:
+            return _row_sum(multiply(do, out, u), u).error
+
+        mean = of_weights(p)
+        error = np.maximum(mean.error, of_out(self.out))
+        relative = self.share.error / np.where(self._sunk, self.share.value, 1.0)
+        taken = (1 - self.share.value) * of_out(self.whole) + (2 * relative + 8 * u) * gauge
+        through_lse = of_weights(self._narrow_at_any_share(self.p)).error + taken
+        return Bounded(mean.value, np.where(self._sunk, np.maximum(error, through_lse), error))
 
     def _scores(self, p: Bounded, dp: Bounded, do: Bounded, dlse: Array) -> Bounded:
         """Of the scores before they are scaled: σ (P (dP − D) + P dlse), where a sink changes the first P only."""

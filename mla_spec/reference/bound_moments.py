@@ -44,7 +44,7 @@ class Rates:
             gamma_pv=(1 + profile.value.relative_error(t)) * (1 + narrower) - 1,
             kappa=stored * (1 + u) ** 3 - 1,
             u=u,
-            eps=(profile.exp_error * (1 + rescales) + 2 * rescales) * u,
+            eps=gamma(profile.exp_error * (1 + rescales) + 2 * rescales, u),
             rho=gamma(t + 4, u),
             reference=min(1.0, max(gamma(d, _U64) / gamma_qk, _U64 / u)),
         )
@@ -55,7 +55,7 @@ class Moments:
     """Weighted sums over the keys of one row, each [..., g, rows, dv or 1]; p̂ are the perturbed weights."""
 
     out: Array  # o
-    eta: Array  # η̄
+    surplus: Array  # Σ p expm1(Δ)
     moved: Array  # N
     deviation: Array  # Σ p̂ |v − o|
     inherited: Array  # Σ p̂ e_v
@@ -75,25 +75,24 @@ class Moments:
         stretch = np.exp(shared) * (1 + rates.eps)
         lift = np.expm1(shared) * (1 + rates.eps) + rates.eps
         x, x2 = sums.error[..., None], sums.error_square[..., None]
-        inverse = (1 + np.maximum(np.exp(shared) * x + np.expm1(shared), 0)) / np.float64(max(1 - rates.eps, 0.0))
-        eta = np.maximum(stretch * x + lift, 0)
-        slack = gamma(rates.t + 16, _U64)  # the differences of squares below are rounded in float64
-        eta_square = np.maximum(stretch**2 * x2 + 2 * stretch * lift * x + lift**2, 0)
-        eta_square = eta_square + slack * (stretch**2 * x2 + 2 * np.abs(stretch * lift) * x + lift**2)
+        surplus = np.exp(shared) * x + np.expm1(shared)
+        inverse = (1 + surplus) / np.float64(max(1 - rates.eps, 0.0))
+        eta_square = stretch**2 * x2 + 2 * stretch * lift * x + lift**2
+        slack = gamma(rates.t + 16, _U64)  # the difference of squares is rounded in float64
         spread = np.maximum(sums.out_square - o * o, 0) + slack * (sums.out_square + o * o)
         moved = np.sqrt(eta_square) * np.sqrt(spread)
         deviation = (np.sqrt(spread) + moved) * inverse
         inherited = (sums.v_error + np.sqrt(eta_square * sums.v_error_square)) * inverse
         return cls(
             out=o,
-            eta=eta,
+            surplus=surplus,
             moved=moved * inverse,
             deviation=deviation,
             inherited=inherited,
             gauge=np.abs(o) + deviation + inherited,
             growth=stretch * inverse,
             inverse=inverse,
-            row_total=np.exp(np.clip(finite(sums.lse) - m, 0, 700))[..., None],
+            row_total=np.exp(finite(sums.lse) - m)[..., None],
             shares=np.expm1(split) if rates.profile.merge_shares == "unnormalised" else np.zeros_like(split),
         )
 

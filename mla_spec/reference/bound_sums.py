@@ -58,7 +58,7 @@ def bound_sums(
     zero = np.zeros(())
     total, error, error_square, weight_square = zero, zero, zero, zero
     columns, value_square, cells = zero, zero, zero
-    least, m = np.full((), np.inf), np.full((), -np.inf)
+    least = np.full((), np.inf)
     for block in blocks:
         m, decay = block.max_score, block.decay
         least = np.minimum(least, np.where(block.visible, block.scores, np.inf).min(axis=-1, initial=np.inf))

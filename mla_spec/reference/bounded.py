@@ -72,18 +72,23 @@ def multiply(a: Bounded, b: Bounded, rate: float) -> Bounded:
     return Bounded(value, error + (rate + _U64) * (np.abs(value) + error))
 
 
-def product(subscripts: str, weight: Array, x: Bounded, profile: Profile) -> Bounded:
-    """einsum(subscripts, weight, x) summed over one index, as a projection in the profile's arithmetic."""
-    value, bound = product_terms(subscripts, weight, x, profile)
+def product(subscripts: str, weight: Array, x: Bounded, profile: Profile, terms: int | None = None) -> Bounded:
+    """einsum(subscripts, weight, x) summed over one index, as a projection in the profile's arithmetic.
+
+    The sum may be a part of one of ``terms`` products, in any order.
+    """
+    value, bound = product_terms(subscripts, weight, x, profile, terms)
     return Bounded(value, bound.total)
 
 
-def product_terms(subscripts: str, weight: Array, x: Bounded, profile: Profile) -> tuple[Array, ErrorBound]:
+def product_terms(
+    subscripts: str, weight: Array, x: Bounded, profile: Profile, terms: int | None = None
+) -> tuple[Array, ErrorBound]:
     """``product`` with the contributions to its error by name."""
     value = np.einsum(subscripts, weight, x.value, optimize=True)
     carried = np.einsum(subscripts, np.abs(weight), x.error, optimize=True)
     gauge = np.einsum(subscripts, np.abs(weight), np.abs(x.value) + x.error, optimize=True)
-    n = x.value.shape[-1]
+    n = terms or x.value.shape[-1]
     accumulated = (profile.linear.relative_error(n) + gamma(n, _U64)) * gauge
     unrounded = Bounded(value, carried + accumulated)
     return value, ErrorBound(

@@ -29,24 +29,24 @@ def added(a: Bounded, b: Bounded, profile: Profile) -> Bounded:
     return perhaps_stored(Bounded(value, error + _U64 * np.abs(value)), profile.dtype)
 
 
-def summed_over_heads(x: Bounded, terms: int, profile: Profile) -> Bounded:
-    """[..., i] of the gradients [..., h, i] that the heads of one operand give it, sums of ``terms`` products in all."""
-    each = perhaps_stored(x, profile.dtype)
-    rate = profile.linear.relative_error(terms) + gamma(terms, _U64)
-    error = each.error.sum(axis=-2) + rate * (np.abs(each.value) + each.error).sum(axis=-2)
+def summed_over_heads(x: Bounded, profile: Profile) -> Bounded:
+    """[..., i] of the gradients [..., h, i] that the heads of one operand give it, as they may be stored."""
+    heads = x.value.shape[-2]
+    rate = profile.linear.relative_error(heads) + gamma(heads, _U64)
+    error = x.error.sum(axis=-2) + rate * (np.abs(x.value) + x.error).sum(axis=-2)
     return perhaps_stored(Bounded(x.value.sum(axis=-2), error), profile.dtype)
 
 
 def weight_gradient(grad: Bounded, x: Bounded, profile: Profile) -> Gradient:
     """∂W [o, i] of y = W x: Σ over tokens of ∂y xᵀ, for ∂y [..., s, o] and x [..., s, i] of each sequence."""
-    tokens = grad.value.size // max(1, grad.value.shape[-1])
+    tokens = grad.value[..., 0].size
     transposed = Bounded(np.swapaxes(grad.value, -1, -2), np.swapaxes(grad.error, -1, -2))
     return _over_sequences(matmul(transposed, x, profile.linear.relative_error(tokens)), 2, profile)
 
 
 def weight_gradient_by_head(grad: Bounded, x: Bounded, profile: Profile) -> Gradient:
     """∂W [h, o, i] of y = W x of each head, for ∂y [..., s, h, o] and x [..., s, h or 1, i]."""
-    tokens = grad.value.size // max(1, grad.value.shape[-1] * grad.value.shape[-2])
+    tokens = grad.value[..., 0, 0].size
     by_head = Bounded(*(np.moveaxis(a, -3, -1) for a in (grad.value, grad.error)))  # [..., h, o, s]
     rows = Bounded(*(np.moveaxis(a, -3, -2) for a in (x.value, x.error)))  # [..., h or 1, s, i]
     return _over_sequences(matmul(by_head, rows, profile.linear.relative_error(tokens)), 3, profile)
@@ -61,7 +61,9 @@ def _over_sequences(parts: Bounded, axes: int, profile: Profile) -> Gradient:
     if len(parts.value) > 1:
         each = perhaps_stored(parts, profile.dtype)
         largest = (np.abs(each.value) + each.error).sum(axis=0)
-        sums = (len(parts.value) - 2) * half_ulp(largest, profile.dtype) + gamma(len(parts.value), _U64) * largest
+        between = len(parts.value) - 2
+        grown = largest * (1 + format_of(profile.dtype).unit_roundoff) ** between  # by the roundings before
+        sums = between * half_ulp(grown, profile.dtype) + gamma(len(parts.value), _U64) * largest
         apart = each.error.sum(axis=0) - carried + sums
     total = Bounded(value, carried + apart)
     # A term of the bound, which adds up to the whole but for the roundings of its own sum.
@@ -88,7 +90,7 @@ def rms_norm_gradients(
     unit = Bounded(x.value / rms.rms, rms.divide(x))
     unit = perhaps_stored(Bounded(unit.value, unit.error + rate * (np.abs(unit.value) + unit.error)), profile.dtype)
     each = perhaps_stored(multiply(grad, unit, u), profile.dtype)  # [..., s, n]
-    tokens = profile.linear.relative_error(each.value.size // max(1, n)) + gamma(each.value.size, _U64)
+    tokens = profile.linear.relative_error(each.value[..., 0].size) + gamma(each.value.size, _U64)
     per_sequence = Bounded(
         each.value.sum(axis=-2), (each.error + tokens * (np.abs(each.value) + each.error)).sum(axis=-2)
     )

@@ -23,7 +23,7 @@ class BoundedRms:
 
     Attributes:
         rms: the exact one.
-        shift: how far a computed one may be from it.
+        shift: how far a computed one may be from it; at most the rms, as a larger one only makes x / rms smaller.
         least: the smallest that it may be.
     """
 
@@ -34,7 +34,7 @@ class BoundedRms:
     @classmethod
     def of(cls, x: Bounded, eps: float) -> BoundedRms:
         rms = np.sqrt(np.mean(x.value**2, axis=-1, keepdims=True) + eps)
-        shift = np.minimum(np.sqrt(np.mean(x.error**2, axis=-1, keepdims=True)), rms * (1 - 1e-9))
+        shift = np.minimum(np.sqrt(np.mean(x.error**2, axis=-1, keepdims=True)), rms)
         return cls(rms, shift, np.maximum(rms - shift, np.sqrt(eps)))
 
     def divide(self, x: Bounded) -> Array:

@@ -5,12 +5,12 @@ Per row and value dim, with σ the softmax scale, s_j = σ q·k_j, m = max s, p 
     G_j = σ Σ_i |q_i| |k_ji|                                gauge of a score
     Δ_j = Γ_QK G_j + κ |s_j| + u (m − s_j) + inherited      error of a score
     η_j = expm1(Δ_j)(1 + ε) + ε                             relative error of a weight exp(s_j − m)
-    η̄   = Σ p_j η_j
     N   = Σ p_j η_j |v_j − o| · (1 + Σ p_j expm1(Δ_j))/(1 − ε)
 
 N is the effect on o: softmax is shift invariant, hence v − o, and Σ p_j exp(−Δ_j) ≥ 1/(1 + Σ p_j expm1(Δ_j)), so it stays
-finite for errors of any size. Sums of |v − o| have no product form; by Cauchy-Schwarz Σ p η |v − o| is at most
-sqrt(Σ p η²) · sqrt(Σ p (v − o)²), which needs the products of p with v and v² alone.
+finite for errors of any size. For the same reason log(1 + Σ p_j expm1(Δ_j)) − log(1 − ε) is the effect on the LSE. Sums of
+|v − o| have no product form; by Cauchy-Schwarz Σ p η |v − o| is at most sqrt(Σ p η²) · sqrt(Σ p (v − o)²), which needs the
+products of p with v and v² alone.
 
 Every inequality is worst case: a result outside the bound proves that the arithmetic is not what the profile declares.
 Where the roundings of many weights to a narrow format spread, their sum is far below the worst case; the probable error
@@ -126,7 +126,7 @@ def attention_with_bound(
         column = np.sqrt(k.shape[-3] * np.einsum("...tgd,...tgd->...gd", size, size))[..., None, :]  # [..., g, 1, dv]
         roundings = [rounded_p(moments, rates, column)]
         if probable:
-            likely = Likely.of(sums, moments, rates, k)
+            likely = Likely.of(sums, moments, k)
             pair = likely.rounded_p(moments, rates, column), likely.rounded_sum(moments, rates)
             roundings.append((np.minimum(roundings[0][0], pair[0]), np.minimum(roundings[0][1], pair[1])))
         lse_errors = [_lse_error(sums, moments, rates, rounded_sum) for _, rounded_sum in roundings]
@@ -207,7 +207,7 @@ class _Sink:
         if attn_sink is None:
             return cls(np.ones(()), np.zeros(()))
         sink = heads_to_rows(np.broadcast_to(attn_sink[:, None], (s, *attn_sink.shape, 1)), groups)[..., 0]
-        distance = np.where(np.isneginf(sink), np.inf, finite(sums.lse) - sink)  # [..., g, rows]
+        distance = finite(sums.lse) - sink  # [..., g, rows]
         share = 1 / (1 + np.exp(-distance))
         # The share changes by (1 − share) times what the distance does, and by a few roundings of its own.
         size = np.abs(finite(sums.lse)) + np.where(np.isinf(sink), 0.0, np.abs(sink))
@@ -251,8 +251,9 @@ def _out_error(moments: Moments, rates: Rates, rounding: Array, sink: _Sink) -> 
 def _lse_error(sums: BoundSums, moments: Moments, rates: Rates, rounded_sum: Array) -> ErrorBound:
     """Error of m + log Σ exp(s − m)."""
     profile = rates.profile
-    log_total = np.log1p(moments.eta[..., 0]) - np.log(max(1 - rates.eps, 0.0))
-    log_total = log_total - np.log1p(-np.minimum(rounded_sum[..., 0], 0.5))
+    # The least sum of the perturbed weights is further from 1 than the largest: 1/(1 − ε) > 1 + ε.
+    log_total = np.log1p(moments.surplus[..., 0]) - np.log(max(1 - rates.eps, 0.0))
+    log_total = log_total - np.log1p(-np.minimum(rounded_sum[..., 0], 1.0))
     u = max(rates.u, format_of(profile.lse).unit_roundoff)
     size = 3 * np.abs(finite(sums.lse)) + 2 * np.abs(finite(sums.max_score)) + 2
     return ErrorBound(

@@ -79,7 +79,7 @@ def layer_norm_with_bound(x: Bounded, weight: Array, bias: Array, eps: float, pr
     moved = moved + _gamma(n + 1, u) * mean(size)
     variance = _gamma(4 * n + 8, u) * mean(size**2) / least**2
     with np.errstate(divide="ignore"):
-        growth = 1 / np.sqrt(np.maximum(1 - variance, 0.0)) - 1
+        growth = np.expm1(-0.5 * np.log1p(-np.minimum(variance, 1.0)))  # 1/sqrt(1 − variance) − 1
     exact = centred / deviation
     carried = moved / least + np.abs(exact) * shift / least
     relative = growth + (1 + growth) * (_gamma(8, u) + stored.unit_roundoff)

@@ -88,13 +88,13 @@ class _Backward:
         w_uk, w_uv = absorb(self.weights["kv_b_proj"], self.config)
         q_grad, k_grad, v_grad = self.attention(attended_grad)
         k_nope_grad, latent = k_grad[..., :n], self.layer.latent[..., None, :]
-        terms = h * (n + self.config.v_head_dim)
-        by_key = summed_over_heads(product("hnc,...thn->...thc", w_uk, k_nope_grad, profile), terms, profile)
-        by_value = summed_over_heads(product("hvc,...thv->...thc", w_uv, v_grad, profile), terms, profile)
+        terms = h * (n + self.config.v_head_dim)  # one projection back sums those of all heads, in any order
+        by_key = summed_over_heads(product("hnc,...thn->...thc", w_uk, k_nope_grad, profile, terms), profile)
+        by_value = summed_over_heads(product("hvc,...thv->...thc", w_uv, v_grad, profile, terms), profile)
         return _Heads(
             q_grad=q_grad,
             latent_grad=added(by_key, by_value, profile),
-            k_pe_grad=summed_over_heads(k_grad[..., n:], h, profile),
+            k_pe_grad=summed_over_heads(k_grad[..., n:], profile),
             w_uk_grad=weight_gradient_by_head(k_nope_grad, latent, profile),
             w_uv_grad=weight_gradient_by_head(v_grad, latent, profile),
         )

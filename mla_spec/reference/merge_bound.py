@@ -84,6 +84,7 @@ def merge_with_bound(
     moved_lses = np.where(present, 0.0 if lse_errors is None else lse_errors, 0.0)
     moved_outs = np.where(part_columns(present), 0.0 if out_errors is None else out_errors, 0.0)
     outs = np.where(part_columns(present), outs, 0.0)
+    largest_error = moved_lses.max(axis=0, initial=0)  # [..., h, s]
     with np.errstate(over="ignore", invalid="ignore"):
         excess = np.expm1(moved_lses)  # [parts, ..., h, s]
         stretch = 1 + (shares * excess).sum(axis=0)  # [..., h, s]
@@ -92,9 +93,9 @@ def merge_with_bound(
             distances=np.where(present, lse - lses, 0.0) + moved_lses + np.log(stretch),
             shares=shares * (1 + excess) * stretch,
             outs=np.abs(outs) + moved_outs,
-            largest=np.abs(np.where(seen, lses.max(axis=0, initial=-np.inf), 0.0)) + moved_lses.max(axis=0, initial=0),
+            largest=np.abs(np.where(seen, lses.max(axis=0, initial=-np.inf), 0.0)) + largest_error,
             lse=np.abs(np.where(seen, lse, 0.0)) + np.log(stretch),
-            log_total=-np.log(shares.max(axis=0, initial=np.finfo(np.float64).tiny)) + 2 * np.log(stretch),
+            log_total=-np.log(shares.max(axis=0, initial=np.finfo(np.float64).tiny)) + largest_error + np.log(stretch),
         )
         # A changed LSE moves weight between parts: softmax is shift invariant, hence O_i − out.
         moved = part_columns(shares * excess * stretch) * np.abs(outs - out)

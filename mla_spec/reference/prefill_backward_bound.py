@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from mla_spec.reference.backward import scattered
 from mla_spec.reference.backward_bound import BackwardAttention, Gradients, attention_backward_with_bound
 from mla_spec.reference.bounded import Bounded, perhaps_stored, stored
-from mla_spec.reference.formats import format_of
+from mla_spec.reference.formats import Rounding, format_of
 from mla_spec.reference.prefill import packed_sequences
 from mla_spec.reference.profile import Profile
 from mla_spec.reference.sparse import selected_indices, selected_rows
@@ -80,13 +82,18 @@ def sparse_prefill_backward_with_bound(
     )
     dlse = None if lse_grad is None else np.swapaxes(lse_grad, -1, -2)[..., None]  # [..., s, h, 1]
     gradients = attention.gradients(out_grad[..., None, :, :], lse_grad=dlse)
-    dq, as_key, as_value = gradients[0], *(perhaps_stored(x, profile.dtype) for x in gradients[1:])
+    dq, as_key, as_value = gradients[0], *(_either_way(perhaps_stored, x, profile) for x in gradients[1:])
     rest = [*[(0, 0)] * (as_key.value.ndim - 1), (0, kv.shape[-1] - head_dim_v)]
     as_value = as_value.map(lambda x: np.pad(x, rest))
-    each = perhaps_stored(Bounded(as_key.value + as_value.value, as_key.error + as_value.error), profile.dtype)
+    each = _either_way(perhaps_stored, Bounded(as_key.value + as_value.value, as_key.error + as_value.error), profile)
     dkv = _added_up(each[..., 0, :], *selected_indices(kv, indices, topk_length), kv.shape[-2], profile)
-    q_grad, kv_grad = (stored(x, profile.dtype, profile.output_rounding) for x in (dq[..., 0, :, :], dkv))
-    return q_grad, kv_grad
+    return stored(dq[..., 0, :, :], profile.dtype, profile.output_rounding), _either_way(stored, dkv, profile)
+
+
+def _either_way(store: Callable[[Bounded, str, Rounding], Bounded], x: Bounded, profile: Profile) -> Bounded:
+    """X stored by the subject, or by automatic differentiation around it, which rounds to nearest."""
+    roundings: tuple[Rounding, Rounding] = ("nearest", profile.output_rounding)
+    return Bounded(x.value, np.maximum(*(store(x, profile.dtype, rounding).error for rounding in roundings)))
 
 
 def _added_up(rows: Bounded, chosen: IntArray, count: IntArray, t: int, profile: Profile) -> Bounded:
@@ -95,6 +102,8 @@ def _added_up(rows: Bounded, chosen: IntArray, count: IntArray, t: int, profile:
     value, error, size, entries = (
         scattered(x, chosen, count, t) for x in (rows.value, rows.error, size, np.ones_like(size))
     )
-    roundings = np.maximum(entries - 1, 0) * format_of(profile.dtype).unit_roundoff
-    rate = np.where(roundings < 1, roundings / np.where(roundings < 1, 1 - roundings, 1.0), np.inf)  # γ
-    return Bounded(value, error + np.where(entries > 1, rate * size, 0.0))
+    doubled = 2 if profile.output_rounding == "truncate" else 1
+    roundings = (entries - 1) * doubled * format_of(profile.dtype).unit_roundoff
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate = roundings / np.maximum(1 - roundings, 0.0)  # γ
+        return Bounded(value, error + np.where(size > 0, rate * size, 0.0))

@@ -79,7 +79,8 @@ class Profile:
         exp_error: relative error of exp, in units of the softmax format's roundoff.
         tile: keys per step of an online softmax, which rescales at each step; None for a softmax over all keys.
         probabilities: format of the weights P that multiply V.
-        row_sum: whether the row sum adds the weights before ("unrounded") or after ("rounded") that rounding.
+        row_sum: whether the row sum adds the weights before ("unrounded") or after ("rounded") that rounding;
+            "normalised" where it adds them before and they may be divided by it before they are rounded.
         value: accumulation of P·V.
         splits: parts into which the keys may be split and which are then merged by their LSEs, all at once;
             ``split_format`` stores the parts.
@@ -108,7 +109,7 @@ class Profile:
     exp_error: float = 4.0
     tile: int | None = None
     probabilities: str = "float32"
-    row_sum: Literal["unrounded", "rounded"] = "unrounded"
+    row_sum: Literal["unrounded", "rounded", "normalised"] = "unrounded"
     value: Accumulator = field(default_factory=Accumulator)
     splits: int = 1
     merge_every: int | None = None
@@ -179,7 +180,7 @@ class Profile:
 
 
 _CHOICES = {
-    "row_sum": ("unrounded", "rounded"),
+    "row_sum": ("unrounded", "rounded", "normalised"),
     "merge_shares": ("unnormalised", "normalised"),
     "output_rounding": ("nearest", "truncate"),
     "form": ("explicit", "absorbed"),

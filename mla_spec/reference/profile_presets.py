@@ -30,7 +30,7 @@ def _merge(dtype: str) -> Profile:
 
 def _eager(dtype: str) -> Profile:
     """Attention of single PyTorch operations: scores stored after the product and after scaling, P after the division."""
-    return Profile.default(dtype, score_format=dtype, score_roundings=2)
+    return Profile.default(dtype, score_format=dtype, score_roundings=2, row_sum="normalised")
 
 
 PRESETS: Final[dict[str, Profile]] = {

@@ -80,7 +80,8 @@ def rope_with_bound(
     carried = joined(e_first * cos + e_second * sin, e_second * cos + e_first * sin)
     rounded = (2 * u_r + u_r**2) * joined(a * cos + b * sin, b * cos + a * sin)
     error = angle + table + carried + rounded
-    stored = np.full_like(out, format_of(output).smallest_subnormal)  # products that underflow
+    underflow = max(format_of(name).smallest_subnormal for name in (profile.rotation, output))  # of two products
+    stored = np.full_like(out, underflow)
     if profile.rotation != output:
         stored = stored + half_ulp(np.abs(out) + error, output)
     norm = joined(first + second, first + second) * factor

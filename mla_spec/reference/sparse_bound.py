@@ -53,7 +53,7 @@ def indexer_with_bound(
         {
             "products of q and k": (1 + rate) * product,
             "error of the operands": (1 + rate) * inherited,
-            f"scores in {stored.name} and their weighted sum": rate * (weighted(q, k) + product) + underflow,
+            f"scores in {stored.name} and their weighted sum": rate * weighted(q, k) + underflow,
             "the reference's own float64": gamma(d + h + 2, _U64) * gauge,
         }
     )
@@ -70,7 +70,8 @@ def max_logits_with_bound(
 ) -> tuple[Array, ErrorBound]:
     """The largest softmax_scale · q·k of each row of ``sparse_attention``, and its error.
 
-    With every score s_j off by at most Δ_j, the largest one lies between max(s_j − Δ_j) and max(s_j + Δ_j).
+    With every score s_j off by at most Δ_j, the largest one lies between max(s_j − Δ_j) and max(s_j + Δ_j), of which the
+    latter is further away.
 
     Returns:
         (max_logits, error), both [..., h, s]; a row that selects nothing gives -inf, exactly.
@@ -84,9 +85,9 @@ def max_logits_with_bound(
     largest = _largest(scores, visible)
     some = ~np.isneginf(largest)
     m = np.where(some, largest, 0.0)
-    moved = np.maximum(_largest(scores + delta, visible) - m, m - _largest(scores - delta, visible))
+    moved = _largest(scores + delta, visible) - m
     # Kernels multiply by log2(e) and back.
-    stored = (2 * rates.u + format_of(profile.lse).unit_roundoff) * np.abs(m)
+    stored = (2 * rates.u + format_of(profile.lse).unit_roundoff) * (np.abs(m) + moved)
     own = gamma(q.shape[-1] + 2, _U64) * gauge.max(axis=-1, initial=0.0)
     error = ErrorBound({"error of the scores": moved, "rounding": stored, "the reference's own float64": own})
     exact_where_empty = error.map(lambda term: np.swapaxes(np.where(some, term, 0.0), -1, -2))
@@ -107,4 +108,4 @@ def selection_shortfall(logits: Array, error: Array, selected: BoolArray, visibl
     weakest = np.where(selected, logits + error, np.inf).min(axis=-1, initial=np.inf)
     strongest = np.where(visible & ~selected, logits - error, -np.inf).max(axis=-1, initial=-np.inf)
     unlimited = np.isinf(weakest) | np.isinf(strongest)  # nothing selected, or all that is visible
-    return np.where(unlimited, 0.0, np.where(unlimited, 0.0, strongest) - np.where(unlimited, 0.0, weakest))
+    return np.where(unlimited, 0.0, strongest - weakest)

@@ -24,21 +24,29 @@ def underflow(moments: Moments, rates: Rates) -> Array:
     p = format_of(rates.profile.probabilities)
     # Hardware may flush subnormals of wide formats; those of narrow ones are in reach, and kept.
     lost = p.smallest_subnormal / 2 if p.min_exponent > -100 else p.smallest_normal
+    if rates.profile.row_sum == "normalised":
+        return np.full_like(moments.inverse, lost)
     return lost * moments.inverse / moments.row_total
 
 
 def rounded_p(moments: Moments, rates: Rates, column: Array) -> tuple[Array, Array]:
     """R: what rounding P moves the output by, and, relatively, the row sum where it adds the rounded weights.
 
-    ``column`` is Σ_j |v_j|, for the underflow of weights.
+    With errors d_j of the weights, |d_j| ≤ u_p p̂_j + lost, and a row sum that adds the rounded ones, the output moves by
+    Σ d_j (v̂_j − ô)/(1 + Σ d_j), where ô = Σ p̂_j v̂_j.
+
+    Args:
+        column: Σ_j |v̂_j|, for the underflow of weights.
     """
     u_p = format_of(rates.profile.probabilities).unit_roundoff
     lost = underflow(moments, rates)
-    if rates.profile.row_sum == "unrounded":
+    if rates.profile.row_sum != "rounded":
         return u_p * moments.gauge + lost * column, np.zeros_like(lost)
-    moved = u_p / (1 - u_p) * (moments.deviation + moments.moved)
-    moved = moved + lost * (column + rates.t * (np.abs(moments.out) + moments.moved))
-    return moved, u_p + rates.t * lost
+    off = moments.moved + moments.inherited  # how far the mean that the perturbed values deviate from may be from o
+    spread = moments.deviation + moments.inherited + off
+    change = u_p * spread + lost * (column + rates.t * (np.abs(moments.out) + off))
+    relative = u_p + rates.t * lost
+    return change / np.maximum(1 - relative, 0), relative
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ class Likely:
     values: Array  # λ sqrt(Σ p̂² v̂²), [..., g, rows, dv]
 
     @classmethod
-    def of(cls, sums: BoundSums, moments: Moments, rates: Rates, k: Array) -> Likely:
-        judged = max(2, moments.out.size)
+    def of(cls, sums: BoundSums, moments: Moments, k: Array) -> Likely:
+        judged = max(1, moments.out.size)
         tail = math.sqrt(2 * math.log(2 * judged / FAILURE_PROBABILITY))
         mass = np.where(sums.cells > 0, sums.cells, 1.0)
         spread = np.exp(-(mass * np.log(mass)).sum(axis=-1)) >= SPREAD  # [..., g, rows]
@@ -67,10 +75,11 @@ class Likely:
         """R, for ``rounded_p``."""
         u_p = format_of(rates.profile.probabilities).unit_roundoff
         lost = underflow(moments, rates)
-        if rates.profile.row_sum == "unrounded":
+        if rates.profile.row_sum != "rounded":
             return u_p * self.values + lost * column
-        moved = u_p / (1 - u_p) * (self.values + (np.abs(moments.out) + moments.moved) * self.weights)
-        return moved + lost * (column + rates.t * (np.abs(moments.out) + moments.moved))
+        size = np.abs(moments.out) + moments.moved + moments.inherited
+        change = u_p * (self.values + size * self.weights) + lost * (column + rates.t * size)
+        return change / np.maximum(1 - u_p - rates.t * lost, 0)
 
     def rounded_sum(self, moments: Moments, rates: Rates) -> Array:
         """The relative error of a sum of rounded weights."""

@@ -239,6 +239,7 @@ def test_lse_in_bfloat16_must_be_declared() -> None:
     assert excesses(kernel, case, Profile.default("bfloat16"))[1] > 1
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("std", [1e4, 1e30, 1e150])
 def test_bound_is_a_number_or_infinite_for_logits_of_any_size(name: str, std: float) -> None:
@@ -255,18 +256,53 @@ def test_bound_is_a_number_or_infinite_for_logits_of_any_size(name: str, std: fl
 
 
 @pytest.mark.parametrize("row_sum", ["rounded", "unrounded"])
-def test_weights_lost_in_float16_are_in_the_bound(row_sum: Any) -> None:
-    """400 weights of 2^-26, below half the smallest float16, carry the whole output; the largest weight has value 0."""
-    kernel = EmulatedAttention(Profile.default("float32", probabilities="float16", row_sum=row_sum))
-    k = np.append(np.full(400, -26 * math.log(2)), 0.0)[:, None, None]
-    v = np.append(np.ones(400), 0.0)[:, None, None]
-    case = Inputs(np.ones((1, 1, 1)), round_to(k, "float32"), v, 1.0, 401)
+@pytest.mark.parametrize(("probabilities", "keys"), [("float16", 400), ("float8_e4m3fn", 4096)])
+def test_weights_lost_to_underflow_are_in_the_bound(probabilities: str, keys: int, row_sum: Any) -> None:
+    """Weights below half the smallest number carry the whole output; the largest weight has value 0.
+
+    In float8 they weigh 4 times as much as the largest.
+    """
+    kernel = EmulatedAttention(Profile.default("float32", probabilities=probabilities, row_sum=row_sum))
+    lost = math.log(0.49 * format_of(probabilities).smallest_subnormal)
+    k = np.append(np.full(keys, lost), 0.0)[:, None, None]
+    v = np.append(np.ones(keys), 0.0)[:, None, None]
+    case = Inputs(np.ones((1, 1, 1)), round_to(k, "float32"), v, 1.0, keys + 1)
     out, _ = attend(kernel, case)
     assert (out == 0).all()
     assert (bounded(case, kernel.profile).out > 5e-6).all()
     assert max(excesses(kernel, case)) <= 1
 
 
+def test_weights_that_are_divided_before_they_are_rounded_lose_more_to_underflow() -> None:
+    """256 leading keys of value 0 make the other weights, of 2^-17 before the division, less than float16 holds."""
+    kernel = EmulatedAttention(Profile.default("float16", row_sum="normalised"))
+    k, v = (np.repeat(values, (256, 4000))[:, None, None] for values in ((0.0, -12.0), (0.0, 1.0)))
+    case = Inputs(np.ones((1, 1, 1)), k, v, 1.0, 4256)
+    assert (attend(kernel, case)[0] == 0).all()
+    assert max(excesses(kernel, case)) <= 1
+    assert excesses(kernel, case, Profile.default("float16"))[0] > 1
+
+
+def test_rounding_p_in_both_sums_moves_errors_of_the_values_too() -> None:
+    """Values of 0 that may be off: nothing deviates from the exact output, but from the one that is computed."""
+    profile = Profile.default("float32", probabilities="bfloat16", row_sum="rounded")
+    k = np.log(np.array([1.0, 0.5 * (1 + 1.001 * 2.0**-8)]))[:, None, None]  # the second weight is rounded up by 2^-8
+    case = Inputs(np.ones((1, 1, 1)), round_to(k, "float32"), np.zeros((2, 1, 1)), 1.0, 2)
+    off = np.array([0.0, 1.0])[:, None, None]
+    want = bounded(case, profile, inherited=InheritedError(0 * case.q, 0 * case.k, off))
+    out, _ = attend(EmulatedAttention(profile), replace(case, v=off))
+    assert out > want.out_error.terms["error of the operands"] * (1 + 2.0**-10)
+    assert out <= want.out_error.total
+
+
+def test_a_cache_without_keys_is_exact() -> None:
+    want = bounded(one_row(3, 1.0, t=0), Profile.default("bfloat16", row_sum="rounded"), probable=True)
+    assert (want.lse == -np.inf).all()
+    for error in (want.out_error, want.lse_error, want.out_error_probable, want.lse_error_probable):
+        assert (error.total == 0).all()
+
+
+@pytest.mark.filterwarnings("error")
 def test_errors_too_large_for_float64_give_an_infinite_bound() -> None:
     """bfloat16 sums of scores of 1e6: an error of thousands, whose exponential overflows."""
     case = one_row(3, 1e6, t=40)
@@ -275,6 +311,25 @@ def test_errors_too_large_for_float64_give_an_infinite_bound() -> None:
     _, lse = most_adverse(case, profile, 1)
     assert np.abs(lse - want.lse[0]) > 700
     assert (want.lse_error.total == np.inf).all()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("t", [124, 150, 300])
+def test_row_sums_too_long_for_their_format_have_no_bound(t: int) -> None:
+    """Of 128 numbers γ is 1 in bfloat16, and of 256 or more it is infinite."""
+    want = bounded(one_row(3, 1.0, t=t), Profile.default("bfloat16", softmax="bfloat16", exp_error=0.0))
+    assert (want.out_error.terms["row sum and division"] == np.inf).all()
+    assert (want.lse_error.terms["row sum"] == np.inf).all()
+    assert (want.out_error.total == np.inf).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_row_sums_of_weights_that_may_all_be_lost_have_no_bound() -> None:
+    """One key is seen, but 2000 weights of 2^-10 might be rounded to 0."""
+    case = replace(one_row(3, 1.0, t=2000), seqlen=1)
+    want = bounded(case, Profile.default("float32", probabilities="float8_e4m3fn", row_sum="rounded"))
+    assert (want.out_error.terms["rounding of P to float8_e4m3fn"] == np.inf).all()
+    assert (want.lse_error.terms["error of the scores"] == np.inf).all()
 
 
 @pytest.mark.parametrize("row_sum", ["rounded", "unrounded"])
@@ -325,12 +380,24 @@ def test_bound_of_leading_axes_is_that_of_each_sequence() -> None:
         np.testing.assert_allclose(stacked.lse_error.total[b], one.lse_error.total, rtol=1e-6)
 
 
+def test_map_reaches_all_that_is_bounded() -> None:
+    want = bounded(inputs(3, "bfloat16", 1.0, t=33), Profile.default("bfloat16"), probable=True)
+    mapped = want.map(lambda x: x[1:], lambda x: x[:1])
+    np.testing.assert_array_equal(mapped.out, want.out[1:])
+    np.testing.assert_array_equal(mapped.lse, want.lse[:1])
+    for kind in ("out_error", "out_error_probable"):
+        np.testing.assert_array_equal(getattr(mapped, kind).total, getattr(want, kind).total[1:])
+    for kind in ("lse_error", "lse_error_probable"):
+        np.testing.assert_array_equal(getattr(mapped, kind).total, getattr(want, kind).total[:1])
+
+
 def test_error_bound_sums_and_names_its_terms() -> None:
     bound = ErrorBound({"a": np.array([1.0, np.nan, 0.0]), "b": np.array([2.0, 1.0, 5.0])})
     assert bound.total.tolist() == [3.0, np.inf, 5.0]
     assert [bound.main_term((i,)) for i in range(3)] == ["b", "a", "b"]
     assert bound.plus("c", np.array([3.0, 0.0, 0.0])).total[0] == 6.0
     assert bound.map(lambda x: x[2:]).total.tolist() == [5.0]
+    assert bound[2:].total.tolist() == [5.0]
     assert list(bound.terms) == ["a", "b"]
 
 

@@ -43,14 +43,14 @@ def test_sums_are_those_written_out(sign: int, block_size: int) -> None:
     """With -1 the largest magnitude is that of the maximum in one head and of the minimum in the other."""
     q, k, v = operands(13, sign=sign)
     rng = np.random.default_rng(14)
-    delta, v_error = rng.uniform(0, 3, 9), rng.uniform(0, 1, v.shape)
-    delta[4] = 320.0  # beyond what expm1 is used for
+    delta, v_error = rng.uniform(0, 3, (2, 9)), rng.uniform(0, 1, v.shape)
+    delta[1, 4] = 320.0  # beyond what expm1 is used for; it hides the other keys of its head
     sums = bound_sums(
-        blocks(q, k, v, block_size), lambda b: np.broadcast_to(delta[b.keys], b.scores.shape), v_error, 0.25
+        blocks(q, k, v, block_size), lambda b: np.broadcast_to(delta[:, b.keys], b.scores.shape), v_error, 0.25
     )
     scores, p = written_out(q, k)
     assert sign == 1 or (scores.max(-1) == np.abs(scores).max(-1)).tolist() in ([True, False], [False, True])
-    x, v, v_error = np.expm1(delta[:SEEN]), v[:SEEN, 0], v_error[:SEEN, 0]
+    x, v, v_error = np.expm1(delta[:, :SEEN]), v[:SEEN, 0], v_error[:SEEN, 0]
     want: dict[str, Any] = {
         "max_score": scores.max(-1),
         "max_abs_score": np.abs(scores).max(-1),
@@ -85,6 +85,7 @@ def test_an_error_that_overflows_is_infinite_but_not_where_there_is_no_weight() 
     with np.errstate(over="ignore", invalid="ignore"):
         sums = bound_sums(blocks(q, k, v, 512), error, None, None)
     assert (np.isinf(sums.error_square[0]) == (p[:, 0] > 0)).all()
+    assert (np.isfinite(sums.error_square[0]) == (p[:, 0] == 0)).all()
 
 
 def sums_of(k: Array, q: Array) -> BoundSums:
@@ -127,6 +128,17 @@ def test_probable_error_is_narrower_only_where_roundings_spread(keys: str, narro
     assert (probable < 0.5 * worst).all() == narrower
     if not narrower:
         np.testing.assert_array_equal(probable, worst)
+
+
+@pytest.mark.parametrize(("values", "narrower"), [(10, True), (7, False)])
+def test_probable_error_asks_for_eight_distinct_weights(values: int, narrower: bool) -> None:
+    """Weights whose scores are 2^-7 apart are neighbours in bfloat16; 4096 distinct keys share a few of them."""
+    rng = np.random.default_rng(18)
+    k, v = rng.standard_normal((4096, 1, 2)), 2 + rng.standard_normal((4096, 1, 3))
+    k[:, 0, 0] = 2.0**-7 * (np.arange(4096) % values + 0.25)
+    bounded = attention_with_bound(np.array([[[1.0, 0.0]]]), k, v, softmax_scale=1.0, profile=PROFILE, probable=True)
+    term = "rounding of P to bfloat16"
+    assert (bounded.out_error_probable.terms[term] < bounded.out_error.terms[term]).all() == narrower
 
 
 def test_repeated_keys_count_together() -> None:

@@ -31,5 +31,6 @@ def test_half_an_ulp_of_the_extremes() -> None:
 def test_total_of_a_contribution_that_overflowed_is_infinite() -> None:
     bound = ErrorBound({"a": np.array([1.0, np.nan, 2.0]), "b": np.array([2.0, 1.0, np.inf])})
     np.testing.assert_array_equal(bound.total, [3.0, np.inf, np.inf])
+    np.testing.assert_array_equal(bound[1:].total, [np.inf, np.inf])
     assert bound.main_term((0,)) == "b"
     assert bound.main_term((1,)) == "a"

@@ -1,7 +1,8 @@
-"""Bounds of the indexer's operands: honest arithmetic stays inside, they are not wide, and wrong operands leave them."""
+"""Bounds of the indexer's operands: written out, honest arithmetic stays inside, and wrong operands leave them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -10,12 +11,15 @@ import pytest
 
 from mla_spec.harness.cases import ProjectIndexerCase
 from mla_spec.reference.bounded import Bounded
-from mla_spec.reference.formats import round_to
-from mla_spec.reference.indexer import layer_norm, project_indexer
+from mla_spec.reference.config import RopeConfig
+from mla_spec.reference.formats import FORMATS, round_to
+from mla_spec.reference.indexer import IndexerConfig, indexer_weight_shapes, layer_norm, project_indexer
 from mla_spec.reference.indexer_bound import layer_norm_with_bound, project_indexer_with_bound
-from mla_spec.reference.profile import Profile
+from mla_spec.reference.profile import Accumulator, Profile
 from mla_spec.reference.rope import apply_rope
+from mla_spec.reference.rope_bound import rope_with_bound
 from mla_spec.reference.typing import Array
+from tests.reference.bound_terms import U64, UNIT_ROUNDOFF, assert_terms, gamma, half_ulp
 from tests.reference.emulated_rope import float32_rope
 
 F32 = np.float32
@@ -91,7 +95,8 @@ def test_the_carried_error_of_a_layer_norm_is_needed() -> None:
 
 def test_a_variance_that_may_vanish_makes_the_bound_infinite() -> None:
     x = np.full((1, 8), 1000.0)
-    bounded = layer_norm_with_bound(Bounded(x, 0 * x), np.ones(8), np.zeros(8), 1e-6, Profile.default("float32"))
+    with np.errstate(divide="raise"):
+        bounded = layer_norm_with_bound(Bounded(x, 0 * x), np.ones(8), np.zeros(8), 1e-6, Profile.default("float32"))
     assert np.isinf(bounded.error).all()
     wide = layer_norm_with_bound(Bounded(x, 0 * x), np.ones(8), np.zeros(8), 1e-6, Profile.default("float64"))
     assert (wide.error < 1e-3).all()
@@ -189,3 +194,117 @@ def test_the_reference_is_within_its_own_float64_error() -> None:
     exact_values = [Fraction(0.2) + Fraction(0.1) * sign * Fraction(3, 4) for sign in (1, -1, 1, -1)]
     for value, error, exact in zip(got.value[0], got.error[0], exact_values, strict=True):
         assert abs(Fraction(value) - exact) <= Fraction(error)
+
+
+FLOAT16, BFLOAT16 = Profile.default("float16"), Profile.default("bfloat16")
+PROFILES = {
+    "float64": Profile.default("float64"),
+    "float32": Profile.default("float32"),
+    "bfloat16": replace(BFLOAT16, softmax="float16", linear=Accumulator(order="blocked", block=2)),
+    "float16": replace(FLOAT16, linear=Accumulator(format="float16")),
+    "norm in float16": replace(FLOAT16, norm="float16"),
+}
+B, S, E, RANK, HEADS, DIM = 2, 3, 7, 5, 4, 6
+
+
+def both(n: int, u: float) -> float:
+    """Of the computed number and of the reference's."""
+    return gamma(n, u) + gamma(n, U64)
+
+
+def projected(weight: Array, x: Array, profile: Profile) -> float:
+    """The error of one number of a projection of exact operands [n], rounded to the dtype."""
+    gauge = sum(abs(float(w * a)) for w, a in zip(weight, x, strict=True))
+    error = (profile.linear.relative_error(len(x)) + gamma(len(x), U64)) * gauge
+    return error + half_ulp(abs(float(weight @ x)) + error, profile.dtype)
+
+
+def normalised(x: Array, x_error: Array, weight: Array, bias: Array, eps: float, profile: Profile) -> list[float]:
+    """The error of the LayerNorm of one row [n], as docs/bounds.md has it."""
+    n, u = len(x), UNIT_ROUNDOFF[profile.norm]
+    mean = sum(x) / n
+    deviation = math.sqrt(sum((a - mean) ** 2 for a in x) / n + eps)
+    shift = math.sqrt(sum(e**2 for e in x_error) / n)  # of the deviation, which is 1-Lipschitz in x/√n
+    least = max(deviation - shift, math.sqrt(eps))
+    size = [abs(a) + e for a, e in zip(x, x_error, strict=True)]
+    computed_mean = both(n + 1, u) * sum(size) / n
+    variance = both(4 * n + 8, u) * sum(a**2 for a in size) / n / least**2
+    growth = math.expm1(-math.log1p(-variance) / 2)
+    relative = growth + (1 + growth) * (both(8, u) + UNIT_ROUNDOFF[profile.dtype])
+    errors = []
+    for a, e, w, b in zip(x, x_error, weight, bias, strict=True):
+        exact = abs(a - mean) / deviation
+        centred = e + sum(x_error) / n + computed_mean
+        carried = centred / least + exact * shift / least
+        stored = carried + relative * (exact + carried) + FORMATS[profile.dtype].smallest_subnormal / 2
+        error = abs(w) * stored
+        error += both(2, u) * (abs(w) * exact + abs(b) + error)
+        value = w * (a - mean) / deviation + b
+        errors.append(error + half_ulp(abs(value) + error, profile.dtype))
+    return errors
+
+
+@pytest.mark.parametrize("inherited", [True, False], ids=["with an error", "exact"])
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_bound_of_a_layer_norm_is_the_one_written_out(name: str, inherited: bool) -> None:
+    rng = np.random.default_rng(13)
+    x, weight, bias = rng.standard_normal((B, S, DIM)), rng.standard_normal(DIM), rng.standard_normal(DIM)
+    x[1, 1] = 0.01 * x[1, 1]  # smaller than its error, so that eps is what is left of the deviation
+    error = rng.uniform(0, 0.03, x.shape) * inherited
+    got = layer_norm_with_bound(Bounded(x, error), weight, bias, 0.1, PROFILES[name])
+    np.testing.assert_array_equal(got.value, layer_norm(x, weight, bias, 0.1))
+    for row in np.ndindex(B, S):
+        want = normalised(x[row], error[row], weight, bias, 0.1, PROFILES[name])
+        np.testing.assert_allclose(got.error[row], want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rope", [RopeConfig(dim=4, interleaved=False), None], ids=["rotated", "not rotated"])
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_bound_of_operands_is_the_one_written_out(name: str, rope: RopeConfig | None) -> None:
+    profile, rng = PROFILES[name], np.random.default_rng(14)
+    config = IndexerConfig(
+        hidden_size=E,
+        q_lora_rank=RANK,
+        index_n_heads=HEADS,
+        index_head_dim=DIM,
+        index_topk=1,
+        rope=rope,
+        k_norm_eps=0.1,
+    )
+    weights = {name: rng.standard_normal(shape) for name, shape in indexer_weight_shapes(config).items()}
+    hidden, latent = rng.standard_normal((B, S, E)), rng.standard_normal((B, S, RANK))
+    positions = rng.integers(0, 100, (B, S))
+    got = project_indexer_with_bound(hidden, latent, positions, weights, config, profile)
+    for have, want in zip(
+        (got.q, got.k, got.weights), project_indexer(hidden, latent, positions, weights, config), strict=True
+    ):
+        np.testing.assert_array_equal(have, want)
+
+    wq_b = weights["wq_b"].reshape(HEADS, DIM, RANK)
+    q_error, k_error = np.zeros((B, S, HEADS, DIM)), np.zeros((B, S, DIM))
+    k = hidden @ weights["wk"].T
+    for i in np.ndindex(B, S):
+        for h, d in np.ndindex(HEADS, DIM):
+            q_error[(*i, h, d)] = projected(wq_b[h, d], latent[i], profile)
+        before = np.array([projected(row, hidden[i], profile) for row in weights["wk"]])
+        k_error[i] = normalised(k[i], before, weights["k_norm.weight"], weights["k_norm.bias"], 0.1, profile)
+        for h in range(HEADS):
+            products = [abs(w * x) for w, x in zip(weights["weights_proj"][h], hidden[i], strict=True)]
+            rate = profile.linear.relative_error(E) + gamma(E, U64)
+            accumulated = rate * sum(products) / math.sqrt(HEADS * DIM)
+            scaled = both(8, UNIT_ROUNDOFF[profile.softmax]) * (abs(got.weights[(*i, h)]) + accumulated)
+            terms = {"accumulation of the projection": accumulated, f"scaling in {profile.softmax}": scaled}
+            assert_terms(got.weights_error, (*i, h), terms)
+
+    q = np.einsum("hdc,bsc->bshd", wq_b, latent)
+    k = layer_norm(k, weights["k_norm.weight"], weights["k_norm.bias"], 0.1)
+    for exact, error, bound in ((q, q_error, got.q_error), (k, k_error, got.k_error)):
+        if rope is None:
+            assert_terms(bound, ..., {"projection and norm": error})
+            continue
+        _, rotated = rope_with_bound(
+            exact[..., :4], positions, rope, profile.rope, output=profile.dtype, x_error=error[..., :4]
+        )
+        assert_terms(bound[..., :4], ..., rotated.terms | {"projection and norm": np.zeros_like(error[..., :4])})
+        nothing = {name: np.zeros_like(error[..., 4:]) for name in rotated.terms}
+        assert_terms(bound[..., 4:], ..., nothing | {"projection and norm": error[..., 4:]})

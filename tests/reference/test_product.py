@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -42,6 +43,16 @@ def test_a_plain_product_is_worse() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.uniform(0.5, 1, (3, 1024)), rng.uniform(0.5, 1, (1024, 2))
     assert worst_ulps(np.add.accumulate(a[:, :, None] * b, axis=1)[:, -1], a, b) > 1.5
+
+
+def test_long_sums_of_operands_of_any_size() -> None:
+    """2^18 equal products, whose plain sum drifts; rows of a, and the matrices of a stack, differ in size."""
+    n, third = 2**18, 1 / 3
+    a = np.broadcast_to(np.array([[third], [2.0**-40 * third]]), (2, 2, n))
+    b = np.broadcast_to(np.array([2.0**40 * third, third])[:, None, None], (2, n, 1))
+    exact = n * Fraction(third) ** 2
+    for got, size in zip(accurate_product(a, b).ravel().tolist(), (2.0**40, 1.0, 1.0, 2.0**-40), strict=True):
+        assert abs(Fraction(got / size) - exact) <= Fraction(1.5 * math.ulp(exact))
 
 
 def test_later_rows_of_weight_0_change_no_bit() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ UNKNOWN = f"unknown number format 'fp8'; known formats are {', '.join(FORMATS)}"
 
 
 @pytest.mark.parametrize(
-    "name", ["dtype", "score_format", "softmax", "probabilities", "split_format", "output", "lse", "norm"]
+    "name",
+    ["dtype", "score_format", "softmax", "probabilities", "split_format", "output", "lse", "norm", "cache_dequantised"],
 )
 def test_formats_of_a_profile_must_be_known(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(UNKNOWN)}$"):
@@ -31,7 +33,7 @@ def test_formats_of_a_rope_profile_must_be_known(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"row_sum": "both"}, "Profile: row_sum must be one of ('unrounded', 'rounded'), got 'both'"),
+        ({"row_sum": "both"}, "Profile: row_sum must be one of ('unrounded', 'rounded', 'normalised'), got 'both'"),
         ({"output_rounding": "up"}, "Profile: output_rounding must be one of ('nearest', 'truncate'), got 'up'"),
         ({"form": "naive"}, "Profile: form must be one of ('explicit', 'absorbed'), got 'naive'"),
         ({"splits": -1}, "Profile: splits must not be negative, got -1"),
@@ -59,6 +61,10 @@ def test_accumulator_refuses(changes: dict[str, Any], message: str) -> None:
         Accumulator(**changes)
 
 
+def test_a_tile_may_be_one_key() -> None:
+    assert Profile.default("float32", tile=1).tile == 1
+
+
 def test_gamma() -> None:
     assert gamma(0, 0.25) == 0
     assert gamma(1, 0.25) == 0.25 / 0.75
@@ -76,6 +82,12 @@ def test_errors_of_the_orders_of_summation() -> None:
     assert steps == 7 * (4 * 17 * 2.0**-25 + 2.0**-23)
 
 
+def formats(fields: dict[str, Any]) -> set[str]:
+    """All formats that a profile names."""
+    nested = [formats(value) for value in fields.values() if isinstance(value, dict)]
+    return {value for value in fields.values() if isinstance(value, str) and value in FORMATS}.union(*nested)
+
+
 def test_default_profiles() -> None:
     half = Profile.default("bfloat16")
     assert (half.probabilities, half.output, half.softmax, half.lse, half.row_sum) == (
@@ -86,8 +98,10 @@ def test_default_profiles() -> None:
         "unrounded",
     )
     wide = Profile.default("float64")
-    assert {wide.softmax, wide.probabilities, wide.output, wide.lse, wide.norm, wide.score_format} == {"float64"}
-    assert {wide.score.format, wide.value.format, wide.linear.format, wide.rope.angle} == {"float64"}
+    assert formats(asdict(wide)) == {"float64"}
+    assert wide.score == wide.value == wide.linear == Accumulator(format="float64")
+    assert set(asdict(wide.rope)) == {"frequency", "angle", "table", "rotation"}
+    assert formats(asdict(Profile.default("float32"))) == {"float32"}
     assert Profile.default("float16", lse="float16").lse == "float16"
     assert Profile(dtype="float16", output="float32").output == "float32"
 
@@ -101,7 +115,15 @@ def test_description_names_what_differs_from_the_default() -> None:
 
 @pytest.mark.parametrize(
     ("splits", "merge_every", "keys", "merges"),
-    [(1, None, 100, 0), (2, None, 100, 1), (64, None, 1, 1), (1, 32, 100, 4), (2, 50, 100, 3), (0, None, 9, 0)],
+    [
+        (1, None, 100, 0),
+        (2, None, 100, 1),
+        (64, None, 1, 1),
+        (1, 32, 100, 4),
+        (2, 50, 100, 3),
+        (0, None, 9, 0),
+        (1, 1, 7, 7),
+    ],
 )
 def test_merges_of_a_part(splits: int, merge_every: int | None, keys: int, merges: int) -> None:
     assert Profile.default("float32", splits=splits, merge_every=merge_every).merges(keys) == merges

@@ -1,18 +1,20 @@
-"""The worst-case bound of the rotary embedding: model code in float32 stays within it, and wrong code does not."""
+"""The worst-case bound of the rotary embedding: written out, model code in float32 stays within it, wrong code does not."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mla_spec.reference.config import LongRopeScaling, RopeConfig, YarnScaling
-from mla_spec.reference.formats import round_to
+from mla_spec.reference.formats import FORMATS, round_to
 from mla_spec.reference.profile import Profile, RopeProfile
 from mla_spec.reference.rope import apply_rope, rope_cos_sin, rope_frequencies
 from mla_spec.reference.rope_bound import angle_error, rope_with_bound
+from tests.reference.bound_terms import U64, UNIT_ROUNDOFF, assert_terms, half_ulp
 from tests.reference.emulated_rope import float32_frequencies, float32_rope
 
 V3_YARN = YarnScaling(factor=40, original_max_position_embeddings=4096)
@@ -163,3 +165,133 @@ def test_angle_of_frequency_one_is_exact_where_the_position_is() -> None:
     assert (error[:3, 0] == 0).all()
     assert error[3, 0] == 2.0**-24 * (2**24 + 1)
     assert (error[1, 1:] > 0).all()
+
+
+WRITTEN_OUT = {
+    "plain": RopeConfig(dim=6, interleaved=False),
+    # A ramp from pair 2 to pair 5 of 8, and a factor on cos and sin.
+    "YaRN": RopeConfig(
+        dim=16, theta=100.0, yarn=YarnScaling(factor=4, original_max_position_embeddings=100, beta_fast=5, mscale=2.0)
+    ),
+    "LongRoPE": RopeConfig(
+        dim=6,
+        longrope=LongRopeScaling(
+            short_factor=(1.0, 1.0, 1.0), long_factor=(1.0, 1.3, 7.0), original_max_position_embeddings=64
+        ),
+        max_position_embeddings=1024,
+    ),
+}
+ROPE_PROFILES = {
+    "float32": RopeProfile(),
+    "float64": Profile.default("float64").rope,
+    "table in bfloat16": RopeProfile(table="bfloat16"),
+    "all different": RopeProfile(frequency="float16", angle="bfloat16", table="float32", rotation="float16"),
+}
+
+
+def written_angle_error(position: int, pair: int, rope: RopeConfig, profile: RopeProfile) -> float:
+    """Of one angle, from docs/bounds.md."""
+    frequency, fast = float(rope_frequencies(rope)[pair]), rope.theta ** (-2 * pair / rope.dim)
+    u, u_angle = UNIT_ROUNDOFF[profile.frequency], UNIT_ROUNDOFF[profile.angle]
+    error = 0.0
+    if frequency != 1:
+        error = u * (math.log(rope.theta) * 2 * pair / rope.dim + (8 if rope.longrope is None else 10)) * frequency
+    if rope.yarn is not None:
+        low, high = rope.yarn_correction_range()
+        error += 4 * u * fast if low < pair < high else 0.0
+    held = position.bit_length() - (position & -position).bit_length() < FORMATS[profile.angle].precision
+    product, rounded_position = 0 if frequency == 1 else u_angle, 0 if held else u_angle
+    relative = product + rounded_position + product * rounded_position
+    return position * (error + relative * (frequency + error))
+
+
+@pytest.mark.parametrize("profile", ROPE_PROFILES)
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_the_error_of_an_angle_is_the_one_written_out(name: str, profile: str) -> None:
+    rope, formats = WRITTEN_OUT[name], ROPE_PROFILES[profile]
+    if rope.yarn is not None:
+        assert rope.yarn_correction_range() == (2.0, 5.0)
+    positions = np.array([[0, 1, 256], [257, 2**24, 2**24 + 1]])
+    got = angle_error(positions, rope, formats)
+    for i in np.ndindex(2, 3):
+        want = [written_angle_error(int(positions[i]), pair, rope, formats) for pair in range(rope.dim // 2)]
+        np.testing.assert_allclose(got[i], want, rtol=1e-12, atol=0)
+
+
+def written_rotation(
+    x: tuple[float, float],
+    e: tuple[float, float],
+    cos_sin: tuple[float, float],
+    delta: float,
+    factor: float,
+    profile: RopeProfile,
+    output: str,
+) -> dict[str, tuple[float, float]]:
+    """The contributions to the error of both numbers of one rotated pair x, whose own errors are e."""
+    u, u_angle = UNIT_ROUNDOFF[profile.rotation], UNIT_ROUNDOFF[profile.angle]
+    cos, sin = cos_sin
+    turned = min(delta, 2.0) * factor  # what an angle that is off by delta does to a cos or sin
+    of_cos, of_sin = (abs(c) * factor + turned for c in cos_sin)
+    table_cos, table_sin = (3 * u_angle * c + half_ulp(c, profile.table) for c in (of_cos, of_sin))
+    a, b = abs(x[0]) + e[0], abs(x[1]) + e[1]
+
+    def rotated(first: float, second: float, of_cos: float, of_sin: float) -> tuple[float, float]:
+        return first * of_cos + second * of_sin, first * of_sin + second * of_cos
+
+    most_cos, most_sin = of_cos + table_cos, of_sin + table_sin
+    angle, table = rotated(a, b, turned, turned), rotated(a, b, table_cos, table_sin)
+    carried, size = rotated(*e, most_cos, most_sin), rotated(a, b, most_cos, most_sin)
+    exact = (x[0] * cos - x[1] * sin) * factor, (x[0] * sin + x[1] * cos) * factor
+    roundings = size[0] * (2 * u + u**2), size[1] * (2 * u + u**2)  # a product and a sum
+    stored = []
+    for i in range(2):
+        error = angle[i] + table[i] + carried[i] + roundings[i]
+        least = max(FORMATS[output].smallest_subnormal, FORMATS[profile.rotation].smallest_subnormal)
+        stored.append(least + (half_ulp(abs(exact[i]) + error, output) if output != profile.rotation else 0.0))
+    own = 4 * U64 * (abs(x[0]) + abs(x[1])) * factor
+    return {
+        f"frequency and angle in {profile.frequency} and {profile.angle}": angle,
+        f"cos and sin table in {profile.table}": table,
+        "error of the operand": carried,
+        f"rotation in {profile.rotation}": roundings,
+        f"rounding to {output}": (stored[0], stored[1]),
+        "the reference's own float64": (own, own),
+    }
+
+
+@pytest.mark.parametrize("output", ["float16", "float32"])
+@pytest.mark.parametrize("inherited", [True, False], ids=["operand with an error", "exact operand"])
+@pytest.mark.parametrize("profile", ROPE_PROFILES)
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_the_bound_is_the_one_written_out(name: str, profile: str, inherited: bool, output: str) -> None:
+    rope, formats = WRITTEN_OUT[name], ROPE_PROFILES[profile]
+    rng, positions = np.random.default_rng(6), np.array([0, 700, 70001])
+    x = rng.standard_normal((3, 2, rope.dim))  # two heads
+    x_error = rng.uniform(0, 0.1, x.shape) * inherited
+    out, bound = rope_with_bound(x, positions, rope, formats, output=output, x_error=x_error if inherited else None)
+    np.testing.assert_array_equal(out, apply_rope(x, positions, rope))
+    for head in range(2):  # shared by heads, or with heads of their own
+        _, alone = rope_with_bound(x[:, head], positions, rope, formats, output=output, x_error=x_error[:, head])
+        assert_terms(alone, ..., bound[:, head].terms)
+    cos, sin = rope_cos_sin(positions, rope)
+    for i, head, pair in np.ndindex(3, 2, rope.dim // 2):
+        first, second = (2 * pair, 2 * pair + 1) if rope.interleaved else (pair, pair + rope.dim // 2)
+        at = (i, head, [first, second])
+        terms = written_rotation(
+            (x[i, head, first], x[i, head, second]),
+            (x_error[i, head, first], x_error[i, head, second]),
+            (float(cos[i, pair]), float(sin[i, pair])),
+            written_angle_error(int(positions[i]), pair, rope, formats),
+            rope.cos_sin_factor,
+            formats,
+            output,
+        )
+        assert_terms(bound, at, terms)
+
+
+def test_the_output_is_rounded_at_the_largest_size_that_it_may_have() -> None:
+    """Just below 1, beyond which the rounding of the rotation may take it."""
+    x, profile = np.zeros((1, 6)), RopeProfile(rotation="float16")
+    x[0, 0] = 1 - 2.0**-12
+    _, bound = rope_with_bound(x, np.array([0]), WRITTEN_OUT["plain"], profile, output="bfloat16")
+    assert bound.terms["rounding to bfloat16"][0, 0] == 2.0**-8 + FORMATS["float16"].smallest_subnormal

@@ -1,18 +1,22 @@
-"""Bounds of the indexer and of the largest logit: honest arithmetic stays inside, and they are not wide."""
+"""Bounds of sparse attention: written out, honest arithmetic stays inside, and they are not wide."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mla_spec.reference.formats import round_to
-from mla_spec.reference.profile import Profile
+from mla_spec.reference.bounds import BoundedAttention
+from mla_spec.reference.formats import FORMATS, round_to
+from mla_spec.reference.profile import Accumulator, Profile
 from mla_spec.reference.sparse import indexer_logits, select_top_k, sparse_attention
 from mla_spec.reference.sparse_bound import indexer_with_bound, max_logits_with_bound, selection_shortfall
 from mla_spec.reference.typing import Array
+from tests.reference.bound_terms import U64, UNIT_ROUNDOFF, assert_terms, gamma, half_ulp
 
 F32 = np.float32
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -157,3 +161,158 @@ def test_a_narrower_profile_gives_a_wider_bound() -> None:
     totals = [indexer_with_bound(q, k, weights, p)[1].total for p in (profile, coarse)]
     assert (totals[1] > totals[0]).all()
     assert np.median(totals[1] / totals[0]) > 10
+
+
+FLOAT16, BFLOAT16 = Profile.default("float16"), Profile.default("bfloat16")
+PROFILES = {
+    "float64": Profile.default("float64"),
+    "float32": Profile.default("float32"),
+    "scores stored twice": replace(BFLOAT16, score_format="bfloat16", score_roundings=2, operand_roundings=4),
+    "scores never stored": replace(BFLOAT16, score_roundings=0, lse="bfloat16"),
+    "narrow": replace(FLOAT16, score=Accumulator(order="blocked", block=4), score_format="float16", softmax="float16"),
+}
+
+
+def indexer_terms(
+    q: Array, k: Array, w: Array, q_error: Array, k_error: Array, profile: Profile
+) -> tuple[float, dict[str, float]]:
+    """The logit of one query [h, d] and one key [d], and its bound as docs/bounds.md has it."""
+    h, d = q.shape
+    gauge = inherited = positive = total = 0.0
+    for head in range(h):
+        weight = abs(float(w[head]))
+        size = sum((abs(q[head, i]) + q_error[head, i]) * (abs(k[i]) + k_error[i]) for i in range(d))
+        moved = sum(q_error[head, i] * (abs(k[i]) + k_error[i]) + abs(q[head, i]) * k_error[i] for i in range(d))
+        relu = max(sum(q[head, i] * k[i] for i in range(d)), 0.0)
+        gauge, inherited = gauge + weight * size, inherited + weight * moved
+        positive, total = positive + weight * relu, total + w[head] * relu
+    stored = 1 + UNIT_ROUNDOFF[profile.score_format]
+    rho = stored**profile.score_roundings * (1 + gamma(h + 2, UNIT_ROUNDOFF[profile.softmax])) - 1
+    rate = profile.score.relative_error(d + profile.operand_roundings)  # Γ
+    underflow = FORMATS[profile.score_format].smallest_normal * sum(abs(float(x)) for x in w)
+    return total, {
+        "products of q and k": (1 + rho) * rate * gauge,
+        "error of the operands": (1 + rho) * inherited,
+        f"scores in {profile.score_format} and their weighted sum": rho * positive + underflow,
+        "the reference's own float64": gamma(d + h + 2, U64) * gauge,
+    }
+
+
+@pytest.mark.parametrize("inherited", [True, False], ids=["operands with errors", "exact operands"])
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_bound_of_logits_is_the_one_written_out(name: str, inherited: bool) -> None:
+    rng = np.random.default_rng(9)
+    q, k, w = (rng.standard_normal(shape) for shape in ((2, 3, 4, 6), (2, 5, 6), (2, 3, 4)))  # batch 2, s 3, h 4, t 5
+    w[0, 1] = 0.0
+    q_error, k_error = (rng.uniform(0, 0.1, x.shape) * inherited for x in (q, k))
+    errors = {"q_error": q_error, "k_error": k_error} if inherited else {}
+    logits, bound = indexer_with_bound(q, k, w, PROFILES[name], **errors)
+    for b, i, j in np.ndindex(2, 3, 5):
+        operand = q[b, i], k[b, j], w[b, i], q_error[b, i], k_error[b, j]
+        logit, terms = indexer_terms(*operand, PROFILES[name])
+        assert logits[b, i, j] == pytest.approx(logit, rel=1e-12, abs=1e-14)
+        assert_terms(bound, (b, i, j), terms)
+
+
+def max_logit_terms(q: Array, rows: list[Array], scale: float, profile: Profile) -> tuple[float, dict[str, float]]:
+    """The largest logit of one head [d] over its rows, and its bound."""
+    d, u, stored = len(q), UNIT_ROUNDOFF[profile.softmax], UNIT_ROUNDOFF[profile.score_format]
+    kappa = (1 + stored) ** profile.score_roundings * (1 + u) ** 3 - 1
+    rate = profile.score.relative_error(d + profile.operand_roundings)  # Γ
+    scores = [scale * sum(q[i] * row[i] for i in range(d)) for row in rows]
+    gauges = [abs(scale) * sum(abs(q[i] * row[i]) for i in range(d)) for row in rows]
+    delta = [(1 + kappa) * rate * g + kappa * abs(x) for g, x in zip(gauges, scores, strict=True)]
+    highest = max(x + e for x, e in zip(scores, delta, strict=True))
+    lowest = max(x - e for x, e in zip(scores, delta, strict=True))
+    moved = max(highest - max(scores), max(scores) - lowest)
+    return max(scores), {
+        "error of the scores": moved,
+        "rounding": (2 * u + UNIT_ROUNDOFF[profile.lse]) * (abs(max(scores)) + moved),
+        "the reference's own float64": gamma(d + 2, U64) * max(gauges),
+    }
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_bound_of_the_largest_logit_is_the_one_written_out(name: str, scale: float) -> None:
+    rng = np.random.default_rng(10)
+    q, kv = rng.standard_normal((2, 3, 4, 6)), 3 + rng.standard_normal((2, 5, 6))  # batch 2, s 3, h 4, t 5
+    q[..., 1, :] = -np.abs(q[..., 1, :])  # all scores of one sign
+    q[..., 2, :] *= 1e-3
+    q[..., 5], kv[:, 1] = q[..., 4], kv[:, 0] + [0, 0, 0, 0, 8, -8]  # equal scores, unequal errors
+    indices = rng.integers(-1, 6, (2, 3, 7))
+    indices[1, 0] = -1
+    length = np.array([[7, 3, 5], [7, 7, 4]])
+    largest, bound = max_logits_with_bound(
+        q, kv, indices, softmax_scale=scale, profile=PROFILES[name], topk_length=length
+    )
+    for b, i, h in np.ndindex(2, 3, 4):
+        rows = [kv[b, j] for j in indices[b, i, : length[b, i]] if 0 <= j < 5]
+        if not rows:
+            assert np.isneginf(largest[b, h, i])
+            assert bound.total[b, h, i] == 0
+            continue
+        logit, terms = max_logit_terms(q[b, i, h], rows, scale, PROFILES[name])
+        assert largest[b, h, i] == pytest.approx(logit, rel=1e-12)
+        spread = bound.terms["error of the scores"][b, h, i]  # a difference of scores
+        assert spread == pytest.approx(
+            terms["error of the scores"], rel=1e-12, abs=4 * terms["the reference's own float64"]
+        )
+        assert_terms(bound, (b, h, i), terms | {"error of the scores": spread})
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_what_a_sink_leaves_of_the_bound_is_written_out(name: str) -> None:
+    """Share · each contribution without a sink, and the error of the share itself."""
+    profile = replace(PROFILES[name], exp_error=2.5)
+    rng = np.random.default_rng(11)
+    q, kv, indices = rng.standard_normal((3, 4, 6)), rng.standard_normal((5, 6)), rng.integers(-1, 5, (3, 7))
+    sink, u = np.array([0.4, -np.inf, 3.0, -20.0]), UNIT_ROUNDOFF[profile.softmax]
+
+    def bounded(attn_sink: Array | None) -> BoundedAttention:
+        options: dict[str, Any] = {"head_dim_v": 2, "softmax_scale": 0.3, "profile": profile, "attn_sink": attn_sink}
+        return sparse_attention(q, kv, indices, **options)
+
+    without, got = bounded(None), bounded(sink)
+    np.testing.assert_array_equal(got.lse, without.lse)
+    np.testing.assert_array_equal(got.lse_error.total, without.lse_error.total)
+    rounding, own = f"rounding of the output to {profile.output}", "the reference's own float64"
+    for s, h, d in np.ndindex(3, 4, 2):
+        lse, lse_error = float(got.lse[h, s]), float(got.lse_error.total[h, s])
+        out = float(without.out[s, h, d])
+        before = {key: float(term[s, h, d]) for key, term in without.out_error.terms.items()}
+        share, taken = 1 / (1 + math.exp(sink[h] - lse)), 1 / (1 + math.exp(lse - sink[h]))  # their sum is 1
+        size = abs(lse) + (abs(float(sink[h])) if math.isfinite(sink[h]) else 0.0)
+        relative = taken * (math.expm1(lse_error + 4 * u * size) + profile.exp_error * u) + 4 * u + 4 * U64
+        arithmetic = sum(before[key] for key in before.keys() - {rounding, own, "attention sink"})
+        sunk = relative * (abs(out) + arithmetic)
+        want = {key: share * term for key, term in (before | {"attention sink": sunk}).items()}
+        want[rounding] = half_ulp(share * (abs(out) + arithmetic + sunk), profile.output)
+        assert got.out[s, h, d] == pytest.approx(share * out, rel=1e-12)
+        assert_terms(got.out_error, (s, h, d), want)
+
+
+def test_the_shortfall_is_the_one_written_out() -> None:
+    rng = np.random.default_rng(12)
+    logits, error = rng.standard_normal((2, 30, 6)), rng.uniform(0, 0.3, (2, 30, 6))
+    visible = rng.random(logits.shape) < 0.8
+    selected = visible & (rng.random(logits.shape) < 0.5)
+    got = selection_shortfall(logits, error, selected, visible)
+    assert (got > 0).any() and (got < 0).any() and (got == 0).any()
+    for b, s in np.ndindex(2, 30):
+        chosen = [j for j in range(6) if selected[b, s, j]]
+        left = [i for i in range(6) if visible[b, s, i] and not selected[b, s, i]]
+        pairs = [(logits[b, s, i] - error[b, s, i]) - (logits[b, s, j] + error[b, s, j]) for j in chosen for i in left]
+        assert got[b, s] == max(pairs, default=0.0)
+
+
+def test_nothing_to_select_from_has_no_bound() -> None:
+    """Rows without entries, and no keys at all."""
+    largest, bound = max_logits_with_bound(
+        np.ones((3, 4, 6)), np.ones((5, 6)), np.zeros((3, 0), dtype=int), softmax_scale=0.3, profile=FLOAT16
+    )
+    assert np.isneginf(largest).all()
+    assert bound.total.shape == (4, 3)
+    assert not bound.total.any()
+    empty = np.zeros((3, 0))
+    assert selection_shortfall(empty, empty, empty > 0, empty > 0).tolist() == [0, 0, 0]

@@ -31,7 +31,7 @@ class Row:
         self.sums: BoundSums = bound_sums(blocks, lambda b: np.full_like(b.scores, 0.01), None, 2 * U_BF16)
         self.rates = Rates.of(profile, D, T)
         self.moments = Moments.of(self.sums, self.rates)
-        self.likely = Likely.of(self.sums, self.moments, self.rates, self.k)
+        self.likely = Likely.of(self.sums, self.moments, self.k)
         self.column = np.abs(self.v[:, 0]).sum(0)  # [dv]
         scores = SCALE * q[0] @ self.k[:, 0].T
         p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)  # [h, t]
@@ -67,11 +67,32 @@ def test_rounded_p_where_the_row_sum_is_of_rounded_weights(probabilities: str) -
     u = {"bfloat16": U_BF16, "float8_e4m3fn": 2.0**-4}[probabilities]
     lost = underflow(row.moments, row.rates)[0]
     size = np.abs(row.moments.out[0]) + row.moments.moved[0]
-    want = u / (1 - u) * (row.values + size * row.weights) + lost * (row.column + T * size)
+    want = (u * (row.values + size * row.weights) + lost * (row.column + T * size)) / (1 - u - T * lost)
     np.testing.assert_allclose(row.likely.rounded_p(row.moments, row.rates, row.column)[0], want, rtol=1e-12)
     np.testing.assert_allclose(
         row.likely.rounded_sum(row.moments, row.rates)[0], u * row.weights + T * lost, rtol=1e-12
     )
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "lost"),
+    [("float32", 2.0**-126), ("bfloat16", 2.0**-126), ("float16", 2.0**-25), ("float8_e4m3fn", 2.0**-10)],
+)
+def test_underflow_flushes_wide_formats_and_rounds_in_narrow_ones(probabilities: str, lost: float) -> None:
+    row = Row(Profile.default("bfloat16", probabilities=probabilities))
+    np.testing.assert_allclose(
+        underflow(row.moments, row.rates), lost * row.moments.inverse / row.moments.row_total, rtol=1e-12
+    )
+    divided = Row(Profile.default("bfloat16", probabilities=probabilities, row_sum="normalised"))
+    assert (underflow(divided.moments, divided.rates) == lost).all()
+
+
+@pytest.mark.parametrize(("outputs", "judged"), [(0, 1), (1, 1), (2, 2), (7, 7)])
+def test_the_probability_is_of_all_outputs(outputs: int, judged: int) -> None:
+    row = Row(Profile.default("bfloat16"))
+    likely = Likely.of(row.sums, replace(row.moments, out=np.zeros((outputs, 1))), row.k)
+    ratio = math.log(2 * judged / FAILURE_PROBABILITY) / math.log(2 * (2 * DV) / FAILURE_PROBABILITY)
+    np.testing.assert_allclose(likely.weights[0], row.weights * math.sqrt(ratio), rtol=1e-12)
 
 
 def test_roundings_of_weights_on_too_few_values_are_not_independent() -> None:
@@ -79,7 +100,7 @@ def test_roundings_of_weights_on_too_few_values_are_not_independent() -> None:
     for values, independent in ((SPREAD + 1, True), (SPREAD - 1, False)):
         cells = np.where(np.arange(CELLS) < values, 1 / values, 0.0)
         sums = replace(row.sums, cells=np.broadcast_to(cells, row.sums.cells.shape))
-        likely = Likely.of(sums, row.moments, row.rates, row.k)
+        likely = Likely.of(sums, row.moments, row.k)
         assert np.isfinite(likely.weights).all() == independent
         assert np.isfinite(likely.values).all() == independent
 
