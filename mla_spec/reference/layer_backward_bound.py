@@ -168,7 +168,11 @@ class _Backward:
     def _from_hidden(self, name: str, grad: Bounded) -> tuple[Bounded, dict[str, Gradient]]:
         """(∂hidden, ∂weight) of the projection ``name`` of the hidden states."""
         grads = {name: weight_gradient(grad, _exact(self.hidden), self.profile)}
-        return product("oi,...o->...i", self.weights[name], grad, self.profile), grads
+        # q_a_proj and kv_a_proj_with_mqa may be one projection, which sums the products of both on the way back
+        fused = (
+            None if self.config.q_lora_rank is None else self.config.q_lora_rank + self.layer.kv_down.value.shape[-1]
+        )
+        return product("oi,...o->...i", self.weights[name], grad, self.profile, fused), grads
 
 
 def _exact(x: Array) -> Bounded:

@@ -260,7 +260,7 @@ class Composed:
             self.q_down, weights["q_a_layernorm"], config.latent_norm_eps, of_c_q, profile
         )
         grads["q_a_proj"] = weight_gradient(down, exact(self.hidden), profile)
-        return self.back(weights["q_a_proj"], down)
+        return self.back(weights["q_a_proj"], down, self.both_down)
 
     def latent_gradients(self, latent_grad: Bounded, k_pe_grad: Bounded, grads: dict[str, Gradient]) -> Bounded:
         """∂hidden, given ∂latent and ∂k_pe; adds those of weights to ``grads``."""
@@ -272,7 +272,14 @@ class Composed:
         )
         both = side_by_side([down, self.rotated(k_pe_grad, -POSITIONS)])
         grads["kv_a_proj_with_mqa"] = weight_gradient(both, exact(self.hidden), profile)
-        return self.back(weights["kv_a_proj_with_mqa"], both)
+        return self.back(weights["kv_a_proj_with_mqa"], both, self.both_down)
+
+    @property
+    def both_down(self) -> int | None:
+        """Outputs of q_a_proj and kv_a_proj_with_mqa, which may be one projection."""
+        if self.config.q_lora_rank is None:
+            return None
+        return len(self.weights["q_a_proj"]) + len(self.weights["kv_a_proj_with_mqa"])
 
 
 def rows(grads: list[Gradient]) -> Gradient:
