@@ -14,7 +14,7 @@ from hypothesis.strategies import DrawFn
 from mla_spec.harness.cases import PrefillBackwardCase, SparseBackwardCase
 from mla_spec.harness.contract import Supports
 from mla_spec.properties.sparse_strategies import sparse_prefill_cases
-from mla_spec.properties.strategies import SEEDS
+from mla_spec.properties.strategies import SEEDS, large_size
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.profile import Profile
 
@@ -42,13 +42,19 @@ def prefill_backward_cases(
     causal: bool | None = None,
     few_keys: bool = False,
 ) -> PrefillBackwardCase:
-    """Packed sequences, some of them empty; ``few_keys``: some have queries and no key, or keys and no query."""
+    """Packed sequences, some of them empty; ``few_keys``: some have queries and no key, or keys and no query.
+
+    In formats of more than 16 bits a quarter of the cases has one sequence of many queries or keys.
+    """
     is_causal = draw(st.sampled_from([c for c in supports.causal if causal is None or c == causal]))
     queries = draw(st.lists(st.integers(min_queries, 6), min_size=min_batch, max_size=3).filter(any))
     past = st.integers(-3, 12) if supports.empty_row != "unsupported" else st.integers(0, 12)
     keys = [max(0, n + draw(past)) for n in queries]
     longest = queries.index(max(queries))
-    keys[longest] = queries[longest] + draw(st.integers(2, 12))
+    size = large_size(draw, ("queries", "keys") if format_of(profile.dtype).bits > 16 else ())
+    if size == "queries":
+        queries[longest] = draw(st.sampled_from((17, 33, 66)))
+    keys[longest] = queries[longest] + draw(st.sampled_from((64, 70)) if size == "keys" else st.integers(2, 12))
     if few_keys:
         empty = [(draw(st.integers(1, 4)), 0)] if supports.empty_row != "unsupported" else []
         for pair in (*empty, (0, draw(st.integers(1, 4)))):
@@ -59,7 +65,7 @@ def prefill_backward_cases(
         if supports.prefill_dims is not None
         else st.tuples(st.integers(1, 24), st.integers(1, 16)) | st.sampled_from([(192, 128), (40, 40), (24, 48)])
     )
-    heads = draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4, 8)))
+    heads = draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4, 8, 20)))
     regime = draw(st.sampled_from(judgeable_regimes(profile, max(d, v))))
     return PrefillBackwardCase(
         dtype=profile.dtype,

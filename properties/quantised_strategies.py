@@ -15,7 +15,7 @@ from mla_spec.reference.cache_layout import layout_of
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.profile import Profile
 
-PAGE_SIZES = (1, 2, 3, 16, 64, 7)
+PAGE_SIZES = (1, 2, 3, 16, 64, 7, 128)
 REGIMES = ("typical", "outlier", "ties", "offset", "sink", "zeros", "rope")
 QUANTISE_REGIMES = ("typical", "zeros", "outlier", "rope", "tiny", "huge", "edges")
 
@@ -53,7 +53,7 @@ def quantise_cases(
         seed=draw(SEEDS),
         format=name,
         page_size=draw(_page_sizes(supports)),
-        tokens=draw(st.integers(min_tokens, 9) | st.sampled_from((63, 64, 65))),
+        tokens=draw(st.integers(min_tokens, 9) | st.sampled_from((63, 64, 65, 130))),
         regime=draw(st.sampled_from([r for r in regimes if r != "rope" or name in HEAD_DIM_V])),
     )
 
@@ -66,7 +66,7 @@ def pages_cases(draw: DrawFn, supports: Supports, profile: Profile) -> PagesCase
         seed=draw(SEEDS),
         format=draw(st.sampled_from(supports.cache_formats)),
         page_size=draw(_page_sizes(supports)),
-        tokens=draw(st.integers(1, 9) | st.sampled_from((63, 64, 65))),
+        tokens=draw(st.integers(1, 9) | st.sampled_from((63, 64, 65, 130))),
         power_of_two=draw(st.booleans()),
     )
 

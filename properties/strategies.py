@@ -21,12 +21,29 @@ from mla_spec.reference.profile import Profile
 SEEDS = st.integers(0, 2**32 - 1)
 THETAS = (10000.0, 50000.0, 1000000.0, 500.0)
 PAGE_SIZES = (1, 2, 3, 16, 64, 7, 128)
+HEADS = (1, 2, 3, 4, 5, 8, 16, 20)
+MANY_HEADS = (72, 128)
+"""More than a tile of 64, and in the first no whole number of tiles."""
+
+MANY_SEQUENCES = (9, 17, 33, 65)
+DECODE_SIZES = ("heads", "batch", "keys", "queries")
+PREFILL_SIZES = ("heads", "batch", "keys", "queries")
 DECODE_REGIMES = ("typical", "outlier", "ties", "offset", "sink", "cancelling")
 LOGIT_STDS = (1.0, 4.0, 0.1, 16.0, 64.0, 0.01, 256.0, 1e3, 1e4, 1e5)
 """The last puts whole rows of scores beyond -5e4, which some kernels use for -inf."""
 
 LSE_MEANS = (0.0, 5.0, -5.0, 200.0, -200.0, -51000.0, 51000.0)
 """exp(200) is beyond float32, and some kernels use -5e4 for -inf."""
+
+
+def large_size(draw: DrawFn, sizes: tuple[str, ...]) -> str:
+    """Which of a case's sizes is beyond the tiles, and the thresholds between kernels, that most have; "" in three of four."""
+    return draw(st.sampled_from(("",) * max(1, 3 * len(sizes)) + sizes))
+
+
+def cycled(items: list[int], count: int) -> list[int]:
+    """``count`` items: the same over and over. Of five items none comes again after a power of two."""
+    return [items[i % len(items)] for i in range(count)]
 
 
 def layouts(supports: Supports) -> SearchStrategy[str]:
@@ -54,17 +71,22 @@ def judgeable_stds(logit_stds: tuple[float, ...], profile: Profile, head_dim: in
 def rope_cases(draw: DrawFn, supports: Supports, profile: Profile) -> RopeCase:
     """Vectors with and without a head axis, all layouts and scalings, positions up to 163,840."""
     dim = 2 * draw(st.integers(1, 8) | st.just(32))
+    size = large_size(draw, ("heads", "tokens", "positions"))
+    starts = st.sampled_from((0, 1, 60, 63, 64, 1023, 4095, 4096)) | st.integers(0, 8192)
+    if size == "positions" and profile.rope.angle in ("float32", "float64"):
+        starts = st.sampled_from((16383, 32767, 65535, 131071, 163700))
+        dim = draw(st.sampled_from((16, 24, 64)))  # most pairs turn slowly: the angle of the first is off by 0.1 rad
     return RopeCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
         batch=draw(st.integers(1, 3)),
-        s=draw(st.integers(1, 5)),
-        heads=draw(st.integers(0, 3)),
+        s=draw(st.sampled_from((33, 65, 129)) if size == "tokens" else st.integers(1, 5)),
+        heads=draw(st.sampled_from(MANY_HEADS) if size == "heads" else st.integers(0, 3)),
         dim=dim,
         layout=draw(layouts(supports)),
         theta=draw(st.sampled_from(THETAS)),
         **draw(scalings(supports)),
-        start=draw(st.sampled_from((0, 1, 60, 63, 64, 1023, 4095, 4096)) | st.integers(0, 8192)),
+        start=draw(starts),
         stride=draw(st.sampled_from((1, 2, 17))),
         shift=draw(st.integers(1, 4096)),
     )
@@ -77,21 +99,25 @@ def decode_cases(
     profile: Profile,
     *,
     min_s: int = 1,
-    max_s: int = 4,
+    max_s: int = 8,
     min_length: int = 0,
     min_batch: int = 1,
     min_rope: int = 0,
     causal: bool | None = None,
     regimes: tuple[str, ...] = DECODE_REGIMES,
     logit_stds: tuple[float, ...] = LOGIT_STDS,
+    sizes: tuple[str, ...] = DECODE_SIZES,
 ) -> DecodeCase:
     """Ragged batches over shuffled pages; lengths around boundaries of pages and of tiles of 16 keys.
 
+    A quarter of the cases has many heads, sequences or queries, or one sequence of some hundred keys; ``sizes`` says which may be.
     Keywords narrow what is drawn, for laws that need, say, two queries. Where the subject has no rule for rows without
     keys, none occur.
     """
+    size = large_size(draw, sizes)
     page_size = draw(st.sampled_from(supports.page_sizes or PAGE_SIZES))
-    s = draw(st.integers(min_s, max(min_s, min(max_s, supports.max_s or max_s))))
+    most = min(max_s, supports.max_s or max_s)
+    s = draw(st.integers(5, 8) if size == "queries" and most == 8 else st.integers(min_s, max(min_s, min(most, 4))))
     is_causal = draw(st.sampled_from([c for c in supports.causal if causal is None or c == causal]))
     shortest = min_length
     if supports.empty_row == "unsupported":
@@ -112,12 +138,19 @@ def decode_cases(
         r = 2 * draw(st.integers(min_rope // 2, 6) | st.sampled_from((8, 32)))
     regime = draw(st.sampled_from(regimes))
     stds = [std for std in judgeable_stds(logit_stds, profile, c + r) if std <= 4 or regime != "cancelling"]
+    seqlens = draw(st.lists(lengths, min_size=min_batch, max_size=max(min_batch, 4)))
+    if size == "batch":
+        few = draw(st.lists(st.integers(shortest, shortest + 8), min_size=5, max_size=5))
+        counts = [n for n in MANY_SEQUENCES if n * page_size <= 1200]  # a sequence has a page at least
+        seqlens = cycled(few, draw(st.sampled_from(counts)))
+    elif size == "keys":
+        seqlens[draw(st.integers(0, len(seqlens) - 1))] = draw(st.sampled_from((129, 192, 200, 255, 256, 257)))
     return DecodeCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
-        seqlens=tuple(draw(st.lists(lengths, min_size=min_batch, max_size=max(min_batch, 4)))),
+        seqlens=tuple(seqlens),
         s=s,
-        num_heads=draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4, 5, 8, 16, 20))),
+        num_heads=draw(st.sampled_from(supports.num_heads or (MANY_HEADS if size == "heads" else HEADS))),
         kv_lora_rank=c,
         qk_rope_head_dim=r,
         page_size=page_size,
@@ -140,9 +173,11 @@ def prefill_cases(
     min_queries: int = 0,
     causal: bool | None = None,
     logit_stds: tuple[float, ...] = LOGIT_STDS,
+    sizes: tuple[str, ...] = PREFILL_SIZES,
 ) -> PrefillCase:
     """Packed sequences of unequal lengths, some of them empty; V narrower than, as wide as, and wider than QK.
 
+    A quarter of the cases has many heads or sequences, or one sequence of many queries or keys; ``sizes`` says which may be.
     ``min_past`` is the least number of keys before a sequence's first query; None allows fewer keys than queries. Where the
     subject has no rule for rows without keys, none occur.
     """
@@ -152,20 +187,30 @@ def prefill_cases(
         st.lists(st.integers(min_queries, 9) | around_tiles, min_size=min_batch, max_size=max(min_batch, 4)).filter(any)
     )
     past = st.integers(-3 if min_past is None else min_past, 12) | around_tiles
-    keys = [max(0, n + draw(past)) for n in queries]
+    size = large_size(draw, sizes)
+    if size == "batch":
+        few = draw(st.lists(st.integers(min_queries, 4), min_size=5, max_size=5).filter(any))
+        queries = cycled(few, draw(st.sampled_from(MANY_SEQUENCES[:3])))
+    elif size == "queries":
+        queries[draw(st.integers(0, len(queries) - 1))] = draw(st.sampled_from((65, 129, 257)))
+    pasts = cycled(draw(st.lists(past, min_size=7, max_size=7)), len(queries))
+    if size == "keys":
+        pasts[draw(st.integers(0, len(pasts) - 1))] = draw(st.sampled_from((65, 128, 150)))
+    keys = [max(0, n + more) for n, more in zip(queries, pasts, strict=True)]
     if supports.empty_row == "unsupported":
         keys = [max(t, n if is_causal else min(n, 1)) for n, t in zip(queries, keys, strict=True)]
     d, v = draw(
         st.sampled_from(supports.prefill_dims)
         if supports.prefill_dims is not None
-        else st.tuples(st.integers(1, 24), st.integers(1, 16)) | st.sampled_from([(192, 128), (40, 40), (24, 48)])
+        else st.tuples(st.integers(1, 24), st.integers(1, 16))
+        | st.sampled_from([(192, 128), (40, 40), (24, 48), (32, 256)])
     )
     return PrefillCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
         seqlens_q=tuple(queries),
         seqlens_k=tuple(keys),
-        num_heads=draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4, 5, 8, 16))),
+        num_heads=draw(st.sampled_from(supports.num_heads or (MANY_HEADS[:1] if size == "heads" else HEADS))),
         qk_head_dim=d,
         v_head_dim=v,
         causal=is_causal,
@@ -191,15 +236,19 @@ def merge_cases(
     u = format_of(profile.softmax).unit_roundoff
     mean = draw(st.sampled_from([m for m in lse_means if abs(m) * u <= LSE_MEANS[-1] * 2.0**-24]))
     many = st.integers(min_parts, 6) | st.sampled_from((8, 17, 33))
+    size = large_size(draw, ("parts", "heads", "queries", "batch"))
+    if size == "parts":
+        many = st.sampled_from((65, 129, 160))
+    widths = st.integers(1, 24) | st.sampled_from((128, 512))
     empties = [share for share in (0.0, 0.3, 0.7, 1.0) if share >= min_empty]
     return MergeCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
         parts=draw(st.integers(min_parts, supports.max_parts) if supports.max_parts else many),
-        batch=draw(st.integers(0, 3)),
-        s=draw(st.integers(1, 5)),
-        num_heads=draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4, 5, 8, 16, 20))),
-        head_dim_v=draw(st.integers(1, 24) | st.sampled_from((128, 512))),
+        batch=draw(st.sampled_from(MANY_SEQUENCES) if size == "batch" else st.integers(0, 3)),
+        s=draw(st.sampled_from((9, 33, 65)) if size == "queries" else st.integers(1, 5)),
+        num_heads=draw(st.sampled_from(supports.num_heads or (MANY_HEADS if size == "heads" else HEADS))),
+        head_dim_v=draw(widths if size == "" else st.integers(1, 8)),
         lse_mean=mean,
         lse_std=draw(st.sampled_from((1.0, 4.0, 30.0, 0.01, 0.0, *([1000.0] if abs(mean) <= 200 else [])))),
         empty=0.0 if supports.empty_row == "unsupported" else draw(st.sampled_from(empties)),
@@ -220,7 +269,7 @@ def write_cases(
     return WriteCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
-        tokens=draw(st.integers(min_tokens, 20) | st.sampled_from((63, 64, 129))),
+        tokens=draw(st.integers(min_tokens, 20) | st.sampled_from((63, 64, 129, 300))),
         kv_lora_rank=c,
         qk_rope_head_dim=r,
         page_size=draw(st.sampled_from(supports.page_sizes or PAGE_SIZES)),

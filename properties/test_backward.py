@@ -90,6 +90,14 @@ def test_prefill_gradients_through_the_lse(run: Run, case: PrefillBackwardCase) 
     _judge(run, driver.prefill_gradients(x.forward, tensors), want)
 
 
+@law(needs=PREFILL, cases=prefill_backward_cases, missing=_needs_prefill, cost=2)
+def test_prefill_gradients_of_some_arguments(run: Run, case: PrefillBackwardCase) -> None:
+    """Where one or two of q, k and v require a gradient, they get what they get where all do."""
+    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    names = ("q", "k", "v", "qk", "qv", "kv")[case.seed % 6]
+    _judge(run, driver.prefill_gradients(x.forward, _tensors(driver, x), names), _expected(run, x))
+
+
 @law(needs=PREFILL, cases=exact_backward_cases, missing=_needs_prefill)
 def test_prefill_gradients_of_exact_steps(run: Run, case: PrefillBackwardCase) -> None:
     """Where O, P, dP, D and dS have few bits, gradients have no error but that of float32 arithmetic and of storing them."""
@@ -192,6 +200,14 @@ def test_sparse_prefill_gradients_agree_with_reference(run: Run, case: SparseBac
     """The gradients of q and kv are within their bounds: sums over all entries that select a row, exactly 0 without any."""
     x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
     _judge(run, driver.sparse_gradients(x.forward, _sparse_tensors(driver, x)), _sparse_expected(run, x))
+
+
+@law(needs=SPARSE, cases=sparse_backward_cases, missing=_needs_sparse, cost=2)
+def test_sparse_prefill_gradients_of_one_argument(run: Run, case: SparseBackwardCase) -> None:
+    """Where only q or only kv requires a gradient, it gets what it gets where both do."""
+    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    name = ("q", "kv")[case.seed % 2]
+    _judge(run, driver.sparse_gradients(x.forward, _sparse_tensors(driver, x), (name,)), _sparse_expected(run, x))
 
 
 @law(needs=SPARSE, cases=sparse_backward_cases, missing=_needs_sparse_lse)

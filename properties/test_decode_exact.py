@@ -85,13 +85,13 @@ def _check_one_hot(run: Run, case: DecodeCase, channel: int, query: float, winni
             )
 
 
-@law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, regimes=("typical",), logit_stds=(1.0,)))
+@law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, max_s=4, regimes=("typical",), logit_stds=(1.0,)))
 def test_one_hot_by_the_latent_part(run: Run, case: DecodeCase) -> None:
     """A key that leads by its latent part alone gives exactly its value, and its score as LSE."""
     _check_one_hot(run, case, case.kv_lora_rank - 1, query=LEAD / 32, winning=32.0, losing=0.0)
 
 
-@law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, regimes=("typical",), logit_stds=(1.0,)))
+@law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, max_s=4, regimes=("typical",), logit_stds=(1.0,)))
 def test_one_hot_far_below_zero(run: Run, case: DecodeCase) -> None:
     """A key whose score of -65536 is the largest of its row gives exactly its value: no number stands for -inf.
 
@@ -103,7 +103,7 @@ def test_one_hot_far_below_zero(run: Run, case: DecodeCase) -> None:
 
 @law(
     needs=DECODE,
-    cases=narrowed(decode_cases, min_length=4, min_rope=2, regimes=("typical",), logit_stds=(1.0,)),
+    cases=narrowed(decode_cases, min_length=4, max_s=4, min_rope=2, regimes=("typical",), logit_stds=(1.0,)),
     missing=_needs_rope,
 )
 def test_one_hot_by_the_rope_part(run: Run, case: DecodeCase) -> None:
@@ -112,7 +112,7 @@ def test_one_hot_by_the_rope_part(run: Run, case: DecodeCase) -> None:
     _check_one_hot(run, case, channel, query=LEAD / 32, winning=32.0, losing=0.0)
 
 
-@law(needs=DECODE, cases=narrowed(decode_cases, min_length=5, regimes=("typical",), logit_stds=(1.0,)))
+@law(needs=DECODE, cases=narrowed(decode_cases, min_length=5, max_s=4, regimes=("typical",), logit_stds=(1.0,)))
 def test_two_equal_maxima_give_their_mean(run: Run, case: DecodeCase) -> None:
     """Two keys that lead together weigh one half each, wherever they are: exactly the mean of their values.
 
@@ -136,7 +136,7 @@ def test_two_equal_maxima_give_their_mean(run: Run, case: DecodeCase) -> None:
     _require_exact(run, out, mean, run.profile, "tokens 0 and the last that all queries see have equal weight")
 
 
-@law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, regimes=("typical",), logit_stds=(1.0,)))
+@law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, max_s=4, regimes=("typical",), logit_stds=(1.0,)))
 def test_equal_scores_give_the_mean(run: Run, case: DecodeCase) -> None:
     """A zero query averages: over 2^k keys with integer values, exactly, rounded once to the output's format.
 

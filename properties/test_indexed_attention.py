@@ -20,7 +20,7 @@ from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import IntArray
 
 BOTH = ("indexer", "sparse_prefill")
-MOST_KEYS = 46
+MOST_KEYS = 206
 """Of a sequence that ``indexer_cases`` draw."""
 
 

@@ -68,6 +68,20 @@ def test_layer_decodes_several_tokens_at_once(run: Run, case: LayerCase) -> None
     run.within(got, want[:, rest], bound[:, rest], gate=False)
 
 
+@law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2), cost=2)
+def test_layer_prefill_in_chunks(run: Run, case: LayerCase) -> None:
+    """A prompt that comes in two calls of prefill, and then decoded tokens: what the second sees includes the first."""
+    inputs = case.build()
+    want, bound = _expected(run, inputs)
+    run.meaningful(want, bound)
+    layer = _make(run, inputs)
+    cut = 1 + case.seed % (case.prompt - 1)
+    chunks = [("prefill", slice(0, cut)), ("prefill", slice(cut, case.prompt)), *_calls(case)[1:]]
+    for method, tokens in chunks:
+        got = _run(layer, method, inputs, tokens)
+        run.within(got, want[:, tokens], bound[:, tokens], gate=False)
+
+
 @law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2, max_steps=0), cost=2)
 def test_prefill_equals_token_by_token_decode(run: Run, case: LayerCase) -> None:
     """One prefill gives what decoding the same tokens one by one gives."""
@@ -94,10 +108,12 @@ def test_future_tokens_are_ignored(run: Run, case: LayerCase) -> None:
 
 @law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1))
 def test_reset_empties_the_cache(run: Run, case: LayerCase) -> None:
-    """After reset, a layer that held a longer sequence gives the same bits as a new one."""
+    """After reset, a layer that held a longer sequence, and fewer of them, gives the same bits as a new one."""
     inputs = case.build()
     fresh = _run(_make(run, inputs), "prefill", inputs, np.s_[: case.prompt])
     layer = _make(run, inputs)
+    layer.run("prefill", inputs.hidden[:1], inputs.positions[:1])
+    layer.reset()
     _run(layer, "prefill", inputs, np.s_[:])
     layer.reset()
     again = _run(layer, "prefill", inputs, np.s_[: case.prompt])

@@ -107,11 +107,26 @@ def _parts(inputs: LayerGradientInputs) -> Iterator[Part]:
 def test_layer_gradients_agree_with_reference(run: Run, case: LayerGradientCase) -> None:
     """Gradients of hidden and of each weight, each kind of rows by itself, within the worst-case bound of the profile."""
     inputs = case.build_gradient()
-    want, got = _expected(run, inputs), _gradients(run, inputs)
+    _judge(run, case, inputs, _gradients(run, inputs))
+
+
+def _judge(run: Run, case: LayerGradientCase, inputs: LayerGradientInputs, got: dict[str, Result]) -> None:
+    """Judge the gradients that there are, part by part."""
+    want = _expected(run, inputs)
     for part in _parts(inputs):
-        value, bound = want[part.name]
-        gate = part.title not in LOOSE.get(case.dtype, ())
-        run.within(part.of(got[part.name]), value[part.rows], bound[part.rows], gate=gate)
+        if part.name in got:
+            value, bound = want[part.name]
+            gate = part.title not in LOOSE.get(case.dtype, ())
+            run.within(part.of(got[part.name]), value[part.rows], bound[part.rows], gate=gate)
+
+
+@law(needs=LAYER, cases=layer_gradient_cases, missing=_needs_gradients, cost=2)
+def test_layer_gradients_beside_frozen_weights(run: Run, case: LayerGradientCase) -> None:
+    """Where hidden or one weight alone requires a gradient, it gets what it gets where all do."""
+    inputs = case.build_gradient()
+    names = ("hidden", *inputs.layer.weights)
+    got = LayerGradientDriver(run.driver).gradients(inputs, names=(names[case.seed % len(names)],))
+    _judge(run, case, inputs, got)
 
 
 @law(needs=LAYER, cases=layer_gradient_cases, missing=_needs_gradients)

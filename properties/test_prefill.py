@@ -95,7 +95,7 @@ def test_prefill_lse_agrees_with_reference(run: Run, case: PrefillCase) -> None:
     run.within(lse, declared_lse(want.lse, run.supports), want.lse_error, gate=False)
 
 
-@law(needs=PREFILL, cases=narrowed(prefill_cases, min_batch=2))
+@law(needs=PREFILL, cases=narrowed(prefill_cases, min_batch=2), cost=2)
 def test_prefill_sequences_are_independent(run: Run, case: PrefillCase) -> None:
     """A sequence gives the same packed with others as alone: the same bits where the profile claims it."""
     inputs = case.build()
@@ -187,7 +187,7 @@ def test_chunked_prefill_merges_to_the_whole(run: Run, case: PrefillCase) -> Non
     judge_merged_results(run, got, [prefill_expected(part, run.profile) for part in parts])
 
 
-@law(needs=PREFILL, cases=prefill_cases, missing=_needs_equal_dims)
+@law(needs=PREFILL, cases=prefill_cases, missing=_needs_equal_dims, cost=2)
 def test_prefill_of_padded_values(run: Run, case: PrefillCase) -> None:
     """V padded with zeros to the width of QK gives the same, and exactly 0 in the padding."""
     dims = run.supports.prefill_dims

@@ -161,10 +161,10 @@ def test_dequantize_cache_reads_strides(run: Run, case: PagesCase) -> None:
     """Pages that lie further apart are read by their stride, and are not modified."""
     inputs = case.build()
     # The pages between belong to another layer.
-    pool = np.stack([inputs.pages, np.roll(inputs.pages, 1)], axis=1).reshape(-1, inputs.pages.shape[1])
+    pool = np.stack([np.roll(inputs.pages, 1), inputs.pages], axis=1).reshape(-1, inputs.pages.shape[1])
     tensor = torch.from_numpy(pool).to(run.driver.device)
     before = tensor.clone()
-    got = _read(run, case, inputs, inputs.pages, tensor[::2])
+    got = _read(run, case, inputs, inputs.pages, tensor[1::2])
     run.within(got, inputs.rows, dequantised_error(inputs.rows, run.profile), gate=False)
     run.require(torch.equal(tensor, before), "dequantize_cache changed its argument pages")
 

@@ -44,6 +44,16 @@ def test_rope_of_a_slice(run: Run, case: RopeCase) -> None:
 
 
 @law(needs=ROPE, cases=rope_cases)
+def test_rope_takes_positions_in_any_order(run: Run, case: RopeCase) -> None:
+    """Positions that jump, go back, repeat and begin anew, as of packed or drafted tokens, are each their token's own."""
+    (x,) = case.vectors(1)
+    positions = case.positions()
+    rng = np.random.default_rng([case.seed, 15])
+    positions = rng.choice(np.append(positions.ravel(), 0), positions.shape)
+    run.within(run.driver.rope(x, positions, case.rope), *_expected(run, x, positions, case), gate=False)
+
+
+@law(needs=ROPE, cases=rope_cases)
 def test_rope_depends_on_relative_position_only(run: Run, case: RopeCase) -> None:
     """⟨rope(q, m + a), rope(k, n + a)⟩ is the same for every common shift a."""
     q, k = case.vectors(2)

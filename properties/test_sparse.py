@@ -266,7 +266,7 @@ def test_sparse_prefill_over_all_keys_is_prefill(run: Run, case: SparsePrefillCa
         check.judge_equal(run, got.lse, lse.arranged(np.transpose), (bounds.lse_error, dense_error), why)
 
 
-@law(needs=("sparse_decode", "decode"), cases=decode_cases)
+@law(needs=("sparse_decode", "decode"), cases=decode_cases, cost=2)
 def test_sparse_decode_over_all_keys_is_decode(run: Run, case: DecodeCase) -> None:
     """Indices of every slot that a query sees give what decode gives, causal or not."""
     inputs = case.build()

@@ -33,8 +33,9 @@ GATHER = ("gather_gradients",)
 def sharded_layer_cases(draw: DrawFn, supports: Supports, profile: Profile, *, max_steps: int = 3) -> ShardedLayerCase:
     """Layers with as many heads for each of a few ranks as others have in all."""
     case = draw(layer_cases(supports, profile, max_steps=max_steps))
-    ranks = draw(st.sampled_from((2, 3, 4)))
-    whole = replace(case, num_heads=ranks * case.num_heads, batch=min(case.batch, 2), prompt=min(case.prompt, 4))
+    ranks = draw(st.sampled_from((2, 3, 4, 8)))
+    heads = ranks * (case.num_heads if ranks < 8 else 1)
+    whole = replace(case, num_heads=heads, batch=min(case.batch, 2), prompt=min(case.prompt, 4))
     return ShardedLayerCase(**vars(whole), ranks=ranks)
 
 

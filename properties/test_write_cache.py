@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,15 +11,14 @@ from mla_spec.harness.driver import tensor_bits
 from mla_spec.harness.laws import Run, law
 from mla_spec.harness.verdict import Violation
 from mla_spec.properties.expected import decode_expected, judge_attention
+from mla_spec.properties.far import far_zeros
 from mla_spec.properties.memory import require_unmodified
 from mla_spec.properties.strategies import decode_cases, narrowed, write_cases
-from mla_spec.properties.views import ROW_PADDING, WRITE_VIEWS
+from mla_spec.properties.views import WRITE_VIEWS
 from mla_spec.reference.cache import slot_mapping
 from mla_spec.reference.typing import IntArray
 
 WRITE = ("write_cache",)
-FAR_PAGE = 2**30 + ROW_PADDING
-"""Elements from page to page, so that the third lies beyond 2^31."""
 
 
 def _storage(x: Tensor) -> Tensor:
@@ -145,7 +142,7 @@ def test_write_cache_reaches_beyond_2_31_elements(run: Run, case: WriteCase) -> 
         slots[-1] = pages * page_size - 1
     tensors = _tokens(run.driver.write_tensors(case.build()), slice(count))
     tensors["slot_mapping"] = run.driver.integers(slots, torch.int64)
-    tensors["kv_cache"] = _far_pool(tensors["kv_cache"], pages)
+    tensors["kv_cache"] = far_zeros(tensors["kv_cache"], pages)
     write = _Write(run, tensors, keep=False)
     write.require_stored()
     rest = tensors["kv_cache"].clone()
@@ -153,23 +150,6 @@ def test_write_cache_reaches_beyond_2_31_elements(run: Run, case: WriteCase) -> 
     run.require(
         not tensor_bits(rest).any(), "write_cache changed slots of a pool with distant pages that were not named"
     )
-
-
-def _far_pool(like: Tensor, pages: int) -> Tensor:
-    """A pool of zeros with pages ``FAR_PAGE`` elements apart; on the CPU, memory is taken only where it is written.
-
-    There 2^31 elements lie before it too, so that an offset which wraps around to a negative one hits no foreign memory.
-    """
-    _, page_size, _, width = like.shape
-    lead = 2**31 if like.device.type == "cpu" else 0
-    count = lead + (pages - 1) * FAR_PAGE + page_size * width
-    if like.device.type == "cpu":
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - the mapping keeps it alive
-        memory = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="w+", shape=(count * like.element_size(),)))
-        memory = memory.view(like.dtype)
-    else:
-        memory = torch.zeros(count, dtype=like.dtype, device=like.device)
-    return memory.as_strided((pages, page_size, 1, width), (FAR_PAGE, width, width, 1), lead)
 
 
 @law(needs=("write_cache", "decode"), cases=narrowed(decode_cases, min_length=1))

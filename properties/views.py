@@ -18,11 +18,11 @@ ROW_PADDING = 64
 
 
 def _slice_of_wider(x: Tensor, dim: int, extra: int) -> Tensor:
-    """X as the leading slice of a tensor that is ``extra`` longer in ``dim``; the rest repeats x's own elements."""
+    """X as the last slice of a tensor that is ``extra`` longer in ``dim``; what is before it repeats x's own elements."""
     if x.shape[dim] == 0:
         return x
-    index = torch.arange(x.shape[dim] + extra, device=x.device) % x.shape[dim]
-    return x.index_select(dim, index).narrow(dim, 0, x.shape[dim])
+    index = torch.arange(-extra, x.shape[dim], device=x.device) % x.shape[dim]
+    return x.index_select(dim, index).narrow(dim, extra, x.shape[dim])
 
 
 def _transposed(x: Tensor, first: int, second: int) -> Tensor:
@@ -62,7 +62,9 @@ def _one_projection(t: Tensors) -> Tensors:
 QUANTISED_VIEWS: dict[str, Callable[[Tensors], Tensors]] = {
     name: view for name, view in VIEWS.items() if not name.startswith("kv_cache")
 } | {
-    "pages of two layers alternating in memory": lambda t: t | {"kv_cache": t["kv_cache"].repeat_interleave(2, 0)[::2]}
+    "pages of two layers alternating in memory": lambda t: (
+        t | {"kv_cache": torch.stack([t["kv_cache"].roll(1, 0), t["kv_cache"]], dim=1).flatten(0, 1)[1::2]}
+    )
 }
 """Ways to pass the same arguments of ``decode_quantized``, whose pages are called "kv_cache"."""
 

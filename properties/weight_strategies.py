@@ -32,6 +32,8 @@ def weight_cases(draw: DrawFn, supports: Supports, profile: Profile) -> WeightCa
     rows, columns = draw(_lengths(height)), draw(_lengths(width))
     if height == 128 and draw(st.booleans()):
         rows = 576
+    elif width == 128 and draw(st.booleans()):
+        columns = 640
     return WeightCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),

@@ -37,17 +37,22 @@ class BackwardDriver(Driver):
         """For the subject of another driver."""
         return cls(driver.subject, driver.dtype, driver.device)
 
-    def prefill_gradients(self, inputs: PrefillInputs, tensors: Tensors) -> Gradients:
-        """Gradients of q, k and v. ``tensors`` are the arguments, ``out_grad`` and, where wanted, ``lse_grad``."""
-        leaves = _leaves(tensors, ("q", "k", "v"))
-        out, lse = self.prefill_raw(inputs, leaves)
-        return self.gradients("prefill", leaves, ("q", "k", "v"), out, lse)
+    def prefill_gradients(
+        self, inputs: PrefillInputs, tensors: Tensors, names: Sequence[str] = ("q", "k", "v")
+    ) -> Gradients:
+        """Gradients of q, k and v, or only those of ``names``; the others require none.
 
-    def sparse_gradients(self, inputs: SparseInputs, tensors: Tensors) -> Gradients:
-        """Gradients of q and kv. ``tensors`` are the arguments, ``out_grad`` and, where wanted, ``lse_grad``."""
-        leaves = _leaves(tensors, ("q", "kv"))
+        ``tensors`` are the arguments, ``out_grad`` and, where wanted, ``lse_grad``.
+        """
+        leaves = _leaves(tensors, names)
+        out, lse = self.prefill_raw(inputs, leaves)
+        return self.gradients("prefill", leaves, names, out, lse)
+
+    def sparse_gradients(self, inputs: SparseInputs, tensors: Tensors, names: Sequence[str] = ("q", "kv")) -> Gradients:
+        """Gradients of q and kv, as ``prefill_gradients``."""
+        leaves = _leaves(tensors, names)
         out, _, lse = SparseDriver(self, "sparse_prefill").raw(inputs, leaves)
-        return self.gradients("sparse_prefill", leaves, ("q", "kv"), out, lse)
+        return self.gradients("sparse_prefill", leaves, names, out, lse)
 
     def gradients(self, operation: str, tensors: Tensors, names: Sequence[str], out: Any, lse: Any) -> Gradients:
         """What ``backward`` leaves in the ``grad`` of the tensors called ``names``.

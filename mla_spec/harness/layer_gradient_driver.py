@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mla_spec.harness.backward_driver import BackwardDriver, Gradients, Tensors
@@ -25,10 +27,15 @@ class LayerGradientDriver:
             "out_grad": tensor(inputs.out_grad),
         }
 
-    def gradients(self, inputs: LayerGradientInputs, tensors: Tensors | None = None) -> Gradients:
-        """Gradients of "hidden" and of the weights by name. ``tensors`` replace those built from ``inputs``."""
+    def gradients(
+        self, inputs: LayerGradientInputs, tensors: Tensors | None = None, names: Sequence[str] = ()
+    ) -> Gradients:
+        """Gradients of "hidden" and of the weights by name, or only those of ``names``; the others require none.
+
+        ``tensors`` replace those built from ``inputs``.
+        """
         tensors = tensors or self.tensors(inputs)
-        names = ("hidden", *inputs.layer.weights)
+        names = names or ("hidden", *inputs.layer.weights)
         leaves = tensors | {name: tensors[name].detach().requires_grad_() for name in names}
         weights = {name: leaves[name] for name in inputs.layer.weights}
         layer = self.driver.guard(lambda: self.driver.subject.layer(weights, inputs.layer.config))

@@ -10,7 +10,7 @@ import numpy as np
 from mla_spec.harness.case import Case
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.sparse import selected_rows
-from mla_spec.reference.typing import Array, IntArray
+from mla_spec.reference.typing import Array, BoolArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class SparseCase(Case):
 
     A row of indices selects keys in random order: all different, or with repetitions where ``duplicates``. The share
     ``invalid`` of its entries selects nothing: -1, or not below the number of keys, as whatever exceeds that number does
-    where all must differ. ``empty_rows`` makes some rows select nothing, else each selects a key. ``sink``: "none",
+    where all must differ; where there are such entries, half of the longer rows begin with a tile of them, unless
+    ``with_length`` might cut off what follows. ``empty_rows`` makes some rows select nothing, else each selects a key. ``sink``: "none",
     "finite", or "infinite" with both infinities among the heads. ``logit_std`` and ``regime`` as in ``DecodeCase``.
     """
 
@@ -110,7 +111,17 @@ class SparseCase(Case):
             chosen = np.where(chosen == first, chosen[..., :1], chosen)  # what differed still differs
             chosen[..., :1] = first
             nothing = (nothing | (chosen >= s_kv)) & (np.arange(self.topk) > 0)
+        if self.invalid > 0 and self.topk > 16 and (self.empty_rows or not self.with_length):
+            self._begin_with_holes(rng, chosen, nothing)
         return np.where(nothing, beyond, chosen).astype(np.int32)
+
+    def _begin_with_holes(self, rng: np.random.Generator, chosen: IntArray, nothing: BoolArray) -> None:
+        """Have half of the rows select nothing in a tile of their first 16 entries, or 64 where there are more."""
+        tile = 64 if self.topk > 64 else 16
+        holes = rng.random(nothing.shape[:-1]) < 0.5
+        for x in (chosen, nothing):  # what the first entry selects, the last one does
+            x[holes, -1], x[holes, 0] = x[holes, 0], x[holes, -1].copy()
+        nothing[holes, :tile] = True
 
     def _sink(self, rng: np.random.Generator, least_lse: Array) -> Array:
         """Sinks near ``least_lse`` [h], so that they leave the keys a share that formats of 16 bits can hold."""

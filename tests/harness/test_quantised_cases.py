@@ -116,7 +116,7 @@ class Indexer(TorchAbsorbed):
 def test_only_supported_formats_are_drawn() -> None:
     seen: set[str] = set()
     laws = {name: made for name, made in all_laws().items() if set(made.needs) <= set(QUANTISED)}
-    assert len(laws) == 16
+    assert len(laws) == 18
     for made in laws.values():
         options = Options(examples=4, announce=lambda case: seen.add(case.format))
         record = run_law(made, Indexer(), options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_sparse_inputs_are_representable_and_keep_their_promises(case: SparsePre
     assert (inputs.entries >= -1).all()
     selecting = (inputs.entries >= 0) & (inputs.entries < len(inputs.rows))
     if not case.empty_rows:
-        assert selecting[..., 0].all()
+        assert (selecting[..., 0] if case.with_length else selecting.any(axis=-1)).all()
         assert inputs.topk_length is None or (inputs.topk_length >= 1).all()
     if not case.duplicates:
         for row, valid in zip(inputs.entries.reshape(-1, case.topk), selecting.reshape(-1, case.topk), strict=True):
@@ -223,3 +224,16 @@ def test_what_sparse_prefill_returns_is_checked() -> None:
     record = run_law(law, OutAndLse(), Options(examples=4))
     assert record.verdict == "fail"
     assert "sparse_prefill must return (out, max_logits, lse), got tuple" in record.message
+
+
+def test_half_of_long_rows_with_holes_begin_with_a_tile_of_them() -> None:
+    for topk, tile in ((20, 16), (70, 64)):
+        case = SparsePrefillCase(dtype="float32", s_q=40, s_kv=100, topk=topk, invalid=0.3)
+        entries = case.build().entries
+        valid = (entries >= 0) & (entries < 100)
+        begin_empty = ~valid[:, :tile].any(axis=1)
+        assert 10 < begin_empty.sum() < 30
+        assert valid[begin_empty, -1].all()
+        assert valid[~begin_empty, 0].all()
+        first = replace(case, with_length=True).build().entries[:, 0]
+        assert ((first >= 0) & (first < 100)).all()
