@@ -139,6 +139,16 @@ def test_paged_decode_is_attention_to_the_rows(s: int, causal: bool) -> None:
         assert (np.abs(lse[b][seen] - one[1][seen]) <= 2 * bound.lse_error.total[seen]).all()
 
 
+def test_decode_is_causal_unless_told_otherwise() -> None:
+    _, cache = rows_and_cache(np.nan)
+    q = np.random.default_rng(1).standard_normal((4, 3, 2, C + R))
+    out, causal = (
+        paged_decode(q, cache, BLOCK_TABLE, SEQLENS, head_dim_v=C, softmax_scale=0.5, **keywords)[0]
+        for keywords in ({}, {"causal": True})
+    )
+    np.testing.assert_array_equal(out, causal)
+
+
 def test_pages_may_be_relabelled_without_changing_a_bit() -> None:
     _, cache = rows_and_cache(np.nan)
     q = np.random.default_rng(2).standard_normal((4, 2, 3, C + R))

@@ -53,6 +53,13 @@ def test_the_largest_are_selected_and_of_equal_ones_the_first() -> None:
     np.testing.assert_array_equal(select_top_k(logits, 7, np.array([5, 0])), [[1, 2, 4, 0, 3, -1, -1], [-1] * 7])
 
 
+def test_of_many_equal_logits_the_first_are_selected() -> None:
+    """Short rows are sorted by an algorithm that is stable anyway."""
+    logits = np.tile([1.0, 0.0], 500)[None]
+    np.testing.assert_array_equal(select_top_k(logits, 600, np.array([1000]))[0, :500], np.arange(0, 1000, 2))
+    np.testing.assert_array_equal(select_top_k(logits, 600, np.array([1000]))[0, 500:], np.arange(1, 200, 2))
+
+
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
 def test_all_indices_in_any_order_are_dense_attention(lead: tuple[int, ...]) -> None:
     q, kv = operands(3, lead)
