@@ -58,7 +58,7 @@ def layer_cases(
     coarse = format_of(profile.dtype).precision <= 8
     names = supported_models(supports)
     name = draw(st.just("none") | st.sampled_from(names)) if names else "none"
-    size = large_size(draw, ("batch", "prompt") if coarse else ("batch", "prompt", "heads"))
+    size = large_size(draw, ("batch", "prompt") if coarse else ("batch", "prompt", "prompt", "heads"))
     heads = draw(st.sampled_from((5, 8)) if size == "heads" else st.integers(1, 2 if coarse else 4))
     largest = 6 if narrow else 16
     multiple = supports.layer_dim_multiple
@@ -83,7 +83,7 @@ def layer_cases(
         dtype=profile.dtype,
         seed=draw(SEEDS),
         batch=draw(st.sampled_from((5, 9)) if size == "batch" else st.integers(1, 3)),
-        prompt=draw(st.sampled_from((16, 17, 33, 64, 65)) if size == "prompt" else st.integers(min_prompt, 9)),
+        prompt=draw(st.sampled_from((16, 32, 64, 16, 17, 33, 65)) if size == "prompt" else st.integers(min_prompt, 9)),
         steps=draw(st.integers(min_steps, max(min_steps, max_steps))),
         hidden_size=heads * draw(st.integers(2, 4 if narrow else 12)),
         num_heads=heads,

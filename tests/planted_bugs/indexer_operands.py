@@ -147,6 +147,19 @@ class IndexerRotatesKeysOnly(TorchAbsorbed):
 
 
 @planted(
+    "X-indexer-keys-at-chunk-positions",
+    symptom="selects well up to the first chunk's end, then the keys of the wrong chunk",
+    shows_when="a position of 64 or more",
+    killed_by=(RELATIVE,),
+)
+class KeysAtChunkPositions(TorchAbsorbed):
+    """The keys are rotated by their place in a chunk of 64 tokens."""
+
+    def indexer_key_rope(self, k: Tensor, positions: Tensor, config: IndexerConfig) -> Tensor:
+        return super().indexer_key_rope(k, positions % 64, config)
+
+
+@planted(
     "X-indexer-rows-as-positions",
     symptom="selects wrong keys from the second request of a batch on, and in every later chunk",
     shows_when="positions do not run from 0 in one sequence",

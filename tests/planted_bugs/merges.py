@@ -164,6 +164,20 @@ class ShiftsLsesInPlace(TorchAbsorbed):
 
 
 @planted(
+    "X-vector-of-eight-parts",
+    symptom="wrong with eight splits, right with seven and with nine",
+    shows_when="exactly eight parts",
+    killed_by=("test_merge_order_of_parts_changes_nothing",),
+)
+class VectorOfEightParts(TorchAbsorbed):
+    """Where the parts fill a vector, its last place is taken to be empty."""
+
+    def merge(self, outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+        kept = 7 if len(lses) == 8 else len(lses)
+        return super().merge(outs[:kept], lses[:kept])
+
+
+@planted(
     "X32",
     symptom="the output changes when the buffer of parts is used again",
     shows_when="the keys were not split",

@@ -13,7 +13,7 @@ from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit
 from mla_spec.adapters.pytorch_quantised import power_of_two_above
 from mla_spec.planted_bugs.registry import planted
 from mla_spec.planted_bugs.strides import as_if_contiguous
-from mla_spec.reference.cache_layout import CacheLayout
+from mla_spec.reference.cache_layout import CacheLayout, layout_of
 
 PRODUCT = "test_dequantised_rows_are_code_times_scale"
 UNUSED = "test_dequantising_ignores_unused_bytes"
@@ -142,6 +142,27 @@ class NaNClearsPage(TorchExplicit):
     def read_scales(self, raw: Tensor, layout: CacheLayout) -> Tensor:
         scales = super().read_scales(raw, layout)
         return scales.masked_fill(scales.isnan().any(dim=(1, 2), keepdim=True), 0.0)
+
+
+@planted(
+    "X-padding-read-as-scale",
+    symptom="a page that is used again is read wrongly, a fresh one is not",
+    shows_when="the padding behind the scales of a token is not 0",
+    killed_by=(UNUSED,),
+)
+class PaddingReadAsScale(TorchExplicit):
+    """A whole word of scales is loaded, and a token whose padding is not 0 is taken to have none."""
+
+    def dequantize_cache(self, pages: Tensor, *, format: str, page_size: int, **options: Any) -> Tensor:
+        rows = super().dequantize_cache(pages, format=format, page_size=page_size, **options)
+        layout = layout_of(format)
+        if not layout.scale_padding:
+            return rows
+        padding = self.segment(pages, layout, page_size, "scales")[..., -layout.scale_padding :]
+        return rows.masked_fill((padding != 0).any(dim=-1)[..., None, None], 0.0)
+
+    def decode_quantized(self, *args: Any, **options: Any) -> Decoded:
+        return TorchExplicit().decode_quantized(*args, **options)
 
 
 @planted(
