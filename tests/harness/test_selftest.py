@@ -241,6 +241,7 @@ def test_a_peer_does_not_see_what_results_do_not_show() -> None:
     (prefill,) = (peer for peer in PEERS if peer.operation == "prefill")
     assert not can_see(decode, PLANTED["L10"])
     assert not can_see(prefill, PLANTED["K1"])
+    assert not can_see(decode, PLANTED["X-heads-of-first-tile"])
 
 
 def test_a_peer_sees_bugs_in_its_own_operation_only() -> None:

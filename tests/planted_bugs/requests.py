@@ -1,4 +1,4 @@
-"""Faults of what servers make of requests: shared prefixes, chunks of prompts, long contexts, packed positions."""
+"""Faults of what servers make of requests: shared prefixes, chunks of prompts, packed positions."""
 
 from __future__ import annotations
 
@@ -29,34 +29,6 @@ class SharedPrefixReadOnce(TorchAbsorbed):
         earlier = (begins[:, None] == begins).tril(-1).any(dim=1) & (begins >= 0)  # [b]
         first_page = torch.arange(rows.shape[1], device=rows.device) < kv_cache.shape[1]
         return rows.masked_fill((earlier[:, None] & first_page)[..., None], 0.0)
-
-
-@planted(
-    "X-keys-numbered-in-16-bits",
-    symptom="contexts beyond 65536 tokens begin anew",
-    shows_when="more than 65536 keys",
-    killed_by=("test_one_hot_in_a_long_context",),
-)
-class KeysNumberedIn16Bits(TorchAbsorbed):
-    """The number of a key has 16 bits."""
-
-    def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
-        rows = super().gather_batch(kv_cache, block_table, cache_seqlens)
-        return rows[:, torch.arange(rows.shape[1], device=rows.device) % 2**16]
-
-
-@planted(
-    "X-window-of-4096-keys",
-    symptom="the beginning of a long conversation is forgotten",
-    shows_when="more than 4096 keys",
-    killed_by=("test_one_hot_in_a_long_context",),
-)
-class WindowOf4096Keys(TorchAbsorbed):
-    """The sliding window of other layers of the model is applied to all."""
-
-    def visible(self, s: int, t: int, seqlens: Tensor, causal: bool) -> Tensor:
-        inside = torch.arange(t, device=seqlens.device) >= seqlens[:, None] - 4096  # [b, t]
-        return super().visible(s, t, seqlens, causal) & inside[:, None, None]
 
 
 @planted(

@@ -245,3 +245,31 @@ class GradientsOfFirstTileOfKeys(TorchAbsorbed):
 
         k, v = with_gradient(k, first_tile), with_gradient(v, first_tile)
         return super().prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+
+
+@planted(
+    "X-keys-numbered-in-16-bits",
+    symptom="contexts beyond 65536 tokens begin anew",
+    shows_when="more than 65536 keys",
+    killed_by=("test_one_hot_in_a_long_context",),
+)
+class KeysNumberedIn16Bits(TorchAbsorbed):
+    """The number of a key has 16 bits."""
+
+    def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
+        rows = super().gather_batch(kv_cache, block_table, cache_seqlens)
+        return rows[:, torch.arange(rows.shape[1], device=rows.device) % 2**16]
+
+
+@planted(
+    "X-window-of-4096-keys",
+    symptom="the beginning of a long conversation is forgotten",
+    shows_when="more than 4096 keys",
+    killed_by=("test_one_hot_in_a_long_context",),
+)
+class WindowOf4096Keys(TorchAbsorbed):
+    """The sliding window of other layers of the model is applied to all."""
+
+    def visible(self, s: int, t: int, seqlens: Tensor, causal: bool) -> Tensor:
+        inside = torch.arange(t, device=seqlens.device) >= seqlens[:, None] - 4096  # [b, t]
+        return super().visible(s, t, seqlens, causal) & inside[:, None, None]
