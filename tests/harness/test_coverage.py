@@ -73,11 +73,11 @@ def test_cells_are_counted_by_running_the_law() -> None:
     laws = ["test_merge_is_associative", "test_absorb_splits_kv_b_proj"]
     kill = {"law": LAW, "case": MergeCase(dtype="float16", parts=3).id}
     matrix = [{"bug": "X1", "killed_by": [LAW], "records": [kill, {"law": laws[1], "case": ""}]}]
-    measured = measure_coverage(["torch-absorbed"], matrix, Options(examples=40), laws=laws)
+    measured = measure_coverage(["torch-absorbed"], matrix, Options(examples=400), laws=laws)
     assert [record.verdict for record in measured.records] == ["pass", "pass"]
     batched = {dtype: measured.cases[LAW, "batched", dtype] for dtype in DTYPES}
     packed = {dtype: measured.cases[LAW, "packed", dtype] for dtype in DTYPES}
-    assert {dtype: batched[dtype] + packed[dtype] for dtype in DTYPES} == dict.fromkeys(DTYPES, 10)
+    assert {dtype: batched[dtype] + packed[dtype] for dtype in DTYPES} == dict.fromkeys(DTYPES, 100)
     assert min(batched.values()) > 0
     assert measured.cases[LAW, "one part", "float64"] == 0
     assert measured.killed[LAW, "packed", "float16"] == ["X1"]
