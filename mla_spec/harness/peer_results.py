@@ -32,7 +32,7 @@ OTHER_MATTERS = ("_gradients_", "_backward_", "test_compiled_", "_memory_")
 """In the names of laws of what the result of a plain call, all that a peer's test looks at, does not show."""
 
 OTHER_SIZES = ("mla_spec.planted_bugs.sizes", "mla_spec.planted_bugs.distant")
-"""Modules of bugs that need many heads, sequences or keys: the peers' tests may have them, the emulation does not."""
+"""Modules of bugs that need large sizes, or tensors that lie elsewhere in memory than the emulation has them."""
 
 
 def accepted(peer: Peer, subject: Any) -> bool:

@@ -43,8 +43,8 @@ class SparseCase(Case):
     A row of indices selects keys in random order: all different, or with repetitions where ``duplicates``. The share
     ``invalid`` of its entries selects nothing: -1, or not below the number of keys, as whatever exceeds that number does
     where all must differ; where there are such entries, half of the longer rows begin with a tile of them, unless
-    ``with_length`` might cut off what follows. ``empty_rows`` makes some rows select nothing, else each selects a key. ``sink``: "none",
-    "finite", or "infinite" with both infinities among the heads. ``logit_std`` and ``regime`` as in ``DecodeCase``.
+    ``with_length`` might cut off what follows. ``empty_rows`` makes some rows select nothing, else each selects a key.
+    ``sink``: "none", "finite", or "infinite" with both infinities among the heads. ``logit_std`` and ``regime`` as in ``DecodeCase``.
     """
 
     operation: ClassVar[str]
