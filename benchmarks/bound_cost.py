@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mla_spec.bounds.attention import attention_with_bound
+from mla_spec.bounds.profile import Profile
 from mla_spec.reference.attention import attention
-from mla_spec.reference.bounds import attention_with_bound
-from mla_spec.reference.profile import Profile
 
 
 def main() -> None:

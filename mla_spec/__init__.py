@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mla_spec.harness.check import check_subject as check_subject
-    from mla_spec.harness.parametrize import parametrize_with_checks as parametrize_with_checks
+    from mla_spec.bounds.profile import Accumulator as Accumulator
+    from mla_spec.bounds.profile import Profile as Profile
+    from mla_spec.front.parametrize import parametrize_with_checks as parametrize_with_checks
+    from mla_spec.judging.check import check_subject as check_subject
     from mla_spec.reference.config import MLAConfig as MLAConfig
     from mla_spec.reference.config import RopeConfig as RopeConfig
     from mla_spec.reference.config import YarnScaling as YarnScaling
     from mla_spec.reference.indexer import IndexerConfig as IndexerConfig
-    from mla_spec.reference.profile import Accumulator as Accumulator
-    from mla_spec.reference.profile import Profile as Profile
 
 _EXPORTS = {
     "MLAConfig": "mla_spec.reference.config",
     "RopeConfig": "mla_spec.reference.config",
     "YarnScaling": "mla_spec.reference.config",
     "IndexerConfig": "mla_spec.reference.indexer",
-    "Accumulator": "mla_spec.reference.profile",
-    "Profile": "mla_spec.reference.profile",
-    "Supports": "mla_spec.harness.contract",
-    "check_subject": "mla_spec.harness.check",
-    "parametrize_with_checks": "mla_spec.harness.parametrize",
+    "Accumulator": "mla_spec.bounds.profile",
+    "Profile": "mla_spec.bounds.profile",
+    "Supports": "mla_spec.subjects.supports",
+    "check_subject": "mla_spec.judging.check",
+    "parametrize_with_checks": "mla_spec.front.parametrize",
 }
 
 __all__ = ["__version__", *_EXPORTS]

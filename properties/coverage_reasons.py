@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mla_spec.harness.coverage import EVERY_REGIME, Reason
+from mla_spec.judging.law import EVERY_REGIME, Reason
 
 LARGE = ("peaked scores", "huge scores")
 OTHER_NUMBERS = ("outlier", "ties", "offset", "sink", "cancelling", "flat scores", *LARGE)

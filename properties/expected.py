@@ -6,20 +6,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.harness.cases import DecodeInputs, PrefillInputs
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.driver import Result
-from mla_spec.harness.laws import Run
-from mla_spec.harness.quantised_cases import QuantisedDecodeInputs
-from mla_spec.reference.bounds import BoundedAttention, InheritedError, attention_with_bound
+from mla_spec.bounds.attention import BoundedAttention, InheritedError, attention_with_bound
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.prefill import prefill_with_bound
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.quantised_cache import error_bound
+from mla_spec.judging.law import Run
+from mla_spec.operations.all import DecodeInputs, PrefillInputs
+from mla_spec.operations.quantised_cache import QuantisedDecodeInputs
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.cache_layout import CacheLayout
-from mla_spec.reference.error_bound import ErrorBound
 from mla_spec.reference.formats import format_of, round_to
-from mla_spec.reference.prefill import prefill_with_bound
-from mla_spec.reference.profile import Profile
-from mla_spec.reference.quantised_cache import error_bound
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.driver import Result
+from mla_spec.subjects.supports import Supports
 
 
 def decode_expected(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mla_spec.properties.views import ROW_PADDING
+from mla_spec.subjects.views import ROW_PADDING
 
 FAR = 2**30 + ROW_PADDING
 """Elements from one of the leading axis to the next, so that the third lies beyond 2^31."""

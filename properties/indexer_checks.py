@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from mla_spec.harness.driver import Result
-from mla_spec.harness.laws import Run
-from mla_spec.harness.sparse_cases import IndexerInputs
-from mla_spec.reference.error_bound import ErrorBound
-from mla_spec.reference.sparse_bound import selection_shortfall
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.sparse import selection_shortfall
+from mla_spec.judging.law import Run
+from mla_spec.operations.sparse import IndexerInputs
 from mla_spec.reference.typing import Array, BoolArray, IntArray
+from mla_spec.subjects.driver import Result
 
 
 def visible_keys(inputs: IndexerInputs) -> BoolArray:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_spec.harness.driver import tensor_bits
-from mla_spec.harness.laws import Run
+from mla_spec.judging.law import Run
+from mla_spec.subjects.driver import tensor_bits
 
 
 def require_unmodified(run: Run, operation: str, tensors: dict[str, Tensor], call: Callable[[], Any]) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mla_spec.harness.cases import MergeInputs
-from mla_spec.harness.driver import Result
-from mla_spec.harness.laws import Run
+from mla_spec.bounds.attention import BoundedAttention
+from mla_spec.bounds.merge import BoundedMerge, merge_with_bound
+from mla_spec.judging.law import Run
+from mla_spec.operations.all import MergeInputs
 from mla_spec.properties.expected import declared_lse
-from mla_spec.reference.bounds import BoundedAttention
 from mla_spec.reference.formats import format_of
-from mla_spec.reference.merge_bound import BoundedMerge, merge_with_bound
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.driver import Result
 
 Expected = BoundedMerge | BoundedAttention
 

@@ -7,19 +7,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mla_spec.harness.driver import Result
-from mla_spec.harness.laws import Run
-from mla_spec.harness.sparse_cases import SparseDecodeCase, SparseInputs, SparsePrefillCase
-from mla_spec.harness.sparse_driver import SparseDriver, SparseResult, Tensors
-from mla_spec.harness.verdict import Violation
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.sparse import max_logits_with_bound, sparse_attention
+from mla_spec.judging.law import Run
+from mla_spec.operations.sparse import SparseDecodeCase, SparseInputs, SparsePrefillCase
+from mla_spec.operations.sparse_driver import SparseDriver, SparseResult, Tensors
 from mla_spec.properties.expected import declared_lse
 from mla_spec.properties.memory import require_own_outputs, require_unmodified
-from mla_spec.reference.error_bound import ErrorBound
 from mla_spec.reference.formats import format_of
-from mla_spec.reference.profile import Profile
-from mla_spec.reference.sparse import sparse_attention
-from mla_spec.reference.sparse_bound import max_logits_with_bound
 from mla_spec.reference.typing import Array, BoolArray, IntArray
+from mla_spec.subjects.driver import Result
+from mla_spec.subjects.violation import Violation
 
 SparseCase = SparsePrefillCase | SparseDecodeCase
 

@@ -7,15 +7,15 @@ from functools import partial
 
 import numpy as np
 
-from mla_spec.harness.cases import DecodeCase
-from mla_spec.harness.driver import computed
-from mla_spec.harness.laws import Run, law
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import DecodeCase
 from mla_spec.properties.expected import decode_expected
 from mla_spec.properties.memory import require_unmodified
-from mla_spec.properties.strategies import decode_cases, narrowed
+from mla_spec.properties.strategies.sizes import decode_cases, narrowed
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.formats import format_of, round_to
 from mla_spec.reference.mla import absorb, explicit
+from mla_spec.subjects.driver import computed
 
 
 @law(needs=("absorb",), cases=decode_cases)

@@ -8,25 +8,21 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mla_spec.harness.backward_cases import PrefillBackwardInputs, SparseBackwardInputs
-from mla_spec.harness.backward_driver import BackwardDriver, Gradients, Tensors
-from mla_spec.harness.cases import PrefillBackwardCase, SparseBackwardCase
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.sparse_driver import SparseDriver
-from mla_spec.harness.verdict import Violation
-from mla_spec.properties.backward_strategies import (
-    exact_backward_cases,
-    prefill_backward_cases,
-    sparse_backward_cases,
-)
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.prefill_backward import prefill_backward_with_bound, sparse_prefill_backward_with_bound
+from mla_spec.bounds.running import Bounded
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import PrefillBackwardCase, SparseBackwardCase
+from mla_spec.operations.backward_driver import BackwardDriver, Gradients, Tensors
+from mla_spec.operations.gradients import PrefillBackwardInputs, SparseBackwardInputs
+from mla_spec.operations.sparse_driver import SparseDriver
 from mla_spec.properties.memory import require_unmodified
-from mla_spec.properties.strategies import narrowed
-from mla_spec.properties.views import OUT_GRAD_VIEWS, PREFILL_VIEWS, SPARSE_PREFILL_VIEWS
-from mla_spec.reference.bounded import Bounded
-from mla_spec.reference.error_bound import ErrorBound
-from mla_spec.reference.prefill_backward_bound import prefill_backward_with_bound, sparse_prefill_backward_with_bound
+from mla_spec.properties.strategies.gradients import exact_backward_cases, prefill_backward_cases, sparse_backward_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import OUT_GRAD_VIEWS, PREFILL_VIEWS, SPARSE_PREFILL_VIEWS
+from mla_spec.subjects.violation import Violation
 
 PREFILL = ("prefill",)
 SPARSE = ("sparse_prefill",)

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.harness.cases import DecodeCase, PrefillCase, RopeCase
-from mla_spec.harness.compiled import compiled, needs_compiler
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.laws import Run, law
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.rope import rope_with_bound
+from mla_spec.judging.compiled import compiled, needs_compiler
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import DecodeCase, PrefillCase, RopeCase
 from mla_spec.properties.expected import decode_expected, judge_attention, prefill_expected
-from mla_spec.reference.profile import Profile
-from mla_spec.reference.rope_bound import rope_with_bound
+from mla_spec.subjects.supports import Supports
 
 
 def _decode_cases(supports: Supports, profile: Profile) -> list[DecodeCase]:

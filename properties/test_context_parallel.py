@@ -7,18 +7,18 @@ from dataclasses import replace
 import numpy as np
 from hypothesis.strategies import SearchStrategy
 
-from mla_spec.harness.cases import DecodeCase, PrefillCase, PrefillInputs
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.driver import Result, computed
-from mla_spec.harness.laws import Run, law
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.merge import BoundedMerge
+from mla_spec.bounds.profile import Profile
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import DecodeCase, PrefillCase, PrefillInputs
 from mla_spec.properties.expected import decode_expected, prefill_expected
 from mla_spec.properties.parts import judge_merged_results
 from mla_spec.properties.ranks import PLACEMENTS, RingStep, decode_ranks, ring_steps
-from mla_spec.properties.strategies import decode_cases, narrowed, prefill_cases
-from mla_spec.reference.error_bound import ErrorBound
-from mla_spec.reference.merge_bound import BoundedMerge
-from mla_spec.reference.profile import Profile
+from mla_spec.properties.strategies.sizes import decode_cases, narrowed, prefill_cases
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.driver import Result, computed
+from mla_spec.subjects.supports import Supports
 
 MERGEABLE = (1.0, 4.0, 0.1, 16.0)
 """Standard deviations of logits for which the LSE of a part is known well enough to merge by it."""

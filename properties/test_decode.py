@@ -7,18 +7,18 @@ from dataclasses import replace
 import numpy as np
 from hypothesis.strategies import SearchStrategy
 
-from mla_spec.harness.cases import DecodeCase, DecodeInputs
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.driver import Result, computed
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.verdict import Violation
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.profile import Profile
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import DecodeCase, DecodeInputs
 from mla_spec.properties.expected import declared_lse, decode_expected, judge_attention
 from mla_spec.properties.memory import require_own_outputs, require_unmodified
-from mla_spec.properties.strategies import decode_cases, narrowed
-from mla_spec.properties.views import VIEWS
-from mla_spec.reference.error_bound import ErrorBound
-from mla_spec.reference.profile import Profile
+from mla_spec.properties.strategies.sizes import decode_cases, narrowed
 from mla_spec.reference.typing import BoolArray, IntArray
+from mla_spec.subjects.driver import Result, computed
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import VIEWS
+from mla_spec.subjects.violation import Violation
 
 DECODE = ("decode",)
 

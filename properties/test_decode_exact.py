@@ -10,15 +10,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.harness.cases import DecodeCase, DecodeInputs
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.driver import Result
-from mla_spec.harness.laws import Run, law
+from mla_spec.bounds.profile import Profile
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import DecodeCase, DecodeInputs
 from mla_spec.properties.expected import decode_expected
-from mla_spec.properties.strategies import decode_cases, narrowed
+from mla_spec.properties.strategies.sizes import decode_cases, narrowed
 from mla_spec.reference.formats import format_of, round_to
-from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.driver import Result
+from mla_spec.subjects.supports import Supports
 
 DECODE = ("decode",)
 LEAD = 1024.0

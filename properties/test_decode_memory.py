@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from mla_spec.harness.allocation import PeakAllocations
-from mla_spec.harness.cases import DecodeCase, DecodeInputs
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.laws import Run, law
-from mla_spec.reference.profile import Profile
+from mla_spec.bounds.profile import Profile
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import DecodeCase, DecodeInputs
+from mla_spec.subjects.allocation import PeakAllocations
+from mla_spec.subjects.supports import Supports
 
 COPIES = (2, 4, 8, 16)
 """How often the sequences of a case are decoded at once; each is twice the one before."""

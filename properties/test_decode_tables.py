@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.harness.cases import DecodeCase, DecodeInputs
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.laws import Run, law
+from mla_spec.bounds.profile import Profile
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import DecodeCase, DecodeInputs
 from mla_spec.properties.expected import decode_expected, judge_attention
-from mla_spec.properties.strategies import decode_cases, narrowed
+from mla_spec.properties.strategies.sizes import decode_cases, narrowed
 from mla_spec.properties.test_decode_exact import LEAD
-from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.supports import Supports
 
 DECODE = ("decode",)
 LONG = 65536 + 70

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mla_spec.harness.cases import (
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import (
     DecodeCase,
     DecodeInputs,
     PagesCase,
@@ -16,10 +17,7 @@ from mla_spec.harness.cases import (
     SparseDecodeCase,
     SparsePrefillCase,
 )
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.quantised_driver import QuantisedDriver
-from mla_spec.harness.verdict import Violation
+from mla_spec.operations.quantised_driver import QuantisedDriver
 from mla_spec.properties import sparse_checks as check
 from mla_spec.properties.expected import (
     decode_expected,
@@ -29,10 +27,12 @@ from mla_spec.properties.expected import (
     quantised_decode_expected,
 )
 from mla_spec.properties.far import far_apart
-from mla_spec.properties.quantised_strategies import latent_formats, pages_cases, quantised_decode_cases
-from mla_spec.properties.sparse_strategies import sparse_decode_cases, sparse_prefill_cases
-from mla_spec.properties.strategies import decode_cases, narrowed, prefill_cases
+from mla_spec.properties.strategies.quantised_cache import latent_formats, pages_cases, quantised_decode_cases
+from mla_spec.properties.strategies.sizes import decode_cases, narrowed, prefill_cases
+from mla_spec.properties.strategies.sparse import sparse_decode_cases, sparse_prefill_cases
 from mla_spec.reference.typing import IntArray
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.violation import Violation
 
 PAGES = 3
 """Of a pool whose last one lies beyond 2^31 elements."""

@@ -7,17 +7,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mla_spec.harness.cases import IndexedAttentionCase, PrefillInputs
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.sparse_cases import IndexerInputs, SparseInputs
-from mla_spec.harness.sparse_driver import IndexerDriver, SparseDriver, SparseResult
+from mla_spec.bounds.profile import Profile
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import IndexedAttentionCase, PrefillInputs
+from mla_spec.operations.sparse import IndexerInputs, SparseInputs
+from mla_spec.operations.sparse_driver import IndexerDriver, SparseDriver, SparseResult
 from mla_spec.properties import sparse_checks as check
 from mla_spec.properties.expected import prefill_expected
-from mla_spec.properties.sparse_strategies import indexed_attention_cases
-from mla_spec.properties.strategies import narrowed
-from mla_spec.reference.profile import Profile
+from mla_spec.properties.strategies.sizes import narrowed
+from mla_spec.properties.strategies.sparse import indexed_attention_cases
 from mla_spec.reference.typing import IntArray
+from mla_spec.subjects.supports import Supports
 
 BOTH = ("indexer", "sparse_prefill")
 MOST_KEYS = 206

@@ -6,25 +6,25 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.harness.cases import IndexerCase
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.driver import Result
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.sparse_cases import IndexerInputs
-from mla_spec.harness.sparse_driver import IndexerDriver
-from mla_spec.harness.verdict import Violation
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.rope import rope_with_bound
+from mla_spec.bounds.sparse import indexer_with_bound
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import IndexerCase
+from mla_spec.operations.sparse import IndexerInputs
+from mla_spec.operations.sparse_driver import IndexerDriver
 from mla_spec.properties.indexer_checks import judge_logits, judge_selection, visible_keys
 from mla_spec.properties.memory import require_unmodified
-from mla_spec.properties.sparse_strategies import indexer_cases
-from mla_spec.properties.strategies import narrowed
-from mla_spec.properties.views import INDEXER_VIEWS
+from mla_spec.properties.strategies.sizes import narrowed
+from mla_spec.properties.strategies.sparse import indexer_cases
 from mla_spec.reference.config import RopeConfig
-from mla_spec.reference.error_bound import ErrorBound
-from mla_spec.reference.profile import Profile
-from mla_spec.reference.rope_bound import rope_with_bound
 from mla_spec.reference.sparse import select_top_k
-from mla_spec.reference.sparse_bound import indexer_with_bound
 from mla_spec.reference.typing import Array, BoolArray, IntArray
+from mla_spec.subjects.driver import Result
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import INDEXER_VIEWS
+from mla_spec.subjects.violation import Violation
 
 INDEXER = ("indexer",)
 THETA = 10000.0

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.harness.allocation import Allocations
-from mla_spec.harness.cases import LayerCase, LayerInputs
-from mla_spec.harness.driver import LayerDriver, Result, tensor_bits
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.verdict import Violation
-from mla_spec.properties.layer_strategies import layer_cases
-from mla_spec.properties.strategies import narrowed
-from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.layer import layer_with_bound
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import LayerCase, LayerInputs
+from mla_spec.properties.strategies.layer import layer_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
-from mla_spec.reference.layer_bound import layer_with_bound
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.allocation import Allocations
+from mla_spec.subjects.driver import LayerDriver, Result, tensor_bits
+from mla_spec.subjects.violation import Violation
 
 LAYER = ("layer",)
 

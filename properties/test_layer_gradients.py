@@ -8,20 +8,20 @@ from types import EllipsisType
 
 import numpy as np
 
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.driver import Result, computed
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.layer_gradient_cases import LayerGradientCase, LayerGradientInputs
-from mla_spec.harness.layer_gradient_driver import LayerGradientDriver
-from mla_spec.properties.layer_gradient_strategies import layer_gradient_cases
+from mla_spec.bounds.layer_backward import layer_backward_with_bound
+from mla_spec.bounds.running_gradients import Gradient
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.layer_gradient_driver import LayerGradientDriver
+from mla_spec.operations.layer_gradients import LayerGradientCase, LayerGradientInputs
 from mla_spec.properties.memory import require_unmodified
-from mla_spec.properties.strategies import narrowed
-from mla_spec.reference.bounded_gradients import Gradient
+from mla_spec.properties.strategies.layer_gradients import layer_gradient_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.layer_backward import layer_backward
-from mla_spec.reference.layer_backward_bound import layer_backward_with_bound
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.driver import Result, computed
+from mla_spec.subjects.supports import Supports
 
 LAYER = ("layer",)
 

@@ -6,17 +6,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.harness.cases import DecodeCase, DecodeInputs, MergeCase, MergeInputs
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.verdict import Violation
+from mla_spec.bounds.merge import BoundedMerge, merge_with_bound
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import (
+    DecodeCase,
+    DecodeInputs,
+    MergeCase,
+    MergeInputs,
+)
 from mla_spec.properties.expected import declared_lse, decode_expected
 from mla_spec.properties.memory import require_own_outputs, require_unmodified
 from mla_spec.properties.parts import judge_merge, judge_merged_results
-from mla_spec.properties.strategies import decode_cases, merge_cases, narrowed
-from mla_spec.properties.views import MERGE_VIEWS
-from mla_spec.reference.merge_bound import BoundedMerge, merge_with_bound
+from mla_spec.properties.strategies.sizes import decode_cases, merge_cases, narrowed
 from mla_spec.reference.typing import IntArray
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import MERGE_VIEWS
+from mla_spec.subjects.violation import Violation
 
 MERGE = ("merge",)
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from mla_spec.harness.cases import DecodeCase, PrefillCase, PrefillInputs
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.driver import Result
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.verdict import Violation
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import DecodeCase, PrefillCase, PrefillInputs
 from mla_spec.properties.expected import declared_lse, decode_expected, judge_attention, prefill_expected
 from mla_spec.properties.memory import require_own_outputs, require_unmodified
 from mla_spec.properties.parts import judge_merged_results
-from mla_spec.properties.strategies import decode_cases, narrowed, prefill_cases
-from mla_spec.properties.views import PREFILL_VIEWS
+from mla_spec.properties.strategies.sizes import decode_cases, narrowed, prefill_cases
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.driver import Result
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import PREFILL_VIEWS
+from mla_spec.subjects.violation import Violation
 
 PREFILL = ("prefill",)
 MERGEABLE = (1.0, 4.0, 0.1, 16.0)

@@ -6,26 +6,26 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.harness.cases import ProjectIndexerCase
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.indexer_cases import ProjectIndexerInputs
-from mla_spec.harness.indexer_driver import IndexerOperands, ProjectIndexerDriver
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.sparse_cases import IndexerInputs
-from mla_spec.harness.sparse_driver import IndexerDriver
-from mla_spec.harness.verdict import Violation
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.profile import gamma
+from mla_spec.bounds.project_indexer import BoundedIndexer, project_indexer_with_bound
+from mla_spec.bounds.sparse import indexer_with_bound
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import ProjectIndexerCase
+from mla_spec.operations.indexer_driver import IndexerOperands, ProjectIndexerDriver
+from mla_spec.operations.project_indexer import ProjectIndexerInputs
+from mla_spec.operations.sparse import IndexerInputs
+from mla_spec.operations.sparse_driver import IndexerDriver
 from mla_spec.properties.indexer_checks import judge_logits, judge_selection, visible_keys
-from mla_spec.properties.indexer_strategies import project_indexer_cases
 from mla_spec.properties.memory import require_unmodified
-from mla_spec.properties.strategies import narrowed
-from mla_spec.properties.views import PROJECT_INDEXER_VIEWS
-from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.properties.strategies.project_indexer import project_indexer_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
-from mla_spec.reference.indexer_bound import BoundedIndexer, project_indexer_with_bound
-from mla_spec.reference.profile import gamma
 from mla_spec.reference.sparse import indexer_logits
-from mla_spec.reference.sparse_bound import indexer_with_bound
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import PROJECT_INDEXER_VIEWS
+from mla_spec.subjects.violation import Violation
 
 PROJECT = ("project_indexer",)
 

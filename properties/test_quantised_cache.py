@@ -7,19 +7,25 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mla_spec.harness.cases import PagesCase, QuantiseCase
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.driver import Result, computed, tensor_bits
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.quantised_cases import ROPE_DIM, PagesInputs
-from mla_spec.harness.quantised_driver import QuantisedDriver
+from mla_spec.bounds.quantised_cache import scale_limits
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import PagesCase, QuantiseCase
+from mla_spec.operations.quantised_cache import ROPE_DIM, PagesInputs
+from mla_spec.operations.quantised_driver import QuantisedDriver
 from mla_spec.properties.expected import dequantised_error, quantised_error
-from mla_spec.properties.quantised_strategies import latent_formats, pages_cases, quantise_cases, stores_scales
-from mla_spec.properties.strategies import narrowed
+from mla_spec.properties.strategies.quantised_cache import (
+    latent_formats,
+    pages_cases,
+    quantise_cases,
+    stores_scales,
+)
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.cache_layout import Bytes, CacheLayout, QuantisedRows, unpack, used_bytes
 from mla_spec.reference.formats import round_to
-from mla_spec.reference.quantised_cache import dequantise, scale_limits
+from mla_spec.reference.quantised_cache import dequantise
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.driver import Result, computed, tensor_bits
+from mla_spec.subjects.supports import Supports
 
 QUANTISE = ("quantize_cache",)
 DEQUANTISE = ("dequantize_cache",)

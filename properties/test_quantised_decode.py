@@ -6,19 +6,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.harness.cases import QuantisedDecodeCase
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.driver import Result
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.quantised_cases import QuantisedDecodeInputs
-from mla_spec.harness.quantised_driver import QuantisedDriver
-from mla_spec.harness.verdict import Violation
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import QuantisedDecodeCase
+from mla_spec.operations.quantised_cache import QuantisedDecodeInputs
+from mla_spec.operations.quantised_driver import QuantisedDriver
 from mla_spec.properties.expected import judge_attention, quantised_decode_expected
 from mla_spec.properties.memory import require_unmodified
-from mla_spec.properties.quantised_strategies import latent_formats, quantised_decode_cases
-from mla_spec.properties.views import QUANTISED_VIEWS
+from mla_spec.properties.strategies.quantised_cache import latent_formats, quantised_decode_cases
 from mla_spec.reference.cache_layout import used_bytes
 from mla_spec.reference.typing import BoolArray
+from mla_spec.subjects.driver import Result
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import QUANTISED_VIEWS
+from mla_spec.subjects.violation import Violation
 
 DECODE = ("decode_quantized",)
 POISON = (0xFF, 0x7F, 0x80)

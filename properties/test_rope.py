@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mla_spec.harness.cases import RopeCase
-from mla_spec.harness.driver import computed
-from mla_spec.harness.laws import Run, law
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.rope import rope_with_bound
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import RopeCase
 from mla_spec.properties.memory import require_unmodified
-from mla_spec.properties.strategies import rope_cases
-from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.properties.strategies.sizes import rope_cases
 from mla_spec.reference.rope import half_from_interleaved
-from mla_spec.reference.rope_bound import rope_with_bound
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.driver import computed
 
 ROPE = ("rope",)
 

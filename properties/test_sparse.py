@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from mla_spec.harness.cases import DecodeCase, PrefillInputs, SparseDecodeCase, SparsePrefillCase
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.sparse_cases import SparseInputs
-from mla_spec.harness.sparse_driver import SparseDriver
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import (
+    DecodeCase,
+    PrefillInputs,
+    SparseDecodeCase,
+    SparsePrefillCase,
+)
+from mla_spec.operations.sparse import SparseInputs
+from mla_spec.operations.sparse_driver import SparseDriver
 from mla_spec.properties import sparse_checks as check
 from mla_spec.properties.expected import decode_expected, prefill_expected
-from mla_spec.properties.sparse_strategies import sparse_decode_cases, sparse_prefill_cases
-from mla_spec.properties.strategies import decode_cases, narrowed
-from mla_spec.properties.views import SPARSE_DECODE_VIEWS, SPARSE_PREFILL_VIEWS
+from mla_spec.properties.strategies.sizes import decode_cases, narrowed
+from mla_spec.properties.strategies.sparse import sparse_decode_cases, sparse_prefill_cases
 from mla_spec.reference.typing import IntArray
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import SPARSE_DECODE_VIEWS, SPARSE_PREFILL_VIEWS
 
 PREFILL = ("sparse_prefill",)
 DECODE = ("sparse_decode",)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mla_spec.harness.cases import DecodeCase, DecodeInputs, PrefillCase
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.cuda_graph import Replay, captured, needs_cuda
-from mla_spec.harness.laws import Run, law
+from mla_spec.judging.cuda_graph import Replay, captured, needs_cuda
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import DecodeCase, DecodeInputs, PrefillCase
 from mla_spec.properties.expected import decode_expected, judge_attention, prefill_expected
-from mla_spec.properties.strategies import decode_cases, prefill_cases
+from mla_spec.properties.strategies.sizes import decode_cases, prefill_cases
+from mla_spec.subjects.supports import Supports
 
 
 def _needs_graphs(supports: Supports) -> str:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mla_spec.harness.cases import DecodeCase, DecodeInputs
-from mla_spec.harness.contract import DTYPES, Supports
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.statistics import FAMILY_ALPHA, bias_p_value, excess_p_value
-from mla_spec.properties.error_model import ErrorModel
-from mla_spec.reference.profile import Profile
+from mla_spec.bounds.bias import ErrorModel
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.statistics import FAMILY_ALPHA, bias_p_value, excess_p_value
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import DecodeCase, DecodeInputs
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.supports import DTYPES, Supports
 
 DECODE = ("decode",)
 LAWS = ("test_output_is_unbiased", "test_lse_is_unbiased", "test_error_is_as_small_as_declared")
@@ -155,22 +155,28 @@ def _boundary_keys(inputs: DecodeInputs) -> dict[str, IntArray]:
     }
 
 
+def model_of(inputs: DecodeInputs, profile: Profile) -> ErrorModel:
+    """The errors of decode under a profile."""
+    arguments = {name: value for name, value in vars(inputs).items() if name != "causal"}  # one query sees all keys
+    return ErrorModel.of(**arguments, profile=profile)
+
+
 @law(needs=DECODE, cases=statistics_cases)
 def test_output_is_unbiased(run: Run, case: DecodeCase) -> None:
     """The gain, softmax_scale and the weights of boundary keys, as all outputs together show them, are right."""
     inputs = case.build()
-    model = ErrorModel.of(inputs, run.profile)
-    _judge_bias(run, list(_estimates(model, inputs, model.error(run.driver.decode(inputs)[0]))))
+    model = model_of(inputs, run.profile)
+    _judge_bias(run, list(_estimates(model, inputs, model.error(run.driver.decode(inputs)[0].value))))
 
 
 @law(needs=DECODE, cases=statistics_cases, missing=_needs_lse)
 def test_lse_is_unbiased(run: Run, case: DecodeCase) -> None:
     """The errors of all LSEs, and of those of each head, do not lean up or down."""
     inputs = case.build()
-    model = ErrorModel.of(inputs, run.profile)
+    model = model_of(inputs, run.profile)
     lse = run.driver.decode(inputs)[1]
     assert lse is not None
-    _judge_bias(run, list(_by_head(Estimates("LSE", model.lse_error(lse), model.lse_bias))))
+    _judge_bias(run, list(_by_head(Estimates("LSE", model.lse_error(lse.value), model.lse_bias))))
 
 
 def _judge_bias(run: Run, estimates: list[Estimates]) -> None:
@@ -188,8 +194,8 @@ def _judge_bias(run: Run, estimates: list[Estimates]) -> None:
 def test_error_is_as_small_as_declared(run: Run, case: DecodeCase) -> None:
     """The mean square error is no larger than what the declared roundings of P and of the output amount to."""
     inputs = case.build()
-    model = ErrorModel.of(inputs, run.profile)
-    error = model.error(run.driver.decode(inputs)[0])
+    model = model_of(inputs, run.profile)
+    error = model.error(run.driver.decode(inputs)[0].value)
     ratios = (error**2).sum(-1) / model.mean_square  # [b, h]
     _judge(
         run,

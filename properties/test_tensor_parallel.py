@@ -9,21 +9,21 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from mla_spec.harness.contract import Supports
-from mla_spec.harness.driver import LayerDriver, Result, computed
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.layer_cases import LayerInputs
-from mla_spec.harness.parallel_cases import ShardedLayerCase
-from mla_spec.harness.parallel_driver import ParallelDriver
-from mla_spec.properties.layer_strategies import layer_cases
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.layer import layer_with_bound
+from mla_spec.bounds.profile import Profile
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.layer import LayerInputs
+from mla_spec.operations.parallel_driver import ParallelDriver
+from mla_spec.operations.shards import ShardedLayerCase
 from mla_spec.properties.memory import require_unmodified
-from mla_spec.properties.strategies import narrowed
-from mla_spec.reference.error_bound import ErrorBound
+from mla_spec.properties.strategies.layer import layer_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
-from mla_spec.reference.layer_bound import layer_with_bound
-from mla_spec.reference.profile import Profile
 from mla_spec.reference.tensor_parallel import gather_gradients, shard_layer
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.driver import LayerDriver, Result, computed
+from mla_spec.subjects.supports import Supports
 
 SHARD = ("shard_layer",)
 GATHER = ("gather_gradients",)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.verdict import Violation
-from mla_spec.harness.weight_cases import QuantisedLayerCase, WeightCase
-from mla_spec.harness.weight_driver import WeightDriver
+from mla_spec.bounds.layer import layer_with_bound
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.dequantize_weight import QuantisedLayerCase, WeightCase
+from mla_spec.operations.weight_driver import WeightDriver
 from mla_spec.properties.expected import dequantised_error
 from mla_spec.properties.memory import require_unmodified
-from mla_spec.properties.views import WEIGHT_VIEWS
-from mla_spec.properties.weight_strategies import quantised_layer_cases, weight_cases
-from mla_spec.reference.layer_bound import layer_with_bound
+from mla_spec.properties.strategies.dequantize_weight import quantised_layer_cases, weight_cases
+from mla_spec.subjects.views import WEIGHT_VIEWS
+from mla_spec.subjects.violation import Violation
 
 WEIGHT = ("dequantize_weight",)
 

@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mla_spec.harness.cases import DecodeCase, WriteCase, WriteInputs
-from mla_spec.harness.driver import tensor_bits
-from mla_spec.harness.laws import Run, law
-from mla_spec.harness.verdict import Violation
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.all import DecodeCase, WriteCase, WriteInputs
 from mla_spec.properties.expected import decode_expected, judge_attention
 from mla_spec.properties.far import far_zeros
 from mla_spec.properties.memory import require_unmodified
-from mla_spec.properties.strategies import decode_cases, narrowed, write_cases
-from mla_spec.properties.views import WRITE_VIEWS
+from mla_spec.properties.strategies.sizes import decode_cases, narrowed, write_cases
 from mla_spec.reference.cache import slot_mapping
 from mla_spec.reference.typing import IntArray
+from mla_spec.subjects.driver import tensor_bits
+from mla_spec.subjects.views import WRITE_VIEWS
+from mla_spec.subjects.violation import Violation
 
 WRITE = ("write_cache",)
 

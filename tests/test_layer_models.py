@@ -7,14 +7,16 @@ from dataclasses import replace
 import pytest
 
 from mla_spec.adapters.pytorch import TorchAbsorbed
-from mla_spec.harness.cases import LayerCase, LayerGradientCase, parse_case
-from mla_spec.harness.contract import DTYPES, Supports
-from mla_spec.harness.laws import Options, all_laws, run_law
-from mla_spec.harness.layer_cases import layer_models
+from mla_spec.installed import all_laws
+from mla_spec.judging.law import Options
+from mla_spec.judging.run import run_law
+from mla_spec.operations.all import LayerCase, LayerGradientCase, parse_case
+from mla_spec.operations.layer import layer_models
 from mla_spec.planted_bugs import PLANTED
-from mla_spec.properties.layer_strategies import supported_models
+from mla_spec.properties.strategies.layer import supported_models
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.published import published_models
+from mla_spec.subjects.supports import DTYPES, Supports
 
 LAWS = [law for law in all_laws().values() if law.needs == ("layer",)]
 GRADIENT_LAWS = [law for law in LAWS if law.check.__module__.endswith("test_layer_gradients")]

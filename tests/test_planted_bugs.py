@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from mla_spec.harness.cases import parse_case
-from mla_spec.harness.contract import DTYPES
-from mla_spec.harness.laws import Options, all_laws, run_law
-from mla_spec.harness.verdict import Record
+from mla_spec.installed import all_laws
+from mla_spec.judging.law import Options
+from mla_spec.judging.run import run_law
+from mla_spec.judging.verdict import Record
+from mla_spec.operations.all import parse_case
 from mla_spec.planted_bugs import PLANTED, PlantedBug
+from mla_spec.subjects.supports import DTYPES
 
 BUGS = list(PLANTED.values())
 STATEFUL = {"G8"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mla_spec.harness.cli import main
+from mla_spec.front.cli import main
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.adapters.emulated import EmulatedKernel, Schedule
-from mla_spec.harness.contract import DTYPES, profile_of, supports_of
-from mla_spec.harness.driver import Driver
-from mla_spec.harness.laws import Law, Options, run_law
-from mla_spec.harness.statistics import FAMILY_ALPHA, bias_p_value, excess_p_value
+from mla_spec.bounds.bias import spread_error
+from mla_spec.bounds.profile import Accumulator, Profile
+from mla_spec.bounds.profile_presets import preset
+from mla_spec.bounds.statistics import FAMILY_ALPHA, bias_p_value, excess_p_value
+from mla_spec.judging.law import Law, Options
+from mla_spec.judging.run import run_law
+from mla_spec.proof.emulated import EmulatedKernel, Schedule
 from mla_spec.properties import test_statistics as laws
-from mla_spec.properties.error_model import ErrorModel, spread_error
-from mla_spec.reference.profile import Accumulator, Profile
-from mla_spec.reference.profile_presets import preset
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.contract import profile_of, supports_of
+from mla_spec.subjects.driver import Driver
+from mla_spec.subjects.supports import DTYPES
 
 SMALL = (
     laws.Design(seed=7, rows=128, heads=8, keys=200, logit_std=2.0),
@@ -94,13 +96,13 @@ def test_sums_spread_unless_they_truncate_or_stagnate() -> None:
 def p_values(kernel: EmulatedKernel, dtype: str, design: laws.Design) -> dict[str, float]:
     """Of every quantity, "LSE" and "level" as well."""
     inputs = laws.statistics_case(design, kernel.supports, dtype).build()
-    model = ErrorModel.of(inputs, kernel.profile[dtype])
+    model = laws.model_of(inputs, kernel.profile[dtype])
     out, lse = Driver(kernel, dtype).decode(inputs)
-    error = model.error(out)
+    error = model.error(out.value)
     found = {e.what: e.p_value for e in laws._estimates(model, inputs, error)}
     found["level"] = excess_p_value((error**2).sum(-1) / model.mean_square)
     if lse is not None:
-        found["LSE"] = bias_p_value(model.lse_error(lse), model.lse_bias)
+        found["LSE"] = bias_p_value(model.lse_error(lse.value), model.lse_bias)
     return found
 
 
@@ -204,6 +206,6 @@ def test_prediction_of_the_mean_square_is_near() -> None:
     """The mean square is at least a tenth of its largest, where P is rounded to bfloat16."""
     kernel = Scaled()
     inputs = laws.statistics_case(SMALL[0], kernel.supports, "bfloat16").build()
-    model = ErrorModel.of(inputs, kernel.profile["bfloat16"])
-    error: Array = model.error(Driver(kernel, "bfloat16").decode(inputs)[0])
+    model = laws.model_of(inputs, kernel.profile["bfloat16"])
+    error: Array = model.error(Driver(kernel, "bfloat16").decode(inputs)[0].value)
     assert 0.1 < float(np.mean((error**2).sum(-1) / model.mean_square)) < 1

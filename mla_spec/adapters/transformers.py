@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from mla_spec.harness.contract import Supports
+from mla_spec.bounds.profile import Profile, RopeProfile
 from mla_spec.reference.config import MLAConfig, RopeConfig
-from mla_spec.reference.profile import Profile, RopeProfile
+from mla_spec.subjects.supports import Supports
 
 _DTYPES = ("float32", "float16", "bfloat16")
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mla_spec.adapters.transformers import context_length, rope_parameters
-from mla_spec.harness.contract import Supports
+from mla_spec.bounds.profile import Profile, RopeProfile
 from mla_spec.reference.indexer import IndexerConfig
-from mla_spec.reference.profile import Profile, RopeProfile
 from mla_spec.reference.rope import half_from_interleaved
+from mla_spec.subjects.supports import Supports
 
 _DTYPES = ("float32", "float16", "bfloat16")
 

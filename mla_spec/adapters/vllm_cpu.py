@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_spec.harness.contract import Supports
-from mla_spec.reference.profile import Profile
+from mla_spec.bounds.profile import Profile
+from mla_spec.subjects.supports import Supports
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _PAGE_SIZE = 16

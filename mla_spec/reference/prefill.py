@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from mla_spec.reference.attention import attention
-from mla_spec.reference.bounds import BoundedAttention, attention_with_bound
-from mla_spec.reference.error_bound import ErrorBound
-from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import Array, IntArray
 
 
@@ -44,32 +39,6 @@ def prefill(
     return np.concatenate([out for out, _ in parts]), np.concatenate([lse for _, lse in parts], axis=-1)
 
 
-def prefill_with_bound(
-    q: Array,
-    k: Array,
-    v: Array,
-    cu_seqlens_q: IntArray,
-    cu_seqlens_k: IntArray,
-    *,
-    softmax_scale: float,
-    profile: Profile,
-    causal: bool = True,
-) -> BoundedAttention:
-    """``prefill`` and the worst-case error of computing it as ``profile`` says; arguments and errors are those of both."""
-    parts = [
-        attention_with_bound(q[queries], k[keys], v[keys], softmax_scale=softmax_scale, profile=profile, causal=causal)
-        for queries, keys in packed_sequences(q, k, cu_seqlens_q, cu_seqlens_k)
-    ]
-    return BoundedAttention(
-        out=np.concatenate([part.out for part in parts]),
-        out_error=_joined([part.out_error for part in parts], axis=0),
-        lse=np.concatenate([part.lse for part in parts], axis=-1),
-        lse_error=_joined([part.lse_error for part in parts], axis=-1),
-        out_error_probable=_joined([part.out_error_probable for part in parts], axis=0),
-        lse_error_probable=_joined([part.lse_error_probable for part in parts], axis=-1),
-    )
-
-
 def packed_sequences(q: Array, k: Array, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray) -> list[tuple[slice, slice]]:
     """Tokens of each sequence's queries and keys; ValueError where offsets do not fit the tokens or each other."""
     for name, cu, tokens in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
@@ -83,10 +52,3 @@ def packed_sequences(q: Array, k: Array, cu_seqlens_q: IntArray, cu_seqlens_k: I
         (slice(*cu_seqlens_q[i : i + 2].tolist()), slice(*cu_seqlens_k[i : i + 2].tolist()))
         for i in range(len(cu_seqlens_q) - 1)
     ]
-
-
-def _joined(bounds: Sequence[ErrorBound], axis: int) -> ErrorBound:
-    """The bounds of sequences as one."""
-    return ErrorBound(
-        {name: np.concatenate([bound.terms[name] for bound in bounds], axis=axis) for name in bounds[0].terms}
-    )

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from mla_spec.reference.bounds import BoundedAttention, attention_with_bound
-from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import Array, IntArray
 
 
@@ -43,50 +41,6 @@ def select_top_k(logits: Array, k: int, visible: IntArray) -> IntArray:
     order = np.pad(order, [*[(0, 0)] * (order.ndim - 1), (0, missing)], constant_values=-1)
     indices: IntArray = np.where(np.arange(k) < visible[..., None], order, -1)
     return indices
-
-
-def sparse_attention(
-    q: Array,
-    kv: Array,
-    indices: IntArray,
-    *,
-    head_dim_v: int,
-    softmax_scale: float,
-    profile: Profile,
-    attn_sink: Array | None = None,
-    topk_length: IntArray | None = None,
-) -> BoundedAttention:
-    """Attention of each query over the keys that its row of ``indices`` selects, and its error bound.
-
-    Every occurrence of an index counts as a key of its own; the order of a row does not matter.
-
-    Args:
-        q: [..., s, h, d].
-        kv: [..., t, d]; the values are the first ``head_dim_v`` columns.
-        indices: [..., s, k]; entries of -1 or not in 0 .. t - 1 select nothing.
-        attn_sink: natural logarithm of one more weight with value 0, [h]; -inf none. The LSE does not count it.
-        topk_length: [...] or [..., s]; entries from there on are not read. All when None.
-
-    Returns:
-        out [..., s, h, head_dim_v] and lse [..., h, s]; a row that selects nothing gives 0 and -inf. A sink of +inf gives
-        exactly 0.
-    """
-    rows, count = selected_rows(kv, indices, topk_length)
-    rows = rows[..., None, :]  # [..., s, k, 1, d]
-    bounded = attention_with_bound(
-        q[..., None, :, :],  # one query per set of keys
-        rows,
-        rows[..., :head_dim_v],
-        softmax_scale=softmax_scale,
-        profile=profile,
-        cache_seqlens=count,
-        causal=False,
-        attn_sink=attn_sink,
-    )
-    bounded = bounded.map(lambda x: x[..., 0, :, :], lambda x: np.swapaxes(x[..., 0], -1, -2))
-    if attn_sink is None:
-        return bounded
-    return bounded.map(lambda x: np.where(np.isposinf(attn_sink)[:, None], 0.0, x), lambda x: x)
 
 
 def selected_rows(kv: Array, indices: IntArray, topk_length: IntArray | None = None) -> tuple[Array, IntArray]:

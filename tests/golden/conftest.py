@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mla_spec.golden import corpus, figures
+from mla_spec.golden.corpus import corpus, figures
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mla_spec.golden import compare, corpus, figures
-from mla_spec.golden.corpus import CorpusError, StoredCase
+from mla_spec.golden.corpus import compare, corpus, figures
+from mla_spec.golden.corpus.corpus import CorpusError, StoredCase
 
 ARRAY = "arrays/decode-paged.out.npy"
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.golden import arrays, computed, corpus
-from mla_spec.golden.case import rope_from
-from mla_spec.golden.corpus import CorpusError
+from mla_spec.golden.cases.case import rope_from
+from mla_spec.golden.corpus import arrays, computed, corpus
+from mla_spec.golden.corpus.corpus import CorpusError
 from mla_spec.reference import attention as reference_attention
 from mla_spec.reference import cache_layout
 from mla_spec.reference.config import RopeConfig, YarnScaling

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mla_spec.golden import cache_tables, corpus, figures
-from mla_spec.golden.error import CorpusError
+from mla_spec.golden.corpus import cache_tables, corpus, figures
+from mla_spec.golden.corpus.error import CorpusError
 from mla_spec.reference.published import published_models
 
 

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.harness.cli import main
+from mla_spec.front.cli import main
 from mla_spec.reference.formats import FORMATS, decode_bits, round_to
 from mla_spec.reference.typing import Array
 
 pytest.importorskip("flint", reason="ball arithmetic needs python-flint (the extra 'golden')")
 
-from mla_spec.golden import certify, exact
-from mla_spec.golden.certification import certification, tasks
-from mla_spec.golden.expected import ENCLOSURES
-from mla_spec.golden.gauge import Gauged, attend
+from mla_spec.golden.exact import certify
+from mla_spec.golden.exact import rationals as exact
+from mla_spec.golden.exact.certification import certification, tasks
+from mla_spec.golden.exact.expected import ENCLOSURES
+from mla_spec.golden.exact.gauge import Gauged, attend
 
 # Certification
 
@@ -92,7 +93,7 @@ def test_errors_beyond_the_limit_are_found_in_each_kind_of_case(number: int, mon
 
 def test_certifying_without_flint_names_the_extra() -> None:
     without = (
-        "import sys; sys.modules['flint'] = None; from mla_spec.harness.cli import main; sys.exit(main(sys.argv[1:]))"
+        "import sys; sys.modules['flint'] = None; from mla_spec.front.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", without, "golden", "certify"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.golden import compare
-from mla_spec.golden.case import layer_weights
+from mla_spec.bounds.profile import gamma
+from mla_spec.golden.cases.case import layer_weights
+from mla_spec.golden.corpus import compare
 from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.mla import weight_shapes
-from mla_spec.reference.profile import gamma
 from mla_spec.reference.published import published_models
 from mla_spec.reference.rope import rope_cos_sin, rope_frequencies
 
 pytest.importorskip("flint", reason="ball arithmetic needs python-flint (the extra 'golden')")
 
-from mla_spec.golden import certified
-from mla_spec.golden.expected import expected
+from mla_spec.golden.exact import balls as certified
+from mla_spec.golden.exact.expected import expected
 
 YARN = YarnScaling(factor=40, original_max_position_embeddings=4096, ramp_guard=0.001)
 LONGROPE = LongRopeScaling(

@@ -8,14 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.golden import compare
-from mla_spec.harness.cases import IndexerCase, ProjectIndexerCase, SparseDecodeCase, SparsePrefillCase
+from mla_spec.golden.corpus import compare
+from mla_spec.operations.all import (
+    IndexerCase,
+    ProjectIndexerCase,
+    SparseDecodeCase,
+    SparsePrefillCase,
+)
 from mla_spec.reference.config import RopeConfig
 
 pytest.importorskip("flint", reason="ball arithmetic needs python-flint (the extra 'golden')")
 
-from mla_spec.golden import certified, certified_sparse
-from mla_spec.golden.expected import expected
+from mla_spec.golden.exact import ball_sparse as certified_sparse
+from mla_spec.golden.exact import balls as certified
+from mla_spec.golden.exact.expected import expected
 
 
 def agrees(operation: str, inputs: dict[str, Any], parameters: dict[str, Any]) -> None:

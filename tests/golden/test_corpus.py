@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.golden import arrays, compare, corpus, figures
-from mla_spec.golden.case import Case
-from mla_spec.golden.corpus import CorpusError
-from mla_spec.golden.generate import cases
-from mla_spec.harness.cli import main
+from mla_spec.front.cli import main
+from mla_spec.golden.cases.all import cases
+from mla_spec.golden.cases.case import Case
+from mla_spec.golden.corpus import (
+    arrays,
+    compare,
+    corpus,
+    figures,
+)
+from mla_spec.golden.corpus.corpus import CorpusError
 from mla_spec.reference.rope import half_from_interleaved
 from tests.golden.corpus_files import contents
 

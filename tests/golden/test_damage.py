@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mla_spec.golden import arrays, corpus
-from mla_spec.golden.corpus import CorpusError
-from mla_spec.harness.cli import main
+from mla_spec.front.cli import main
+from mla_spec.golden.corpus import arrays, corpus
+from mla_spec.golden.corpus.corpus import CorpusError
 from tests.golden.corpus_files import ARRAY, edit_manifest, entry_of
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.golden import compare, computed_gradients
-from mla_spec.reference.bounded import Bounded
+from mla_spec.bounds.running import Bounded
+from mla_spec.golden.corpus import compare, computed_gradients
 from mla_spec.reference.typing import Array
 from tests.golden.corpus_files import require_refusal
 
 pytest.importorskip("flint", reason="ball arithmetic needs python-flint (the extra 'golden')")
 
-from mla_spec.golden.certified_gradients import gradients
-from mla_spec.golden.expected import expected
+from mla_spec.golden.exact.ball_gradients import gradients
+from mla_spec.golden.exact.expected import expected
 
 
 def agrees(operation: str, inputs: dict[str, Any], parameters: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from mla_spec.golden import corpus, figures
-from mla_spec.golden.corpus import CorpusError
+from mla_spec.golden.corpus import corpus, figures
+from mla_spec.golden.corpus.corpus import CorpusError
 from tests.golden.corpus_files import ARRAY, contents, edit_manifest
 
 needs_flint = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('flint')", reason="python-flint")
@@ -31,7 +31,7 @@ SETTINGS = [
 def test_regenerating_gives_the_same_bytes_under_any_setting(settings: dict[str, str], tmp_path: Path) -> None:
     new = tmp_path / "new"
     code = (
-        "import sys; from mla_spec.golden import corpus as c; c.regenerate(sys.argv[1]); print(c.verify(sys.argv[1]))"
+        "import sys; from mla_spec.golden.corpus import corpus as c; c.regenerate(sys.argv[1]); print(c.verify(sys.argv[1]))"
     )
     command = [sys.executable, "-c", code, str(new)]
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
@@ -93,7 +93,7 @@ def test_an_interrupted_regeneration_leaves_the_old_corpus(
 
 KILLED = """
 import os, signal, sys
-from mla_spec.golden import corpus, figures
+from mla_spec.golden.corpus import corpus, figures
 step, rename, made = int(sys.argv[2]), os.rename, []
 
 def killed_rename(source, target):
@@ -140,7 +140,7 @@ def test_a_first_regeneration_that_is_killed_can_be_repeated(tmp_path: Path) -> 
 def test_regenerating_without_flint_names_the_extra(copy: Path) -> None:
     before = contents(copy)
     without = (
-        "import sys; sys.modules['flint'] = None; from mla_spec.harness.cli import main; sys.exit(main(sys.argv[1:]))"
+        "import sys; sys.modules['flint'] = None; from mla_spec.front.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     for action, code in (("regenerate", 1), ("verify", 0)):
         command = [sys.executable, "-c", without, "golden", action, "--dir", str(copy)]

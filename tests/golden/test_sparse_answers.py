@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.golden import computed_sparse, computed_weights
-from mla_spec.golden.case import rope_from
+from mla_spec.bounds.project_indexer import project_indexer_with_bound
+from mla_spec.bounds.sparse import sparse_attention
+from mla_spec.golden.cases.case import rope_from
+from mla_spec.golden.corpus import computed_sparse, computed_weights
 from mla_spec.reference import indexer as reference_indexer
 from mla_spec.reference.block_scales import dequantise_weight
 from mla_spec.reference.cache import write_rows
-from mla_spec.reference.indexer_bound import project_indexer_with_bound
 from mla_spec.reference.mla import rms_norm
 from mla_spec.reference.quantised_cache import dequantised_cache
-from mla_spec.reference.sparse import select_top_k, sparse_attention
+from mla_spec.reference.sparse import select_top_k
 from mla_spec.reference.tensor_parallel import gather_gradients, shard_layer
 from mla_spec.reference.typing import Array, IntArray
 from tests.golden.corpus_files import require_refusal

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit, TorchLayer
-from mla_spec.harness.contract import BACKWARD, Supports
 from mla_spec.planted_bugs.registry import planted
 from mla_spec.reference.config import MLAConfig
+from mla_spec.subjects.supports import BACKWARD, Supports
 
 
 class Capturable(TorchAbsorbed):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_spec.adapters.emulated import EmulatedKernel, Schedule
+from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.planted_bugs.registry import planted
-from mla_spec.reference.profile import Accumulator, Profile
+from mla_spec.proof.emulated import EmulatedKernel, Schedule
 
 FLASH = EmulatedKernel().profile
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mla_spec.adapters.pytorch import TorchExplicit
-from mla_spec.harness.activation_report import activation_report
-from mla_spec.harness.cli import main
+from mla_spec.front.activation_report import activation_report
+from mla_spec.front.cli import main
 from mla_spec.reference.activations import bytes_per_token, mha_activations, mla_activations
 from mla_spec.reference.config import MLAConfig, RopeConfig
 from mla_spec.reference.mla import weight_shapes

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
+from mla_spec.bounds.profile import Profile
 from mla_spec.reference.attention import attention, heads_to_rows, rows_to_heads, rows_to_lse
-from mla_spec.reference.bounds import BoundedAttention, attention_with_bound
-from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import Array
 
 flint = pytest.importorskip("flint", reason="ball arithmetic needs python-flint (the extra 'golden')")

@@ -7,8 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from mla_spec.bounds.attention import attention_with_bound
+from mla_spec.bounds.profile import Profile
 from mla_spec.reference.attention import attention
-from mla_spec.reference.bounds import attention_with_bound
 from mla_spec.reference.cache import (
     compared_cache_sizes,
     gather_rows,
@@ -22,7 +23,6 @@ from mla_spec.reference.cache import (
     write_rows,
 )
 from mla_spec.reference.config import MLAConfig
-from mla_spec.reference.profile import Profile
 from mla_spec.reference.published import published_models
 from mla_spec.reference.typing import Array, IntArray
 

@@ -17,7 +17,7 @@ from mla_spec.reference.layer_backward import layer_backward, rms_norm_backward,
 from mla_spec.reference.mla import layer, weight_shapes
 from mla_spec.reference.rope import apply_rope, join_pairs, rope_cos_sin, split_pairs
 from mla_spec.reference.typing import Array, IntArray
-from tests.reference.test_layer_bound import LAYERS
+from tests.bounds.test_layer_bound import LAYERS
 
 SMALL = {"hidden_size": 6, "num_heads": 2, "kv_lora_rank": 4, "qk_nope_head_dim": 3, "v_head_dim": 2}
 CONFIGS = {

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mla_spec.bounds.layer import layer_with_bound
+from mla_spec.bounds.profile import Profile
 from mla_spec.reference.attention import attention
 from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
-from mla_spec.reference.layer_bound import layer_with_bound
 from mla_spec.reference.mla import (
     Attend,
     LatentCache,
@@ -27,7 +28,6 @@ from mla_spec.reference.mla import (
     weight_shapes,
 )
 from mla_spec.reference.product import accurate_product
-from mla_spec.reference.profile import Profile
 from mla_spec.reference.rope import rope_frequencies
 from mla_spec.reference.typing import Array
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mla_spec.bounds.attention import attention_with_bound
+from mla_spec.bounds.prefill import prefill_with_bound
+from mla_spec.bounds.profile import Profile
 from mla_spec.reference.attention import attention
-from mla_spec.reference.bounds import attention_with_bound
-from mla_spec.reference.prefill import prefill, prefill_with_bound
-from mla_spec.reference.profile import Profile
+from mla_spec.reference.prefill import prefill
 from mla_spec.reference.typing import IntArray
 
 LENGTHS = ((3, 3), (2, 6), (0, 2), (4, 2), (1, 0), (0, 0), (1, 1))

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from mla_spec.bounds.quantised_cache import error_bound, scale_limits
 from mla_spec.reference.cache import paged_decode
 from mla_spec.reference.cache_layout import LAYOUTS, CacheLayout, QuantisedRows, pack, used_bytes
 from mla_spec.reference.formats import FORMATS, decode_bits, encode, round_to
-from mla_spec.reference.quantised_cache import dequantise, dequantised_cache, error_bound, quantise, scale_limits
+from mla_spec.reference.quantised_cache import dequantise, dequantised_cache, quantise
 from mla_spec.reference.typing import Array
 
 SCALED = [name for name, layout in LAYOUTS.items() if layout.scale]

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.sparse import sparse_attention
 from mla_spec.reference.attention import attention
-from mla_spec.reference.bounds import BoundedAttention, attention_with_bound
 from mla_spec.reference.formats import round_to
-from mla_spec.reference.profile import Profile
-from mla_spec.reference.sparse import indexer_logits, select_top_k, sparse_attention
+from mla_spec.reference.sparse import indexer_logits, select_top_k
 from mla_spec.reference.typing import Array, IntArray
 
 EXACT = Profile.default("float64")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mla_spec.harness.parallel_cases import ShardedLayerCase
+from mla_spec.operations.shards import ShardedLayerCase
 from mla_spec.reference.layer_backward import layer_backward
 from mla_spec.reference.mla import layer, weight_shapes
 from mla_spec.reference.tensor_parallel import gather_gradients, shard_layer

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from mla_spec.bounds.profile import RopeProfile
+from mla_spec.bounds.rope import angle_error, rope_with_bound
 from mla_spec.reference.config import MLAConfig, RopeConfig, YarnScaling
-from mla_spec.reference.profile import RopeProfile
 from mla_spec.reference.published import published_models
 from mla_spec.reference.rope import apply_rope, half_from_interleaved, rope_frequencies
-from mla_spec.reference.rope_bound import angle_error, rope_with_bound
 
 pytest.importorskip("transformers", reason="compares with model code of transformers, which is not installed")
 

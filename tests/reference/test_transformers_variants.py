@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from mla_spec.harness.cases import LayerCase
-from mla_spec.harness.layer_cases import LayerInputs, layer_models
+from mla_spec.bounds.layer import layer_with_bound
+from mla_spec.bounds.profile import Profile
+from mla_spec.operations.all import LayerCase
+from mla_spec.operations.layer import LayerInputs, layer_models
 from mla_spec.reference.config import MLAConfig
-from mla_spec.reference.layer_bound import layer_with_bound
-from mla_spec.reference.profile import Profile
 from mla_spec.reference.typing import Array
 
 pytest.importorskip("transformers", reason="compares with model code of transformers, which is not installed")

@@ -1,0 +1,1 @@
+"""The golden cases: their inputs, and which bugs they catch."""

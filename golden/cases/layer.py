@@ -1,0 +1,153 @@
+"""Cases of whole layers, of the absorbed weights and of RMSNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from mla_spec.golden.cases.case import Case, Numbers, on_github
+from mla_spec.golden.cases.rope import RATIO_YARN, SHORT_YARN
+from mla_spec.reference.config import MLAConfig, RopeConfig
+from mla_spec.reference.mla import weight_shapes
+from mla_spec.reference.typing import Array
+
+
+def small_cases() -> Iterator[Case]:
+    """Absorption and RMSNorm."""
+    config = MLAConfig(
+        hidden_size=1,
+        num_heads=3,
+        q_lora_rank=None,
+        kv_lora_rank=5,
+        qk_nope_head_dim=2,
+        qk_rope_head_dim=0,
+        v_head_dim=4,
+    )
+    yield Case(
+        name="absorb",
+        operation="absorb",
+        purpose="kv_b_proj split per head into key rows, first, and value rows, with n unlike v",
+        catches="all heads' key rows taken first; key and value rows exchanged; n used for both widths",
+        sources=on_github("ModelTC/LightLLM/pull/744", "vllm-project/vllm/pull/56773"),
+        parameters={"config": asdict(config)},
+        inputs={"kv_b_proj": Numbers("absorb").array(*weight_shapes(config)["kv_b_proj"])},
+        exact=("w_uk", "w_uv"),
+    )
+    numbers = Numbers("rms-norm-eps")
+    rows = [numbers.array(8, size=size) for size in (2.0**-10, 2.0**-7, 0.0, 1.0, 2.0**-20)]
+    yield Case(
+        name="rms-norm-eps",
+        operation="rms_norm",
+        purpose="rows of rms about 1e-3, where eps = 1e-6 halves the square, beside larger, smaller and zero rows",
+        catches="eps left out, added outside the root, or of another size (1e-5); squares summed in 16 bits",
+        sources=on_github("huggingface/transformers/pull/44346", "fla-org/flash-linear-attention/commit/f494277f"),
+        parameters={"eps": 1e-6},
+        inputs={"x": np.stack(rows), "weight": numbers.array(8, size=0.5, centre=1.0)},
+    )
+
+
+def layer_cases() -> Iterator[Case]:
+    """Layers whose dimensions all differ, in every variant."""
+    plain = RopeConfig(dim=4)
+    for name, changes, start, hidden_size, purpose, catches, sources in (
+        (
+            "layer-compressed-queries",
+            {"q_lora_rank": 7, "rope": plain},
+            4090,
+            1.0,
+            "a layer whose dimensions all differ, prefill and the decode of the next tokens",
+            "weights transposed or reshaped with another dimension; nope and rope rows exchanged; the norm of a latent "
+            "left out; a cache that is not continued",
+            ("ModelTC/LightLLM/commit/808d8325f", "deepseek-ai/DeepSeek-V3/pull/1536"),
+        ),
+        (
+            "layer-direct-queries",
+            {"rope": RopeConfig(dim=4, interleaved=False)},
+            163830,
+            1.0,
+            "queries projected without compression, pairs in halves, at far positions",
+            "positions of decoded tokens counted from 0; pairs of the other layout; rows rotated twice",
+            ("flashinfer-ai/flashinfer/pull/793", "flashinfer-ai/flashinfer/pull/847"),
+        ),
+        (
+            "layer-nope",
+            {"q_lora_rank": 7},
+            17,
+            1.0,
+            "no rotary embedding: q_pe and k_pe enter the scores as projected",
+            "rotation in a model without it; the r dims left out of the scores",
+            (),
+        ),
+        (
+            "layer-yarn",
+            {"q_lora_rank": 7, "rope": RopeConfig(dim=4, theta=100.0, yarn=SHORT_YARN)},
+            200,
+            1.0,
+            "YaRN: blended frequencies, and mscale² in the softmax scale",
+            "YaRN's mscale² left out of the softmax scale, or mscale not squared",
+            ("huggingface/transformers/pull/47435", "AI-Hypercomputer/maxtext/issues/3138"),
+        ),
+        (
+            "layer-yarn-factor",
+            {"rope": RopeConfig(dim=4, theta=100.0, yarn=RATIO_YARN)},
+            1000,
+            1.0,
+            "YaRN with mscale unlike mscale_all_dim: factors on cos and sin and on the scale",
+            "the factor of cos and sin applied to queries or keys only, or mscale_all_dim used for both factors",
+            ("kekzl/imp/pull/880", "AMD-AGI/Primus/pull/930"),
+        ),
+        (
+            "layer-small-hidden",
+            {"q_lora_rank": 7, "rope": plain},
+            0,
+            2.0**-10,
+            "hidden states of about 1e-3, so that the eps of both latent norms is visible",
+            "an eps other than the configuration's in one of the latent norms",
+            ("huggingface/transformers/pull/44585", "vllm-project/vllm/pull/35515"),
+        ),
+        (
+            "layer-stated-scale",
+            {"q_lora_rank": 7, "rope": plain, "softmax_scale": 0.7},
+            5,
+            1.0,
+            "a stated softmax scale in place of (n + r)^-1/2",
+            "the stated scale ignored; a scale computed from n or v, or from c + r; a division by it",
+            ("NVIDIA/Megatron-LM/pull/3698", "AI-Hypercomputer/maxtext/issues/1370"),
+        ),
+    ):
+        fields: dict[str, Any] = {"q_lora_rank": None, **changes}
+        config = MLAConfig(
+            hidden_size=12,
+            num_heads=3,
+            kv_lora_rank=10,
+            qk_nope_head_dim=6,
+            qk_rope_head_dim=4,
+            v_head_dim=5,
+            **fields,
+        )
+        prompt, steps = 4, 2
+        numbers = Numbers(name)
+        weights = {f"weights.{key}": _weight(numbers, key, shape) for key, shape in weight_shapes(config).items()}
+        yield Case(
+            name=name,
+            operation="layer",
+            purpose=purpose,
+            catches=catches,
+            sources=on_github(*sources),
+            parameters={"config": asdict(config), "prompt": prompt},
+            inputs={
+                **weights,
+                "hidden": numbers.array(2, prompt + steps, 12, size=hidden_size),
+                "positions": np.array([[0], [start]]) + np.arange(prompt + steps),
+            },
+        )
+
+
+def _weight(numbers: Numbers, name: str, shape: tuple[int, ...]) -> Array:
+    norm = name.endswith("layernorm")
+    size = 1.0 if name.startswith("q_") and not norm else 0.5
+    weight: Array = numbers.array(*shape, size=size, centre=1.0 if norm else 0.0)
+    return weight

@@ -1,0 +1,1 @@
+"""The files of the corpus: written, read, compared, regenerated."""

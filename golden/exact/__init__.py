@@ -1,0 +1,1 @@
+"""Exact answers in rationals and in ball arithmetic, independent of the reference."""

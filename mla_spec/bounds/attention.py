@@ -1,0 +1,266 @@
+"""The error of attention computed as a profile says, next to the exact result.
+
+Per row and value dim, with σ the softmax scale, s_j = σ q·k_j, m = max s, p = softmax(s), o = Σ p_j v_j, all exact:
+
+    G_j = σ Σ_i |q_i| |k_ji|                                gauge of a score
+    Δ_j = Γ_QK G_j + κ |s_j| + u (m − s_j) + inherited      error of a score
+    η_j = expm1(Δ_j)(1 + ε) + ε                             relative error of a weight exp(s_j − m)
+    N   = Σ p_j η_j |v_j − o| · (1 + Σ p_j expm1(Δ_j))/(1 − ε)
+
+N is the effect on o: softmax is shift invariant, hence v − o, and Σ p_j exp(−Δ_j) ≥ 1/(1 + Σ p_j expm1(Δ_j)), so it stays
+finite for errors of any size. For the same reason log(1 + Σ p_j expm1(Δ_j)) − log(1 − ε) is the effect on the LSE. Sums of
+|v − o| have no product form; by Cauchy-Schwarz Σ p η |v − o| is at most sqrt(Σ p η²) · sqrt(Σ p (v − o)²), which needs the
+products of p with v and v² alone.
+
+Every inequality is worst case: a result outside the bound proves that the arithmetic is not what the profile declares.
+Where the roundings of many weights to a narrow format spread, their sum is far below the worst case; the probable error
+(``weight_rounding.Likely``) says where it stays but with a stated probability.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mla_spec.bounds.attention_moments import Moments, Rates, finite
+from mla_spec.bounds.attention_sums import BoundSums, bound_sums
+from mla_spec.bounds.error_bound import ErrorBound, half_ulp
+from mla_spec.bounds.profile import Profile, gamma
+from mla_spec.bounds.weight_rounding import Likely, rounded_p
+from mla_spec.reference.attention import (
+    SoftmaxBlock,
+    heads_to_rows,
+    key_block,
+    rows_to_heads,
+    rows_to_lse,
+    softmax_blocks,
+)
+from mla_spec.reference.formats import FORMATS, format_of, round_to
+from mla_spec.reference.typing import Array, IntArray
+
+_U64 = FORMATS["float64"].unit_roundoff
+
+
+@dataclass(frozen=True)
+class BoundedAttention:
+    """Exact attention and how far an implementation may be from it.
+
+    Attributes:
+        out, out_error: [..., s, h, dv].
+        lse, lse_error: [..., h, s].
+        out_error_probable, lse_error_probable: at most the worst case; the same unless asked for.
+
+    All errors are 0 in rows without keys, whose value is exact.
+    """
+
+    out: Array
+    out_error: ErrorBound
+    lse: Array
+    lse_error: ErrorBound
+    out_error_probable: ErrorBound
+    lse_error_probable: ErrorBound
+
+    def map(self, of_out: Callable[[Array], Array], of_lse: Callable[[Array], Array]) -> BoundedAttention:
+        """The same with ``of_out`` applied to all that is shaped as out, and ``of_lse`` to all that is shaped as lse."""
+        return BoundedAttention(
+            out=of_out(self.out),
+            out_error=self.out_error.map(of_out),
+            lse=of_lse(self.lse),
+            lse_error=self.lse_error.map(of_lse),
+            out_error_probable=self.out_error_probable.map(of_out),
+            lse_error_probable=self.lse_error_probable.map(of_lse),
+        )
+
+
+@dataclass(frozen=True)
+class InheritedError:
+    """How far the operands that reach the attention may be from the exact q, k, v, elementwise; shaped as they are."""
+
+    q: Array
+    k: Array
+    v: Array
+
+
+def attention_with_bound(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    softmax_scale: float,
+    profile: Profile,
+    cache_seqlens: IntArray | int | None = None,
+    causal: bool = True,
+    inherited: InheritedError | None = None,
+    attn_sink: Array | None = None,
+    probable: bool = False,
+    block_size: int = 512,
+) -> BoundedAttention:
+    """``attention`` and the error of computing it as ``profile`` says.
+
+    Arguments and errors are those of ``attention``; ``inherited`` is what earlier stages may have changed in q, k and v.
+    Rows of k and v that no query sees must be finite. The errors cover the reference's own rounding too.
+
+    Args:
+        attn_sink: score of one more key with value 0, which the LSE does not count, [h]; -inf none. Exact as stored.
+        probable: asks for the probable error beside the worst case.
+    """
+    inherited = _with_dequantisation(q, k, v, inherited, profile)
+    blocks = softmax_blocks(
+        q, k, v, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal, block_size=block_size
+    )
+    u_p = format_of(profile.probabilities).unit_roundoff
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        rates = Rates.of(profile, q.shape[-1], k.shape[-3])
+        sums = bound_sums(
+            blocks,
+            _score_error(q, k, inherited, softmax_scale, rates),
+            None if inherited is None else inherited.v,
+            2 * u_p if probable else None,
+        )
+        moments = Moments.of(sums, rates)
+        size = v if inherited is None else np.abs(v) + inherited.v
+        # Σ_j |v_j| ≤ sqrt(t Σ_j v_j²), which needs no copy of v
+        column = np.sqrt(k.shape[-3] * np.einsum("...tgd,...tgd->...gd", size, size))[..., None, :]  # [..., g, 1, dv]
+        roundings = [rounded_p(moments, rates, column)]
+        if probable:
+            likely = Likely.of(sums, moments, k)
+            pair = likely.rounded_p(moments, rates, column), likely.rounded_sum(moments, rates)
+            roundings.append((np.minimum(roundings[0][0], pair[0]), np.minimum(roundings[0][1], pair[1])))
+        lse_errors = [_lse_error(sums, moments, rates, rounded_sum) for _, rounded_sum in roundings]
+        sinks = [_Sink.of(attn_sink, sums, lse_error, rates, q.shape[-3], k.shape[-2]) for lse_error in lse_errors]
+        out_errors = [_out_error(moments, rates, r, sink) for (r, _), sink in zip(roundings, sinks, strict=True)]
+    seen = ~np.isneginf(sums.max_score)
+    s, h = q.shape[-3:-1]
+    out_errors = [e.map(lambda x: rows_to_heads(np.where(seen[..., None], x, 0.0), s, h)) for e in out_errors]
+    lse_errors = [e.map(lambda x: rows_to_lse(np.where(seen, x, 0.0), s, h)) for e in lse_errors]
+    return BoundedAttention(
+        out=rows_to_heads(sinks[0].share * moments.out, s, h),
+        out_error=out_errors[0],
+        lse=rows_to_lse(sums.lse, s, h),
+        lse_error=lse_errors[0],
+        out_error_probable=out_errors[-1],
+        lse_error_probable=lse_errors[-1],
+    )
+
+
+def _with_dequantisation(
+    q: Array, k: Array, v: Array, inherited: InheritedError | None, profile: Profile
+) -> InheritedError | None:
+    """``inherited`` and what rounding the dequantised rows of the cache to the profile's format adds."""
+    if profile.cache_dequantised is None:
+        return inherited
+    fmt = format_of(profile.cache_dequantised)
+    # code times scale is rounded to the arithmetic's format first
+    rate = fmt.unit_roundoff + 2 * format_of(profile.softmax).unit_roundoff
+
+    def error(x: Array) -> Array:
+        exact = round_to(x, fmt.name) == x
+        return np.where(exact, 0.0, rate * np.abs(x) + fmt.smallest_subnormal / 2)
+
+    if inherited is None:
+        return InheritedError(np.zeros_like(q), error(k), error(v))
+    return InheritedError(inherited.q, inherited.k + error(k), inherited.v + error(v))
+
+
+def _score_error(
+    q: Array, k: Array, inherited: InheritedError | None, softmax_scale: float, rates: Rates
+) -> Callable[[SoftmaxBlock], Array]:
+    """Δ without its part u·m that all keys of a row share."""
+    groups = k.shape[-2]
+    q_size = np.abs(q) if inherited is None else np.abs(q) + inherited.q
+    q_rows = heads_to_rows(q_size * softmax_scale, groups)  # [..., g, rows, d]
+    if inherited is not None:
+        # σ (e_q·(|k| + e_k) + |q|·e_k) as one product of twice the width
+        q_pair = np.concatenate([inherited.q, np.abs(q)], axis=-1) * softmax_scale
+        pair_rows = heads_to_rows(q_pair, groups)
+
+    def error(block: SoftmaxBlock) -> Array:
+        k_size = np.abs(key_block(k, block.keys))
+        k_error = None if inherited is None else key_block(inherited.k, block.keys)
+        if k_error is not None:
+            k_size = k_size + k_error
+        delta = q_rows @ np.swapaxes(k_size, -1, -2)  # [..., g, rows, block]: the gauge G
+        delta *= rates.gamma_qk * (1 + rates.kappa)
+        delta += rates.kappa * np.abs(block.scores) - rates.u * block.scores
+        if k_error is not None:
+            k_pair = np.concatenate([k_size, k_error], axis=-1)
+            delta += (1 + rates.kappa) * (pair_rows @ np.swapaxes(k_pair, -1, -2))
+        return delta
+
+    return error
+
+
+@dataclass(frozen=True)
+class _Sink:
+    """What an attention sink leaves of the output: share = 1/(1 + exp(sink − lse)), and its relative error."""
+
+    share: Array  # [..., g, rows, 1]
+    error: Array
+
+    @classmethod
+    def of(
+        cls, attn_sink: Array | None, sums: BoundSums, lse_error: ErrorBound, rates: Rates, s: int, groups: int
+    ) -> _Sink:
+        if attn_sink is None:
+            return cls(np.ones(()), np.zeros(()))
+        sink = heads_to_rows(np.broadcast_to(attn_sink[:, None], (s, *attn_sink.shape, 1)), groups)[..., 0]
+        distance = finite(sums.lse) - sink  # [..., g, rows]
+        share = 1 / (1 + np.exp(-distance))
+        # The share changes by (1 − share) times what the distance does, and by a few roundings of its own.
+        size = np.abs(finite(sums.lse)) + np.where(np.isinf(sink), 0.0, np.abs(sink))
+        moved = np.expm1(lse_error.total + 4 * rates.u * size) + rates.profile.exp_error * rates.u
+        error = np.exp(-distance) * share * moved + 4 * rates.u + 4 * _U64
+        return cls(share[..., None], np.where(share > 0, error, 0.0)[..., None])
+
+
+def _out_error(moments: Moments, rates: Rates, rounding: Array, sink: _Sink) -> ErrorBound:
+    """E_d."""
+    profile, o = rates.profile, np.abs(moments.out)
+    u_p = format_of(profile.probabilities).unit_roundoff
+    accumulated = (1 + u_p) * rates.gamma_pv * moments.gauge
+    before_merge = moments.moved + moments.inherited + rounding + accumulated
+    # Each merge stores the parts and forms a weighted sum of them, of two or of all the splits at once.
+    parts = max(2, min(profile.splits, rates.t))
+    u_merge = format_of(profile.split_format).unit_roundoff + gamma(parts + 1, rates.u)
+    merged = profile.merges(rates.t) * u_merge * (moments.gauge + before_merge)
+    # Shares exp(lse_part − lse) need not be divided by their sum again, and then need not add up to 1.
+    merged = merged + moments.shares * (o + before_merge)
+    before_division = before_merge + merged
+    divided = (rates.rho / (1 - rates.rho) if rates.rho < 1 else math.inf) * (o + before_division)
+    before_sink = before_division + divided
+    sunk = sink.error * (o + before_sink)
+    doubled = 2 if profile.output_rounding == "truncate" else 1
+    stored = doubled * half_ulp(sink.share * (o + before_sink + sunk), profile.output)
+    terms = {
+        "error of the scores": moments.moved,
+        "error of the operands": moments.inherited,
+        f"rounding of P to {profile.probabilities}": rounding,
+        "accumulation of P·V": accumulated,
+        "merging of parts by LSE": merged,
+        "row sum and division": divided,
+        "attention sink": sunk,
+        "the reference's own float64": rates.reference * moments.moved + gamma(rates.t + 16, _U64) * moments.gauge,
+    }
+    scaled = ErrorBound({name: sink.share * term for name, term in terms.items()})
+    return scaled.plus(f"rounding of the output to {profile.output}", stored)
+
+
+def _lse_error(sums: BoundSums, moments: Moments, rates: Rates, rounded_sum: Array) -> ErrorBound:
+    """Error of m + log Σ exp(s − m)."""
+    profile = rates.profile
+    # The least sum of the perturbed weights is further from 1 than the largest: 1/(1 − ε) > 1 + ε.
+    log_total = np.log1p(moments.surplus[..., 0]) - np.log(max(1 - rates.eps, 0.0))
+    log_total = log_total - np.log1p(-np.minimum(rounded_sum[..., 0], 1.0))
+    u = max(rates.u, format_of(profile.lse).unit_roundoff)
+    size = 3 * np.abs(finite(sums.lse)) + 2 * np.abs(finite(sums.max_score)) + 2
+    return ErrorBound(
+        {
+            "error of the scores": log_total,
+            "row sum": np.full_like(log_total, -np.log(max(1 - rates.rho, 0.0))),
+            "logarithm and its rounding": u * size,
+            "the reference's own float64": rates.reference * log_total + gamma(rates.t + 16, _U64) * size,
+        }
+    )

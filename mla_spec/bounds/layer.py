@@ -1,0 +1,136 @@
+"""The worst-case error of a whole MLA layer, by running error analysis.
+
+Each intermediate carries its exact value and how far a computed one may be from it, elementwise, from 0 at the inputs.
+Every intermediate is taken to be rounded to the profile's dtype; keeping more precision only helps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mla_spec.bounds.attention import InheritedError, attention_with_bound
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.running import (
+    Bounded,
+    concatenated,
+    product,
+    product_terms,
+)
+from mla_spec.bounds.running_steps import (
+    bounded_rms_norm,
+    foldable,
+    rotated,
+    scaled_by_config,
+    temperature,
+)
+from mla_spec.reference.config import MLAConfig
+from mla_spec.reference.mla import Weights, absorb, check_weights
+from mla_spec.reference.typing import Array, IntArray
+
+
+@dataclass(frozen=True)
+class BoundedLayer:
+    """The intermediates of a layer and how far computed ones may be from them.
+
+    Attributes:
+        q_down, c_q: the query latent before and after its norm, [..., s, q_lora_rank]; the tokens without compression.
+        q_nope: as it meets the keys, [..., s, h, n].
+        kv_down: latent before its norm and k_pe before it is rotated, [..., t, c+r].
+        latent: as it is cached, [..., t, c].
+        q, k, v: the operands of attention, [..., s, h, n+r], [..., t, h, n+r] and [..., t, h, v] in the explicit form,
+            [..., s, h, c+r], [..., t, 1, c+r] and [..., t, 1, c] in the absorbed one.
+        attended: the result of attention, [..., s, h, v or c].
+        out: what o_proj takes, [..., s, h·v].
+    """
+
+    q_down: Bounded
+    c_q: Bounded
+    q_nope: Bounded
+    kv_down: Bounded
+    latent: Bounded
+    q: Bounded
+    k: Bounded
+    v: Bounded
+    attended: Bounded
+    out: Bounded
+
+
+def layer_with_bound(
+    hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig, profile: Profile
+) -> tuple[Array, ErrorBound]:
+    """``layer`` over a whole sequence, and the worst-case error of a layer with this profile.
+
+    Row i holds for prefill and for decode with a cache alike, because the same intermediates are rounded once in both.
+
+    Args:
+        hidden: [..., s, e].
+        positions: [..., s].
+
+    Returns:
+        (hidden states [..., s, e], its bound).
+    """
+    out = bounded_layer(hidden, positions, weights, config, profile).out
+    return product_terms("oe,...e->...o", weights["o_proj"], out, profile)
+
+
+def bounded_layer(
+    hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig, profile: Profile
+) -> BoundedLayer:
+    """The intermediates of ``layer_with_bound``, whose arguments these are."""
+    check_weights(weights, config)
+    h, n, c = config.num_heads, config.qk_nope_head_dim, config.kv_lora_rank
+    x = Bounded(hidden, np.zeros_like(hidden))
+    q_down, c_q, query = _query(x, weights, config, profile)
+    query = query.reshape(*hidden.shape[:-1], h, config.qk_head_dim)
+    parts = query[..., :n], rotated(query[..., n:], positions, config.rope, profile)
+    q_nope, q_pe = (temperature(part, positions, config.llama_4_scaling, profile) for part in parts)
+    kv_down = product("oe,...e->...o", weights["kv_a_proj_with_mqa"], x, profile)
+    latent = bounded_rms_norm(kv_down[..., :c], weights["kv_a_layernorm"], config.latent_norm_eps, profile)
+    latent = foldable(latent, config.kv_lora_scale, profile.dtype)
+    latent = scaled_by_config(latent, config.kv_lora_scale, profile)
+    k_pe = rotated(kv_down[..., c:], positions, config.rope, profile)[..., None, :]  # [..., t, 1, r]
+    w_uk, w_uv = absorb(weights["kv_b_proj"], config)
+    if profile.form == "explicit":
+        k_nope = product("hnc,...tc->...thn", w_uk, latent, profile)
+        value = product("hvc,...tc->...thv", w_uv, latent, profile)
+        q, k = concatenated(q_nope, q_pe), concatenated(k_nope, repeated(k_pe, h))
+        out = attended = _attend(q, k, value, config, profile)
+    else:
+        q_latent = product("hnc,...shn->...shc", w_uk, q_nope, profile)
+        value = latent[..., None, :]  # [..., t, 1, c]
+        q, k = concatenated(q_latent, q_pe), concatenated(value, k_pe)
+        attended = _attend(q, k, value, config, profile)
+        out = product("hvc,...shc->...shv", w_uv, attended, profile)
+    out = out.reshape(*hidden.shape[:-1], h * config.v_head_dim)
+    return BoundedLayer(q_down, c_q, q_nope, kv_down, latent, q, k, value, attended, out)
+
+
+def _query(x: Bounded, weights: Weights, config: MLAConfig, profile: Profile) -> tuple[Bounded, Bounded, Bounded]:
+    """(q_down, c_q, queries [..., s, h·(n+r)] before they are rotated)."""
+    if config.q_lora_rank is None:
+        return x, x, product("oe,...e->...o", weights["q_proj"], x, profile)
+    q_down = product("oe,...e->...o", weights["q_a_proj"], x, profile)
+    c_q = bounded_rms_norm(q_down, weights["q_a_layernorm"], config.latent_norm_eps, profile)
+    c_q = foldable(c_q, config.q_lora_scale, profile.dtype)
+    query = product("oe,...e->...o", weights["q_b_proj"], c_q, profile)
+    return q_down, c_q, scaled_by_config(query, config.q_lora_scale, profile)
+
+
+def repeated(x: Bounded, heads: int) -> Bounded:
+    """X [..., 1, i] for each of ``heads`` heads."""
+    return Bounded(*(np.repeat(a, heads, axis=-2) for a in (x.value, x.error)))
+
+
+def _attend(q: Bounded, k: Bounded, v: Bounded, config: MLAConfig, profile: Profile) -> Bounded:
+    bounded = attention_with_bound(
+        q.value,
+        k.value,
+        v.value,
+        softmax_scale=config.scale,
+        profile=replace(profile, cache_dequantised=None),  # a layer's own cache holds the dtype
+        inherited=InheritedError(q.error, k.error, v.error),
+    )
+    return Bounded(bounded.out, bounded.out_error.total)

@@ -1,0 +1,295 @@
+"""The command ``mla-spec``. Exit codes: 0 conforms, 1 violates, 2 usage, 3 incomplete."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mla_spec import __version__, installed
+from mla_spec.text.terminal import UsageError, show_progress, write_json
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        run: Any = options.run
+        return int(run(options))
+    except UsageError as error:
+        print(f"mla-spec: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mla-spec", description="Conformance suite for Multi-head Latent Attention.")
+    parser.add_argument("--version", action="version", version=f"mla-spec {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    check = commands.add_parser("check", help="run the laws on implementations")
+    check.set_defaults(run=_check)
+    check.add_argument(
+        "subjects",
+        nargs="*",
+        metavar="SUBJECT",
+        help="a shipped name, package.module:object or file.py:object; default: all that can run here",
+    )
+    check.add_argument("--signature", metavar="OPERATION", help="the operation a bare function implements")
+    check.add_argument("--law", action="append", default=[], metavar="NAME", help="only this law; repeatable")
+    check.add_argument("--case", metavar="ID", help="run this one case (with one --law)")
+    check.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
+    check.add_argument("--device", default="cpu", help="torch device (cpu)")
+    check.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (1)")
+    check.add_argument(
+        "--compile", metavar="BACKEND", help="also check what torch.compile makes with it, e.g. inductor"
+    )
+    check.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
+    check.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
+    check.add_argument("--jobs", type=int, metavar="N", help="worker processes (CPU: 2, else 1)")
+    check.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
+    check.add_argument("--in-process", action="store_true", help="no worker processes, for debuggers")
+    check.add_argument("--json", metavar="FILE", help="also write the records to FILE")
+
+    soundness = commands.add_parser("soundness", help="hold emulated honest kernels against the bounds")
+    soundness.set_defaults(run=_soundness)
+    soundness.add_argument("--cases", type=int, default=1000, metavar="N", help="emulated kernels (1000)")
+    soundness.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
+    soundness.add_argument("--first", type=int, default=0, metavar="N", help="number of the first case (0)")
+    soundness.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
+
+    sensitivity = commands.add_parser("sensitivity", help="the smallest faults that the laws would detect in a subject")
+    sensitivity.set_defaults(run=_sensitivity)
+    sensitivity.add_argument("subject", metavar="SUBJECT", help="as for check")
+    sensitivity.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
+    sensitivity.add_argument("--cases", type=int, default=20, metavar="N", help="cases per law and fault (20)")
+    sensitivity.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
+    sensitivity.add_argument("--json", metavar="FILE", help="also write the card to FILE")
+
+    selftest = commands.add_parser("selftest", help="run the suite on the planted bugs")
+    selftest.set_defaults(run=_selftest)
+    selftest.add_argument("--bug", action="append", default=[], metavar="ID", help="only this bug; repeatable")
+    selftest.add_argument("--quick", action="store_true", help="stop at the first law that kills a bug")
+    selftest.add_argument("--peers", action="store_true", help="also under the inputs and criteria of other projects")
+    selftest.add_argument("--catalogue", action="store_true", help="only list the reported faults, planted or not")
+    selftest.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
+    selftest.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
+    selftest.add_argument("--device", default="cpu", help="torch device of the laws (cpu)")
+    selftest.add_argument("--jobs", type=int, default=2, metavar="N", help="bugs at once (2)")
+    selftest.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
+    selftest.add_argument("--json", metavar="FILE", help="also write all records to FILE")
+    selftest.add_argument(
+        "--markdown",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write the matrix to FILE, or the score between its marks; repeatable",
+    )
+    selftest.add_argument("--read", metavar="FILE", help="a matrix that --json wrote, instead of running the laws")
+
+    coverage = commands.add_parser("coverage", help="cases and killed bugs by law, regime and dtype")
+    coverage.set_defaults(run=_coverage)
+    coverage.add_argument(
+        "subjects", nargs="*", default=["torch-absorbed"], metavar="SUBJECT", help="as for check (torch-absorbed)"
+    )
+    coverage.add_argument("--selftest", metavar="FILE", help="a kill matrix; default: the first kills, found anew")
+    coverage.add_argument("--examples", type=int, default=400, metavar="N", help="generated cases per law (400)")
+    coverage.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
+    coverage.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (2)")
+    coverage.add_argument("--json", metavar="FILE", help="also write all cells to FILE")
+
+    laws = commands.add_parser("laws", help="list the laws")
+    laws.set_defaults(run=_laws)
+
+    models = commands.add_parser("models", help="list the published MLA models")
+    models.set_defaults(run=_models)
+
+    cache = commands.add_parser("cache", help="exact cache sizes of a published model")
+    cache.set_defaults(run=_cache)
+    cache.add_argument("model")
+    cache.add_argument("--dtype", default="bfloat16", help="of the cache (bfloat16)")
+    cache.add_argument("--tokens", type=int, default=1, metavar="N", help="tokens per sequence (1)")
+    cache.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (1)")
+    cache.add_argument("--page-size", type=int, default=1, metavar="N", help="tokens per page (1)")
+    cache.add_argument("--tp", type=int, default=1, metavar="N", help="ranks of tensor parallelism (1)")
+    cache.add_argument("--layout", metavar="NAME", help="also in this quantised layout, e.g. fp8_ds_mla")
+    cache.add_argument("--training", action="store_true", help="what a training step keeps of activations instead")
+
+    golden = commands.add_parser(
+        "golden", help="verify or regenerate the golden files, or certify the reference in ball arithmetic"
+    )
+    golden.set_defaults(run=_golden)
+    golden.add_argument("action", choices=("verify", "regenerate", "certify"))
+    golden.add_argument("--dir", metavar="DIR", help="the corpus to verify or regenerate (default: the installed one)")
+    golden.add_argument("--cases", type=int, default=240, metavar="N", help="cases to certify (240)")
+    golden.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases to certify (0)")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> int:
+    # Before numpy is imported: cases are so small that BLAS threads only wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.front.check_command import check
+
+    return check(options)
+
+
+def _require_at_least(options: argparse.Namespace, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise UsageError(f"--{name} must be at least {value}, got {getattr(options, name)}")
+
+
+def _soundness(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.proof.soundness import exit_code, report, run_soundness
+
+    _require_at_least(options, cases=1, jobs=1, seed=0, first=0)
+    judged = run_soundness(
+        options.cases,
+        seed=options.seed,
+        first=options.first,
+        jobs=options.jobs,
+        progress=lambda done: show_progress(f"{done}/{options.cases}"),
+    )
+    show_progress("")
+    print(report(judged, options.seed))
+    return exit_code(judged, options.cases)
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.proof.sensitivity import report, sensitivity_card
+    from mla_spec.subjects.find import UnknownSubject, resolve_subject
+
+    _require_at_least(options, cases=1)
+    try:
+        rows = sensitivity_card(
+            resolve_subject(options.subject),
+            dtypes=options.dtype,
+            count=options.cases,
+            seed=options.seed,
+            progress=lambda row: show_progress(f"{row.dtype} {row.fault}"),
+        )
+    except (ValueError, UnknownSubject) as error:
+        raise UsageError(str(error)) from error
+    show_progress("")
+    print(report(rows))
+    if options.json is not None:
+        write_json(options.json, [row.as_dict() for row in rows])
+    return 0
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.front.selftest_command import selftest
+
+    return selftest(options)
+
+
+def _coverage(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.front.coverage_command import coverage
+
+    _require_at_least(options, examples=1, jobs=1, seed=0)
+    return coverage(options)
+
+
+def _laws(options: argparse.Namespace) -> int:
+    from mla_spec.installed import all_laws
+    from mla_spec.text.table import format_table
+
+    print(format_table((made.name, ", ".join(made.needs), made.statement) for made in all_laws().values()))
+    return 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    from mla_spec.reference.published import published_models
+    from mla_spec.text.table import format_table
+
+    rows = [("model", "layers", "heads", "q rank", "kv rank", "nope/rope/v", "verified")]
+    for model in published_models().values():
+        if not model.is_mla:
+            continue
+        f = {key: "?" if value is None else str(value) for key, value in model.fields.items()}
+        unsure = "no" if not model.verified else "yes" + (", but not " * bool(model.unverified_fields))
+        rows.append(
+            (
+                model.name,
+                f["num_mla_layers"],
+                f["num_attention_heads"],
+                "-" if model.fields["q_lora_rank"] is None else f["q_lora_rank"],
+                f["kv_lora_rank"],
+                f"{f['qk_nope_head_dim']}/{f['qk_rope_head_dim']}/{f['v_head_dim']}",
+                unsure + "; ".join(model.unverified_fields if model.verified else ()),
+            )
+        )
+    print(format_table(rows))
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from mla_spec.front.cache_report import cache_report
+
+    try:
+        if options.training:
+            print(_training(options))
+            return 0
+        sizes = options.tokens, options.batch, options.page_size
+        print(cache_report(options.model, options.dtype, *sizes, layout=options.layout, tensor_parallel=options.tp))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return 0
+
+
+def _training(options: argparse.Namespace) -> str:
+    from mla_spec.front.activation_report import activation_report
+
+    of_a_cache = {
+        "--layout": options.layout is not None,
+        "--page-size": options.page_size != 1,
+        "--tp": options.tp != 1,
+    }
+    for name in (name for name, given in of_a_cache.items() if given):
+        raise ValueError(f"{name} is of a cache, which --training does not print")
+    return activation_report(options.model, options.dtype, options.tokens, options.batch)
+
+
+def _golden(options: argparse.Namespace) -> int:
+    if options.action == "certify":
+        return _certify(options)
+    corpus = installed.golden_corpus()
+    try:
+        print(getattr(corpus, options.action)(options.dir))
+    except corpus.CorpusError as error:
+        print(f"mla-spec: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _certify(options: argparse.Namespace) -> int:
+    _require_at_least(options, cases=1, seed=0)
+    try:
+        golden = installed.certification()
+    except ModuleNotFoundError as error:
+        if error.name != "flint":
+            raise
+        raise UsageError(
+            "certifying needs python-flint, which is not installed: pip install 'mla-spec[golden]'"
+        ) from error
+    summaries = golden.certification(options.cases, options.seed, progress=show_progress)
+    print(golden.report(summaries))
+    return 0 if all(summary.certified for summary in summaries) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

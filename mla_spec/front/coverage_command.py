@@ -1,0 +1,54 @@
+"""The command ``mla-spec coverage``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mla_spec.installed import all_laws
+from mla_spec.judging.law import Options
+from mla_spec.proof.coverage import measure_coverage, report
+from mla_spec.proof.selftest import planted_bugs, run_selftest
+from mla_spec.subjects.find import UnknownSubject, resolve_subject
+from mla_spec.text.terminal import UsageError, show_progress, write_json
+
+
+def coverage(options: argparse.Namespace) -> int:
+    """Count cases and kills and print them; 1 where a cell is empty without a reason, or a law fails."""
+    try:
+        for spec in options.subjects:
+            resolve_subject(spec)
+    except UnknownSubject as error:
+        raise UsageError(str(error)) from error
+    matrix = _first_kills(options) if options.selftest is None else _read_matrix(options.selftest)
+    made = Options(examples=options.examples, seed=options.seed)
+    measured = measure_coverage(options.subjects, matrix, made, jobs=options.jobs, progress=show_progress)
+    show_progress("")
+    print(report(measured))
+    if options.json is not None:
+        write_json(options.json, measured.as_dict())
+    return 0 if measured.complete else 1
+
+
+def _first_kills(options: argparse.Namespace) -> list[dict[str, Any]]:
+    results = run_selftest(
+        planted_bugs(()),
+        Options(seed=options.seed),
+        quick=True,
+        jobs=options.jobs,
+        progress=lambda result: show_progress(f"planted bug {result.bug}"),
+    )
+    return [result.as_dict() for result in results.results]
+
+
+def _read_matrix(path: str) -> list[dict[str, Any]]:
+    try:
+        bugs: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))["bugs"]
+        laws = {record["law"] for bug in bugs for record in bug["records"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--selftest must be what `mla-spec selftest --json` wrote; {path}: {error!r}") from error
+    for law in laws - set(all_laws()):
+        raise UsageError(f"--selftest {path} has the law {law!r}, which this version does not have")
+    return bugs

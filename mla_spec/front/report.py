@@ -1,0 +1,73 @@
+"""Prints records as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from mla_spec.judging.verdict import Record
+from mla_spec.subjects.contract import (
+    OPERATIONS,
+    offers,
+    profile_of,
+    subject_name,
+    supports_of,
+)
+from mla_spec.text.table import format_table
+
+HEADER = ("law", "verdict", "cases", "error/bound", "worst case")
+
+
+def record_row(record: Record) -> tuple[str, ...]:
+    """The columns of ``HEADER``: "exact" stands for laws that compare bits."""
+    worst = "exact" if record.verdict == "pass" else ""
+    detail = record.worst_case
+    if record.worst is not None:
+        worst = f"{record.worst:.3f}"
+    if record.verdict != "pass":
+        detail = "see below"
+    return record.law, record.verdict, str(record.cases), worst, detail
+
+
+def describe_subject(subject: object) -> str:
+    """What is declared: operations, restrictions, and the profile of each dtype where it is not the default."""
+    supports = supports_of(subject)
+    offered = [operation for operation in OPERATIONS if offers(subject, operation)]
+    lines = [f"{subject_name(subject)}: offers {', '.join(offered)}"]
+    restrictions = supports.restrictions()
+    if restrictions:
+        lines.append(f"  supports {restrictions}")
+    for dtype in supports.dtypes:
+        lines.append(f"  profile {profile_of(subject, dtype).describe()}")
+    return "\n".join(lines)
+
+
+def report_of(records: list[Record]) -> str:
+    """A table of the laws that apply, why others do not, the text of each law that does not hold, and a summary."""
+    applying = [record for record in records if record.verdict != "unsupported"]
+    reasons = Counter(record.message for record in records if record.verdict == "unsupported")
+    parts = [format_table([HEADER, *map(record_row, applying)])] if applying else []
+    if reasons:
+        parts.append(
+            "\n".join(f"unsupported: {count} law{'s' * (count > 1)}, {reason}" for reason, count in reasons.items())
+        )
+    parts += [record.text() for record in applying if record.verdict != "pass"]
+    return "\n\n".join([*parts, f"{summary(records)} in {sum(r.seconds for r in records):.1f} s"])
+
+
+def summary(records: list[Record]) -> str:
+    """One line: how many laws hold, fail, and so on."""
+    counts: dict[str, int] = {}
+    for record in records:
+        counts[record.verdict] = counts.get(record.verdict, 0) + 1
+    return ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+
+
+def exit_code(records: Iterable[Record]) -> int:
+    """0 conforms, 1 violates, 3 incomplete (a law could not be judged, or none applied)."""
+    verdicts = {record.verdict for record in records}
+    if verdicts & {"fail", "crashed"}:
+        return 1
+    if "incomplete" in verdicts or "pass" not in verdicts:
+        return 3
+    return 0

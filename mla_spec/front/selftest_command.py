@@ -1,0 +1,88 @@
+"""The command ``mla-spec selftest``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mla_spec.front.selftest_report import report, write_markdown
+from mla_spec.installed import reported_faults
+from mla_spec.judging.law import Options
+from mla_spec.proof import peer_results
+from mla_spec.proof.selftest import (
+    BugResult,
+    Matrix,
+    matrix_from,
+    planted_bugs,
+    run_selftest,
+)
+from mla_spec.text.table import format_table
+from mla_spec.text.terminal import UsageError, show_progress, write_json
+
+
+def selftest(options: argparse.Namespace) -> int:
+    """Run the suite on the planted bugs and print the kill matrix; 1 where a bug survives."""
+    for name in ("examples", "jobs", "timeout"):
+        if not getattr(options, name) > 0:
+            raise UsageError(f"--{name} must be positive, got {getattr(options, name)}")
+    try:
+        torch.empty(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    try:
+        bugs = planted_bugs(options.bug)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if options.catalogue:
+        print(format_table([("bug", "status", "symptom"), *_catalogue()]))
+        return 0
+    matrix = _read(options.read) if options.read is not None else _run(bugs, options)
+    print(report(matrix))
+    content, tables, short_tables = matrix.as_dict(), [], []
+    if options.peers:
+        results = peer_results.run_peers(bugs, matrix, jobs=options.jobs, progress=show_progress)
+        show_progress("")
+        print(f"\n{peer_results.report(results)}")
+        content["peers"] = results.as_dict()
+        tables.append(peer_results.markdown(results))
+        short_tables.append(peer_results.markdown(results, short=True))
+    if options.json is not None:
+        write_json(options.json, content)
+    for path in options.markdown:
+        try:
+            write_markdown(path, matrix, tables, short_tables)
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    return 1 if matrix.survivors else 0
+
+
+def _read(path: str) -> Matrix:
+    try:
+        return matrix_from(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--read must be what `mla-spec selftest --json` wrote; {path}: {error!r}") from error
+
+
+def _run(bugs: list[Any], options: argparse.Namespace) -> Matrix:
+    done = 0
+
+    def progress(result: BugResult) -> None:
+        nonlocal done
+        done += 1
+        show_progress(f"[{done}/{len(bugs)}] {result.bug} {'survives' if result.survives else 'killed'}")
+
+    made = Options(examples=options.examples, seed=options.seed, device=options.device)
+    matrix = run_selftest(
+        bugs, made, quick=options.quick, jobs=options.jobs, timeout=options.timeout, progress=progress
+    )
+    show_progress("")
+    return matrix
+
+
+def _catalogue() -> list[tuple[str, ...]]:
+    """Id, status and symptom of every reported fault; the status of one that is not planted says why."""
+    return [(entry.id, entry.status, entry.symptom) for entry in reported_faults()]

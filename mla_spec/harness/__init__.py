@@ -1,1 +1,0 @@
-"""How a subject is driven and judged."""

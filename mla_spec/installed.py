@@ -1,0 +1,92 @@
+"""What stands above the rooms that need it, loaded by name. No other file loads by name what lies above it.
+
+The laws, the golden files and the planted bugs are packages of their own: they import the rooms below them, and never the
+other way round. A room below that runs them asks here.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mla_spec.judging.law import Law
+
+SHIPPED = {
+    "torch-explicit": "mla_spec.adapters.pytorch:TorchExplicit",
+    "torch-absorbed": "mla_spec.adapters.pytorch:TorchAbsorbed",
+    "torch-sdpa": "mla_spec.adapters.pytorch:TorchSDPA",
+    "transformers:deepseek_v2": "mla_spec.adapters.transformers:DeepseekV2",
+    "transformers:deepseek_v3": "mla_spec.adapters.transformers:DeepseekV3",
+    "transformers:deepseek_v2-eager": "mla_spec.adapters.transformers:DeepseekV2Eager",
+    "transformers:deepseek_v3-eager": "mla_spec.adapters.transformers:DeepseekV3Eager",
+    "transformers:deepseek_v32": "mla_spec.adapters.transformers_dsa:DeepseekV32",
+    "transformers:glm_moe_dsa": "mla_spec.adapters.transformers_dsa:GlmMoeDsa",
+    "vllm-cpu": "mla_spec.adapters.vllm_cpu:VllmCpu",
+}
+"""Subjects that ship, by the name a user gives. A class may have ``unavailable()``: why it cannot run here, or ""."""
+
+LAW_MODULES = (
+    "test_rope",
+    "test_absorb",
+    "test_weights",
+    "test_decode",
+    "test_decode_exact",
+    "test_decode_memory",
+    "test_decode_tables",
+    "test_statistics",
+    "test_prefill",
+    "test_backward",
+    "test_merge",
+    "test_write_cache",
+    "test_sparse",
+    "test_project_indexer",
+    "test_indexer",
+    "test_indexed_attention",
+    "test_quantised_cache",
+    "test_quantised_decode",
+    "test_layer",
+    "test_layer_gradients",
+    "test_tensor_parallel",
+    "test_context_parallel",
+    "test_far_memory",
+    "test_state",
+    "test_compiled",
+)
+"""Modules of ``mla_spec.properties`` that hold laws, in the order of the report."""
+
+
+@functools.cache
+def all_laws() -> dict[str, Law]:
+    """Every law by name, in the order of the report."""
+    laws: dict[str, Law] = {}
+    for name in LAW_MODULES:
+        for value in vars(import_module(f"mla_spec.properties.{name}")).values():
+            if hasattr(value, "law"):
+                laws[value.law.name] = value.law
+    return laws
+
+
+def planted_bugs() -> dict[str, Any]:
+    """Every planted bug by its id."""
+    return dict(import_module("mla_spec.planted_bugs").PLANTED)
+
+
+def reported_faults() -> list[Any]:
+    """The faults that were reported in public, planted or not."""
+    return list(import_module("mla_spec.planted_bugs.catalogue").catalogue())
+
+
+def golden_corpus() -> Any:
+    """The module that verifies and regenerates the golden files."""
+    return import_module("mla_spec.golden.corpus.corpus")
+
+
+def certification() -> Any:
+    """The module that certifies the reference in ball arithmetic.
+
+    Raises:
+        ModuleNotFoundError: python-flint is not installed.
+    """
+    return import_module("mla_spec.golden.exact.certification")

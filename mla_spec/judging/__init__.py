@@ -1,0 +1,1 @@
+"""How a law is run on a subject, and what comes of it."""

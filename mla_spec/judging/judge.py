@@ -1,0 +1,85 @@
+"""Compares what a subject returned with what it may return. Sees data only, never a subject."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.judging.verdict import VacuousCase
+from mla_spec.reference.typing import Array
+from mla_spec.subjects.driver import Result
+from mla_spec.subjects.violation import Violation
+
+VACUITY = 0.05
+"""A case is judged only if median(bound) / rms(want) is at most this."""
+
+
+def judge_within(got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> float:
+    """Largest |got − want| / bound over all elements; every one must be at most 1.
+
+    Where ``want`` is infinite, ``got`` must be the same infinity; elsewhere it must be finite.
+
+    Args:
+        gate: whether a bound that is loose against ``want`` is refused. False where ``want`` may lie near 0.
+
+    Raises:
+        Violation: an element lies outside its bound.
+        VacuousCase: the bound is too loose to mean anything.
+    """
+    total = np.broadcast_to(bound.total, want.shape)
+    if gate:
+        require_meaningful(want, total)
+    with np.errstate(all="ignore"):  # a subject may return anything
+        error = np.abs(got.value - want)
+        ratio = error / total
+    ratio = np.where(got.value == want, 0.0, np.where(np.isinf(want) | np.isnan(got.value), np.inf, ratio))
+    if ratio.size == 0:
+        return 0.0
+    index = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
+    if ratio[index] > 1:
+        raise Violation(_describe(got, want, total, bound, index, int((ratio > 1).sum())))
+    return float(ratio[index])
+
+
+def require_meaningful(want: Array, total: Array) -> None:
+    """Raise VacuousCase unless the median bound is at most 5 % of the rms of the expected values that are not exact."""
+    inexact = np.isfinite(want) & (total > 0)
+    if not inexact.any():
+        return
+    rms = float(np.sqrt(np.mean(want[inexact] ** 2)))
+    median = float(np.median(total[inexact]))
+    if not median <= VACUITY * rms:
+        raise VacuousCase(
+            f"the bound is too loose to judge this case: median bound {median:.3g} exceeds {VACUITY} × rms of the "
+            f"expected values {rms:.3g}"
+        )
+
+
+def judge_same_bits(got: Result, want: Result, why: str) -> None:
+    """Raise Violation unless all bit patterns agree, the sign of zeros aside.
+
+    A masked weight 0 times a negative value is -0, which is no dependence on that value. ``why`` says what must not have
+    changed the bits.
+    """
+    different = (got.bits != want.bits) & ~((got.value == 0) & (want.value == 0))
+    if not different.any():
+        return
+    index = tuple(int(i) for i in np.argwhere(different)[0])
+    raise Violation(
+        f"{got.what}{list(index)} changed from {float(want.value[index])!r} to {float(got.value[index])!r}: {why}\n"
+        f"{int(different.sum())} of {different.size} elements differ; the bits must be the same"
+    )
+
+
+def _describe(got: Result, want: Array, total: Array, bound: ErrorBound, index: tuple[int, ...], outside: int) -> str:
+    terms = bound.map(lambda term: np.broadcast_to(term, want.shape))
+    main = terms.main_term(index)
+    with np.errstate(all="ignore"):
+        error = abs(got.value[index] - want[index])
+        factor = error / total[index]
+    return (
+        f"{got.what}{list(index)}: got {float(got.value[index])!r}, want {float(want[index])!r}\n"
+        f"error {error:.3g} exceeds the bound {total[index]:.3g} by a factor {factor:.3g}; "
+        f"{outside} of {want.size} elements do\n"
+        f"main term of the bound: {main} ({terms.terms[main][index]:.3g})"
+    )

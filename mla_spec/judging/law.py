@@ -1,0 +1,176 @@
+"""What a law is, and how one is run on a subject."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.profile import Profile
+from mla_spec.judging.judge import judge_same_bits, judge_within, require_meaningful
+from mla_spec.operations.case import Case
+from mla_spec.reference.typing import Array
+from mla_spec.subjects.driver import Driver, Result
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.violation import Violation
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+
+@dataclass
+class Run:
+    """What a law's function works with: a driver of the subject, and the judge.
+
+    The judge's largest error / bound over the law's cases is kept in ``worst``. ``compile`` is that of the options.
+    """
+
+    driver: Driver
+    profile: Profile
+    supports: Supports
+    worst: float | None = None
+    worst_case: str = ""
+    case_id: str = ""
+    compile: str | None = None
+
+    def within(self, got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> None:
+        """``judge_within``, recorded."""
+        ratio = judge_within(got, want, bound, gate=gate)
+        if self.worst is None or ratio > self.worst:
+            self.worst, self.worst_case = ratio, self.case_id
+
+    def meaningful(self, want: Array, bound: ErrorBound) -> None:
+        """``require_meaningful`` for a case whose results are judged in parts."""
+        require_meaningful(want, bound.total)
+
+    def same_bits(self, got: Result, want: Result, why: str) -> None:
+        """``judge_same_bits``."""
+        judge_same_bits(got, want, why)
+
+    def same_function(self, got: Result, want: Result, bound: ErrorBound, why: str) -> None:
+        """Two results of the subject for the same exact value, each within ``bound`` of it."""
+        twice = bound.map(lambda term: 2 * term)
+        try:
+            self.within(got, want.value, twice, gate=False)
+        except Violation as violation:
+            raise Violation(f"{violation}\n{why}") from None
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise Violation with ``message`` unless ``condition``."""
+        if not condition:
+            raise Violation(message)
+
+
+CaseSource = Callable[[Supports, Profile], "SearchStrategy[Any] | list[Any]"]
+
+
+@dataclass(frozen=True)
+class Law:
+    """A statement that every subject offering ``needs`` must satisfy.
+
+    Attributes:
+        name: of the test function; part of the public interface.
+        needs: operations the subject must offer.
+        cases: from what the subject supports and its profile for a dtype, a strategy of cases, or a list of all of them.
+        check: (run, case) -> None; raises Violation.
+        missing: from what the subject supports, why the law does not apply, or "".
+        unavailable: from how laws are run, why this one cannot be, or "".
+        cost: one case of it runs for every so many examples that were asked for.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    cases: CaseSource
+    check: Callable[[Run, Any], None] = field(repr=False)
+    missing: Callable[[Supports], str] = field(repr=False)
+    unavailable: Callable[[Options], str] = field(default=lambda _: "", repr=False)
+    cost: int = 1
+
+    @property
+    def statement(self) -> str:
+        """First line of the law's docstring."""
+        return (self.check.__doc__ or "").strip().splitlines()[0]
+
+
+def law(
+    *,
+    needs: tuple[str, ...],
+    cases: CaseSource,
+    missing: Callable[[Supports], str] = lambda _: "",
+    unavailable: Callable[[Options], str] = lambda _: "",
+    cost: int = 1,
+) -> Callable[[Callable[[Run, Any], None]], Callable[[Any], None]]:
+    """Make a law of a function (run, case); what remains is a pytest test that takes the fixture ``mla_check``."""
+
+    def decorate(check: Callable[[Run, Any], None]) -> Callable[[Any], None]:
+        made = Law(check.__name__, needs, cases, check, missing, unavailable, cost)
+
+        def test(mla_check: Callable[[Law], None]) -> None:
+            mla_check(made)
+
+        # Not functools.wraps: pytest would look through it to the parameters of ``check``.
+        test.__name__, test.__qualname__, test.__doc__ = check.__name__, check.__qualname__, check.__doc__
+        test.__module__ = check.__module__
+        test.law = made  # type: ignore[attr-defined]
+        return test
+
+    return decorate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How laws are run.
+
+    Attributes:
+        examples: generated cases per law, spread over the dtypes.
+        seed: of the generation; equal seeds give equal cases.
+        device: torch device of the tensors.
+        threads: of torch's operators on the CPU while laws run. Cases are small, so more only cost time; a kernel whose
+            threads may race deserves more.
+        dtypes: only these; None for all that the subject supports.
+        case: run this one case instead.
+        minimise: whether a failing case is made smaller.
+        compile: backend of ``torch.compile`` with which laws of compiled operations run; None where they do not.
+        spec: arguments by which ``mla-spec check`` finds the subject, for replay commands; None where it cannot.
+        announce: called with each case before it runs.
+    """
+
+    examples: int = 100
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    dtypes: tuple[str, ...] | None = None
+    case: Case | None = None
+    minimise: bool = True
+    compile: str | None = None
+    spec: tuple[str, ...] | None = None
+    announce: Callable[[Case], None] | None = None
+
+
+EVERY_REGIME = "every regime"
+"""Stands for the regimes of a law that no subject could be given a case of."""
+
+
+Cell = tuple[str, str, str]
+"""Law, regime, dtype."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why some cells have no case.
+
+    Attributes:
+        laws, regimes, dtypes: patterns of shell style; a cell that matches one of each is meant.
+        why: a clause.
+    """
+
+    laws: tuple[str, ...]
+    regimes: tuple[str, ...]
+    why: str
+    dtypes: tuple[str, ...] = ("*",)
+
+    def covers(self, cell: Cell) -> bool:
+        patterns = (self.laws, self.regimes, self.dtypes)
+        return all(any(fnmatchcase(part, p) for p in ps) for part, ps in zip(cell, patterns, strict=True))

@@ -1,0 +1,168 @@
+"""Cases of ``layer``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from mla_spec.operations.case import Case
+from mla_spec.operations.rope import longrope_factors, make_rope
+from mla_spec.reference.config import Llama4Scaling, MLAConfig
+from mla_spec.reference.formats import round_to
+from mla_spec.reference.mla import weight_shapes
+from mla_spec.reference.published import PublishedModel, published_models
+from mla_spec.reference.typing import Array, IntArray
+
+LLAMA_4_SCALING = Llama4Scaling(beta=0.1, original_max_position_embeddings=64)
+"""The temperature of cases that have one and are of no published model: seen from position 64 on."""
+
+
+@lru_cache(maxsize=1)
+def layer_models() -> Mapping[str, PublishedModel]:
+    """The verified MLA models whose options an MLAConfig expresses, by their names in case ids.
+
+    LongRoPE factors need not be published: there are as many as rope dims, so that a small layer has others anyway.
+    """
+    return {
+        re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-"): model
+        for name, model in published_models().items()
+        if model.is_mla and model.verified and not model.not_modelled and not _no_frequencies(model)
+    }
+
+
+def _no_frequencies(model: PublishedModel) -> bool:
+    return model.fields["rope"] == "rotary" and model.fields["rope_theta"] is None
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Weights, configuration and tokens of a layer; values exactly representable in the dtype."""
+
+    weights: dict[str, Array]
+    config: MLAConfig
+    hidden: Array  # [b, s, e], prompt and decoded tokens
+    positions: IntArray  # [b, s]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCase(Case):
+    """A layer, a prompt and the tokens decoded after it.
+
+    ``model`` names one of ``layer_models``, whose options then replace those of the case: eps, rotary embedding and scaling,
+    factors on latents and queries. Widths stay the case's. ``weights`` "dense" are Gaussian; "aligned" have one entry per row on the way to the scores and no sign changes on the
+    way to the output, so that a worst-case bound in 16-bit formats still means something; ``gain`` scales the queries and
+    ``hidden_scale`` the tokens (small ones make the eps of the norms visible).
+    """
+
+    kind = "layer"
+    batch: int = 1
+    prompt: int = 1
+    steps: int = 0
+    hidden_size: int = 8
+    num_heads: int = 1
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 4
+    qk_nope_head_dim: int = 2
+    qk_rope_head_dim: int = 2
+    v_head_dim: int = 3
+    layout: str = "interleaved"
+    theta: float = 10000.0
+    yarn: str = "none"
+    longrope: str = "none"
+    start: int = 0
+    latent_norm_eps: float = 1e-6
+    mla_scale_q_lora: bool = False
+    mla_scale_kv_lora: bool = False
+    llama_4_scaling: bool = False
+    model: str = "none"
+    weights: str = "dense"
+    gain: float = 1.0
+    hidden_scale: float = 1.0
+
+    @property
+    def config(self) -> MLAConfig:
+        if self.model != "none":
+            return self._config_of_model(layer_models()[self.model])
+        return MLAConfig(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            **self._widths,
+            rope=make_rope(
+                dim=self.qk_rope_head_dim,
+                layout=self.layout,
+                theta=self.theta,
+                yarn=self.yarn,
+                longrope=self.longrope,
+            ),
+            latent_norm_eps=self.latent_norm_eps,
+            mla_scale_q_lora=self.mla_scale_q_lora,
+            mla_scale_kv_lora=self.mla_scale_kv_lora,
+            llama_4_scaling=LLAMA_4_SCALING if self.llama_4_scaling else None,
+        )
+
+    @property
+    def _widths(self) -> dict[str, Any]:
+        names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        return {name: getattr(self, name) for name in names}
+
+    def _config_of_model(self, model: PublishedModel) -> MLAConfig:
+        widths = {"hidden_size": self.hidden_size, "num_attention_heads": self.num_heads, **self._widths}
+        scaling = model.fields["rope_scaling"]
+        if scaling is not None and scaling["type"] == "longrope":
+            scaling = {**scaling, **longrope_factors(self.qk_rope_head_dim)}
+        return replace(model, fields={**model.fields, **widths, "rope_scaling": scaling}).mla_config()
+
+    def build(self) -> LayerInputs:
+        """The inputs."""
+        rng = self.generator()
+        config = self.config
+        make = self._aligned if self.weights == "aligned" else self._dense
+        weights = {name: round_to(w, self.dtype) for name, w in make(rng, config).items()}
+        s = self.prompt + self.steps
+        shape = (self.batch, s, self.hidden_size)
+        hidden = rng.uniform(0.25, 2.0, shape) if self.weights == "aligned" else rng.standard_normal(shape)
+        return LayerInputs(
+            weights=weights,
+            config=config,
+            hidden=round_to(hidden * self.hidden_scale, self.dtype),
+            positions=self.start + np.arange(s) + 5 * np.arange(self.batch)[:, None],
+        )
+
+    def _dense(self, rng: np.random.Generator, config: MLAConfig) -> dict[str, Array]:
+        weights = {}
+        for name, shape in weight_shapes(config).items():
+            if name.endswith("layernorm"):
+                weights[name] = 1 + 0.25 * rng.uniform(-1, 1, shape)
+            else:
+                weights[name] = rng.standard_normal(shape) / np.sqrt(shape[1])
+        return self._with_gain(weights, self.gain)
+
+    def _aligned(self, rng: np.random.Generator, config: MLAConfig) -> dict[str, Array]:
+        c, n = config.kv_lora_rank, config.qk_nope_head_dim
+        weights = {}
+        for name, shape in weight_shapes(config).items():
+            if name.endswith("layernorm"):
+                weights[name] = 1 + 0.25 * rng.uniform(-1, 1, shape)
+                continue
+            w = np.zeros(shape)
+            w[np.arange(shape[0]), rng.integers(0, shape[1], shape[0])] = rng.uniform(0.5, 1.5, shape[0])
+            signs = rng.choice([-1.0, 1.0], shape[0])
+            if name == "kv_a_proj_with_mqa":
+                signs[:c] = 1.0
+            if name == "kv_b_proj":
+                signs.reshape(config.num_heads, -1)[:, n:] = 1.0
+            weights[name] = w * signs[:, None]
+        weights["o_proj"] = rng.uniform(0, 1, weights["o_proj"].shape) / weights["o_proj"].shape[1]
+        # Scores of the same size whatever the width and the factors on them, since their errors grow with their size.
+        factors = config.scale * config.q_lora_scale * max(1.0, config.kv_lora_scale)
+        return self._with_gain(weights, 2 * self.gain / (factors * config.qk_head_dim))
+
+    def _with_gain(self, weights: dict[str, Array], gain: float) -> dict[str, Array]:
+        name = "q_proj" if "q_proj" in weights else "q_b_proj"
+        weights[name] = weights[name] * gain
+        return weights

@@ -1,0 +1,213 @@
+"""Cases of quantised caches: rows to be quantised, pages to be read, and pages to decode from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mla_spec.operations.case import Case
+from mla_spec.operations.decode import DecodeCase, DecodeInputs
+from mla_spec.reference.cache_layout import Bytes, CacheLayout, QuantisedRows, layout_of, pack
+from mla_spec.reference.formats import decode_bits, format_of, round_to
+from mla_spec.reference.quantised_cache import dequantise, dequantised_cache, quantise
+from mla_spec.reference.typing import Array
+
+ROPE_DIM = 64
+"""qk_rope_head_dim of every model whose cache has one of the layouts."""
+
+HEAD_DIM_V = {name: 512 for name in ("fp8_per_tensor", "fp8_ds_mla", "deepseek_v4", "deepseek_v4_1", "nvfp4_ds_mla")}
+"""Leading elements of a row that are the value, for the formats of latent caches; indexer keys have no values."""
+
+
+@dataclass(frozen=True)
+class QuantiseInputs:
+    """Arguments of ``quantize_cache``."""
+
+    rows: Array  # [n, width], float64 values exactly representable in the dtype, and in float32
+    tensor_scale: float
+
+
+@dataclass(frozen=True)
+class PagesInputs:
+    """Arguments of ``dequantize_cache``."""
+
+    pages: Bytes  # [pages, bytes per page]
+    tensor_scale: float
+    rows: Array  # [n, width], the exact values of the rows in token order
+
+
+@dataclass(frozen=True)
+class QuantisedDecodeInputs:
+    """Arguments of ``decode_quantized``; ``exact`` has those of ``decode`` of the dequantised cache."""
+
+    pages: Bytes  # [pages, bytes per page]
+    tensor_scale: float
+    exact: DecodeInputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedCase(Case):
+    """What all cases of quantised caches have."""
+
+    format: str = "fp8_ds_mla"
+    page_size: int = 1
+
+    @property
+    def layout(self) -> CacheLayout:
+        return layout_of(self.format)
+
+    def tensor_scale(self, rng: np.random.Generator, amax: float) -> float:
+        """A scale of the whole tensor that is no power of two, near the least without saturation; 1 where none is due."""
+        if self.layout.scale:
+            return 1.0
+        least = max(amax, 2.0**-20) / format_of(self.layout.code).max_finite
+        return float(round_to(np.array(least * rng.uniform(0.9, 1.4)), "float32"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiseCase(QuantisedCase):
+    """Rows for ``quantize_cache``, whose groups differ in size by many binades.
+
+    ``regime``: "typical"; "zeros" has groups and rows of 0 and -0; "outlier" has one large element in each group; "rope"
+    has a k_pe 2^12 times the latent; "tiny" lies below every floor of scales; "huge" has the largest numbers of the dtype
+    and of bfloat16; "edges" has groups whose largest element over the largest code is a power of two, or next to one.
+    """
+
+    kind = "quantise"
+    tokens: int = 1
+    regime: str = "typical"
+
+    def build(self) -> QuantiseInputs:
+        """The inputs."""
+        rng, layout, fmt = self.generator(), self.layout, format_of(self.dtype)
+        largest = min(fmt.max_finite, format_of("bfloat16").max_finite)
+        rows = rng.standard_normal((self.tokens, layout.width))
+        groups = groups_of(rows, layout)
+        groups *= 2.0 ** rng.integers(-6, 7, (*groups.shape[:2], 1))
+        if self.regime == "zeros":
+            groups *= rng.random((*groups.shape[:2], 1)) < 0.5
+            rows[rng.random(self.tokens) < 0.2] *= 0
+        elif self.regime == "outlier":
+            groups[..., rng.integers(layout.group)] *= 2.0**6
+        elif self.regime == "rope":
+            rows *= 2.0**-6
+            rows[:, -ROPE_DIM:] *= 2.0**12
+        elif self.regime == "tiny":
+            rows *= 2.0**-20 if fmt.min_exponent > -100 else 2.0**-60
+        elif self.regime == "huge":
+            rows[...] = np.where(rng.random(rows.shape) < 0.1, np.copysign(largest, rows), rows)
+        elif self.regime == "edges":
+            code = format_of(layout.code)
+            factor = rng.choice([1.0, 1 + 2.0**-7, 1 - 2.0**-8], groups.shape[:2])
+            amax = code.max_finite * 2.0 ** rng.integers(-6, 6, groups.shape[:2])
+            groups[...] = np.clip(groups, -amax[..., None], amax[..., None])
+            groups[..., rng.integers(layout.group)] = amax * factor
+        # float32 at most, so that a cast from float64 through float32 rounds once
+        rows = round_to(round_to(rows, self.dtype), "float32")
+        ordinary = 1.0 if self.regime == "huge" else float(np.abs(rows).max())
+        return QuantiseInputs(rows, self.tensor_scale(rng, ordinary))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagesCase(QuantisedCase):
+    """Pages for ``dequantize_cache`` with every finite code, any scales, and any plain elements, 0 and -0 among them.
+
+    ``power_of_two``: all scales of float32 are powers of two.
+    """
+
+    kind = "pages"
+    tokens: int = 1
+    power_of_two: bool = False
+
+    def build(self) -> PagesInputs:
+        """The inputs; padding and unused rows are 0."""
+        rng, layout = self.generator(), self.layout
+        # in the middle of the dtype's range, so that no product leaves it
+        exponents = (-8, 6) if self.dtype == "float16" else (-30, 30)
+        tensor_scale = self.tensor_scale(rng, 1.0)
+        scales: Array = np.full((self.tokens, 1), tensor_scale, dtype=np.float64)
+        if layout.scale == "float8_e4m3fn":
+            scales = _any_numbers(rng, (self.tokens, layout.groups), layout.scale, least=1)
+        elif layout.scale:
+            scales = np.ldexp(1.0, rng.integers(*exponents, (self.tokens, layout.groups)))
+            if layout.scale == "float32" and not self.power_of_two:
+                scales = round_to(scales * rng.uniform(1, 2, scales.shape), "float32")
+        codes = _signed(rng, _any_numbers(rng, (self.tokens, layout.scaled_dim), layout.code))
+        plain = rng.standard_normal((self.tokens, layout.plain_dim)) * 2.0 ** rng.integers(-4, 9)
+        plain *= rng.random(plain.shape) < 0.9
+        stored = QuantisedRows(codes, scales, round_to(plain, layout.plain, overflow="saturate"))
+        return PagesInputs(pack(stored, layout, self.page_size), tensor_scale, dequantise(stored, layout))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedDecodeCase(QuantisedCase):
+    """Queries against pages of quantised rows, at the full width of the layout.
+
+    Fields and regimes are those of ``DecodeCase``, and two regimes more: "zeros" has groups of 0, "rope" a k_pe 64 times
+    the latent. Every group has another scale. ``power_of_two``: scales of float32 are powers of two, so that dequantised
+    rows are exact in 16-bit formats.
+    """
+
+    kind = "quantised-decode"
+    seqlens: tuple[int, ...] = (1,)
+    s: int = 1
+    num_heads: int = 1
+    causal: bool = True
+    logit_std: float = 1.0
+    regime: str = "typical"
+    power_of_two: bool = False
+
+    def build(self) -> QuantisedDecodeInputs:
+        """The inputs: pages in random order in a pool with spare pages; unused bytes are 0."""
+        rng, layout, latent = self.generator(), self.layout, self.layout.width - ROPE_DIM
+        unquantised = DecodeCase(
+            dtype=self.dtype,
+            seed=self.seed,
+            seqlens=self.seqlens,
+            s=self.s,
+            num_heads=self.num_heads,
+            kv_lora_rank=latent,
+            qk_rope_head_dim=ROPE_DIM,
+            page_size=self.page_size,
+            causal=self.causal,
+            logit_std=self.logit_std,
+            regime=self.regime if self.regime not in ("zeros", "rope") else "typical",
+        ).build()
+        factors = rng.uniform(0.5, 2, (layout.groups, 1))
+        sequences = []
+        for table, length in zip(unquantised.block_table, self.seqlens, strict=True):
+            used = table[: -(-length // self.page_size)]
+            rows = unquantised.kv_cache[used].reshape(-1, layout.width)[:length]
+            if self.regime == "rope":
+                rows[:, latent:] *= 64
+            groups = groups_of(rows, layout)
+            groups *= factors
+            if self.regime == "zeros":
+                groups *= rng.random((*groups.shape[:2], 1)) < 0.7
+            sequences.append((used, rows))
+        amax = max((float(np.abs(rows).max(initial=0)) for _, rows in sequences), default=0.0)
+        scale = self.tensor_scale(rng, amax)
+        pages = np.zeros((len(unquantised.kv_cache), layout.bytes_per_page(self.page_size)), dtype=np.uint8)
+        kv_cache = np.zeros_like(unquantised.kv_cache)
+        for used, rows in sequences:
+            stored = quantise(rows, layout, power_of_two=self.power_of_two, tensor_scale=scale)
+            pages[used] = pack(stored, layout, self.page_size)
+            kv_cache[used] = dequantised_cache(pages[used], layout, self.page_size, tensor_scale=scale)
+        softmax_scale = unquantised.softmax_scale / (64 if self.regime == "rope" else 1)
+        exact = replace(unquantised, kv_cache=kv_cache, head_dim_v=HEAD_DIM_V[self.format], softmax_scale=softmax_scale)
+        return QuantisedDecodeInputs(pages, scale, exact)
+
+
+def groups_of(rows: Array, layout: CacheLayout) -> Array:
+    """A view of the scaled elements by group, [n, groups, group]."""
+    return rows[:, : layout.scaled_dim].reshape(len(rows), layout.groups, layout.group)
+
+
+def _any_numbers(rng: np.random.Generator, shape: tuple[int, ...], name: str, *, least: int = 0) -> Array:
+    """Finite numbers without sign of a format of at most 8 bits, all patterns from ``least`` on equally likely."""
+    return decode_bits(rng.integers(least, format_of(name).largest_pattern + 1, shape), name)
+
+
+def _signed(rng: np.random.Generator, x: Array) -> Array:
+    return np.where(rng.random(x.shape) < 0.5, -x, x)

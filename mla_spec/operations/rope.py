@@ -1,0 +1,94 @@
+"""Cases of ``rope``, and the rotary embeddings that cases name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mla_spec.operations.case import Case
+from mla_spec.reference.config import LongRopeScaling, RopeConfig, YarnScaling
+from mla_spec.reference.formats import round_to
+from mla_spec.reference.typing import Array, IntArray
+
+YARN = {
+    "none": None,
+    "deepseek-v3": YarnScaling(factor=40, original_max_position_embeddings=4096, ramp_guard=0.001),
+    "short": YarnScaling(factor=4, original_max_position_embeddings=64, beta_fast=8, ramp_guard=0.001),
+    "kimi-k2": YarnScaling(factor=32, original_max_position_embeddings=4096, beta_fast=1, ramp_guard=0.001),
+    "ratio": YarnScaling(
+        factor=8, original_max_position_embeddings=256, mscale=1.0, mscale_all_dim=0.5, ramp_guard=0.001
+    ),
+    "cos-sin-only": YarnScaling(
+        factor=16, original_max_position_embeddings=128, mscale=1.0, mscale_all_dim=0.0, ramp_guard=0.001
+    ),
+    "empty-range": YarnScaling(factor=4, original_max_position_embeddings=6, ramp_guard=0.001),
+}
+"""YaRN scalings by the name a case holds. "ratio" and "cos-sin-only" put a factor on cos and sin; the correction range of
+"empty-range" has no width, so that its ramp is that of the guard."""
+
+LONGROPE = {"none": None, "short": 4096, "long": 131072}
+"""The max_position_embeddings that put the short or the long factors into effect, by the name a case holds."""
+
+
+def longrope_factors(dim: int) -> dict[str, Any]:
+    """The short and long factors of a LongRoPE over ``dim`` dims: all different, growing with the wavelength."""
+    return {
+        "short_factor": tuple(1 + i / 8 for i in range(dim // 2)),
+        "long_factor": tuple(1.5 + 2 * i for i in range(dim // 2)),
+    }
+
+
+def make_rope(*, dim: int, layout: str, theta: float, yarn: str, longrope: str = "none") -> RopeConfig | None:
+    """The RopeConfig a case describes; None for layout "none"."""
+    if layout == "none" or dim == 0:
+        return None
+    context = LONGROPE[longrope]
+    return RopeConfig(
+        dim=dim,
+        theta=theta,
+        interleaved=layout == "interleaved",
+        yarn=YARN[yarn],
+        longrope=None
+        if context is None
+        else LongRopeScaling(original_max_position_embeddings=4096, **longrope_factors(dim)),
+        max_position_embeddings=context,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeCase(Case):
+    """Vectors to rotate: x [batch, s, (heads,) dim] at positions start, start + stride, ...; heads 0 means no axis.
+
+    ``shift`` is the common shift of the relative-position law.
+    """
+
+    kind = "rope"
+    batch: int = 1
+    s: int = 1
+    heads: int = 0
+    dim: int = 2
+    layout: str = "interleaved"
+    theta: float = 10000.0
+    yarn: str = "none"
+    longrope: str = "none"
+    start: int = 0
+    stride: int = 1
+    shift: int = 1
+
+    @property
+    def rope(self) -> RopeConfig:
+        rope = make_rope(dim=self.dim, layout=self.layout, theta=self.theta, yarn=self.yarn, longrope=self.longrope)
+        assert rope is not None
+        return rope
+
+    def positions(self) -> IntArray:
+        """[batch, s], different in each sequence."""
+        return self.start + self.stride * np.arange(self.s) + 3 * np.arange(self.batch)[:, None]
+
+    def vectors(self, count: int) -> list[Array]:
+        """``count`` arrays of standard normal values, rounded to the dtype."""
+        shape = (self.batch, self.s, *([self.heads] if self.heads else []), self.dim)
+        rng = self.generator()
+        return [round_to(rng.standard_normal(shape), self.dtype) for _ in range(count)]

@@ -1,0 +1,1 @@
+"""What proves the suite itself: honest kernels pass, planted faults do not."""

@@ -1,0 +1,1 @@
+"""How a subject is found, declared and called."""

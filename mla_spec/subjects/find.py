@@ -1,0 +1,119 @@
+"""Finds the subject that a name on the command line means."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mla_spec.installed import SHIPPED
+from mla_spec.subjects.contract import OPERATIONS, require_subject
+
+
+class UnknownSubject(Exception):
+    """No subject has this name, or it cannot be made; the text is one sentence for the user."""
+
+
+class FunctionSubject:
+    """A subject of one bare function, which implements the operation ``signature``."""
+
+    def __init__(self, function: Any, signature: str) -> None:
+        self.name = getattr(function, "__name__", type(function).__name__)
+        setattr(self, signature, function)
+
+
+def unavailable(name: str) -> str:
+    """Why the shipped subject ``name`` cannot run here, or ""."""
+    found = _attribute(SHIPPED[name])
+    reason = getattr(found, "unavailable", None)
+    return str(reason()) if reason is not None else ""
+
+
+def available_subjects() -> list[str]:
+    """The shipped subjects that can run here."""
+    return [name for name in SHIPPED if not unavailable(name)]
+
+
+def resolve_subject(spec: str, signature: str | None = None) -> Any:
+    """The subject called ``spec``: a shipped one, ``package.module:object``, or ``path/to/file.py:object``.
+
+    A class is made into an object without arguments.
+
+    Args:
+        signature: the operation that ``object`` implements, where it is a bare function.
+
+    Raises:
+        UnknownSubject: it does not exist, cannot be made, or is no subject.
+    """
+    if spec in SHIPPED:
+        reason = unavailable(spec)
+        if reason:
+            raise UnknownSubject(f"{spec} cannot run here: {reason}")
+        found = _attribute(SHIPPED[spec])
+    else:
+        found = _user_attribute(spec)
+    try:
+        subject = found() if inspect.isclass(found) else found
+    except Exception as error:
+        raise UnknownSubject(f"{spec}: making the object failed with {type(error).__name__}: {error}") from error
+    if signature is not None:
+        if signature not in OPERATIONS:
+            raise UnknownSubject(f"unknown operation {signature!r} for --signature; known are {', '.join(OPERATIONS)}")
+        if not callable(subject):
+            raise UnknownSubject(f"{spec} is not callable, so it cannot implement {signature!r}")
+        subject = FunctionSubject(subject, signature)
+    elif inspect.isroutine(subject):
+        raise UnknownSubject(f"{spec} is a bare function; name its operation with --signature, e.g. decode")
+    try:
+        require_subject(subject)
+    except TypeError as error:
+        raise UnknownSubject(str(error)) from error
+    return subject
+
+
+def _user_attribute(spec: str) -> Any:
+    module, separator, attribute = spec.rpartition(":")
+    if not separator or not module or not attribute:
+        close = difflib.get_close_matches(spec, SHIPPED, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(SHIPPED)}"
+        raise UnknownSubject(f"unknown subject {spec!r}; {hint} Own ones are package.module:object or file.py:object")
+    try:
+        return _attribute(spec)
+    except UnknownSubject:
+        raise
+    except Exception as error:
+        raise UnknownSubject(f"{spec}: importing {module} failed with {type(error).__name__}: {error}") from error
+
+
+def _attribute(spec: str) -> Any:
+    module_name, _, attribute = spec.rpartition(":")
+    module = _load_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise UnknownSubject(f"{module_name} has no attribute {attribute!r}")
+        found = getattr(found, part)
+    return found
+
+
+def _import(name: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` would: a console script does not look in the working directory
+        sys.path.insert(0, here)
+    return importlib.import_module(name)
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UnknownSubject(f"no such file: {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module

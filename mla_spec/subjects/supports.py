@@ -1,0 +1,128 @@
+"""What a subject declares that it can be given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from mla_spec.reference.cache_layout import LAYOUTS
+
+BACKWARD = ("prefill", "sparse_prefill", "layer")
+
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supports:
+    """What a subject can be given. The default is everything but ``cuda_graphs``; declaring less shows in its report.
+
+    Args:
+        dtypes: of the tensors.
+        page_sizes: of the cache, in tokens; None for any.
+        num_heads: None for any.
+        latent_dims: pairs (kv_lora_rank, qk_rope_head_dim) of ``decode``, ``write_cache`` and sparse attention; None
+            for any.
+        max_s: most queries per sequence in ``decode``; None for any.
+        max_parts: most parts that ``merge`` takes; None for any.
+        prefill_dims: pairs (qk_nope_head_dim + qk_rope_head_dim, v_head_dim) of ``prefill``; None for any.
+        weight_block_sizes: pairs (rows, columns) of blocks of ``dequantize_weight``; None for any.
+        cache_formats: of quantised caches.
+        topk_multiple: the number of indices per query of sparse attention is a multiple of it.
+        attention_sink: whether sparse attention takes ``attn_sink``.
+        topk_length: whether sparse attention takes ``topk_length``.
+        indexer_dims: pairs (h, d) of ``indexer``; None for any.
+        indexer_top_k: values of ``top_k``; None for any.
+        indexer_logits: whether ``indexer`` returns the logits, or None.
+        indexer_rope_layouts: pair layouts of ``project_indexer``, of "interleaved" and "half".
+        indexer_rope_optional: whether the indexer may have no rotary embedding.
+        indexer_norm_eps: the only eps of the LayerNorm on the indexer's keys, or None for any.
+        indexer_ties: of equal logits that not all can be selected, the ones with the "smaller index" are, or "any".
+        lse: whether attention returns the LSE.
+        backward: operations that autograd differentiates, of "prefill", "sparse_prefill" and "layer"; where None, those
+            whose outputs require a gradient when their arguments do.
+        lse_backward: whether gradients come through the LSE too.
+        causal: the values of ``causal`` that ``decode`` and ``prefill`` accept.
+        empty_row: what a row without keys gives, as "out/lse"; "unsupported" where such rows may not occur.
+        rope_layouts: pair layouts, of "interleaved" and "half".
+        rope_optional: whether a layer may have no rotary embedding (NoPE).
+        yarn: whether YaRN is implemented.
+        yarn_mscale_rule: whether only "equal" mscale and mscale_all_dim are implemented, or "any".
+        longrope: whether LongRoPE is implemented.
+        mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors.
+        llama_4_scaling: whether a layer's queries may have a temperature by position.
+        layer_dim_multiple: kv_lora_rank and qk_nope_head_dim of a layer must be multiples of it.
+        latent_norm_eps: the only eps of the latent norms, or None for any.
+        cache_page: tokens to which a layer's cache is rounded up.
+        cuda_graphs: whether ``decode`` can be captured in a CUDA graph. Not taken for granted: what waits for the device
+            to know a length cannot.
+
+    Raises:
+        ValueError: an unknown dtype, cache format, empty-row rule or rope layout.
+    """
+
+    dtypes: tuple[str, ...] = DTYPES
+    page_sizes: tuple[int, ...] | None = None
+    num_heads: tuple[int, ...] | None = None
+    latent_dims: tuple[tuple[int, int], ...] | None = None
+    max_s: int | None = None
+    max_parts: int | None = None
+    prefill_dims: tuple[tuple[int, int], ...] | None = None
+    weight_block_sizes: tuple[tuple[int, int], ...] | None = None
+    cache_formats: tuple[str, ...] = tuple(LAYOUTS)
+    topk_multiple: int = 1
+    attention_sink: bool = True
+    topk_length: bool = True
+    indexer_dims: tuple[tuple[int, int], ...] | None = None
+    indexer_top_k: tuple[int, ...] | None = None
+    indexer_logits: bool = True
+    indexer_rope_layouts: tuple[str, ...] = ("interleaved", "half")
+    indexer_rope_optional: bool = True
+    indexer_norm_eps: float | None = None
+    indexer_ties: Literal["smaller index", "any"] = "smaller index"
+    lse: bool = True
+    backward: tuple[str, ...] | None = None
+    lse_backward: bool = True
+    causal: tuple[bool, ...] = (True, False)
+    empty_row: Literal["zero/-inf", "zero/+inf", "unsupported"] = "zero/-inf"
+    rope_layouts: tuple[str, ...] = ("interleaved", "half")
+    rope_optional: bool = True
+    yarn: bool = True
+    yarn_mscale_rule: Literal["any", "equal"] = "any"
+    longrope: bool = True
+    mla_scale_lora: bool = True
+    llama_4_scaling: bool = True
+    layer_dim_multiple: int = 1
+    latent_norm_eps: float | None = None
+    cache_page: int = 1
+    cuda_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        _require_known("dtypes", self.dtypes, DTYPES)
+        _require_known("cache_formats", self.cache_formats, tuple(LAYOUTS))
+        _require_known("backward", self.backward or (), BACKWARD)
+        _require_known("rope_layouts", self.rope_layouts, ("interleaved", "half"))
+        _require_known("indexer_rope_layouts", self.indexer_rope_layouts, ("interleaved", "half"))
+        _require_known("empty_row", (self.empty_row,), ("zero/-inf", "zero/+inf", "unsupported"))
+        _require_known("indexer_ties", (self.indexer_ties,), ("smaller index", "any"))
+        _require_known("yarn_mscale_rule", (self.yarn_mscale_rule,), ("any", "equal"))
+
+    def may_differentiate(self, operation: str) -> bool:
+        """Whether autograd differentiates ``operation``, or might."""
+        return self.backward is None or operation in self.backward
+
+    def restrictions(self) -> str:
+        """The fields that differ from the default, in one line; empty when nothing is restricted."""
+        default, everything = Supports(), {"backward": BACKWARD}
+        changed = [
+            f.name
+            for f in fields(self)
+            if getattr(self, f.name) not in (getattr(default, f.name), everything.get(f.name))
+        ]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
+
+
+def _require_known(field: str, values: tuple[Any, ...], known: tuple[Any, ...]) -> None:
+    for value in values:
+        if value not in known:
+            raise ValueError(f"Supports: {field} has unknown value {value!r}; known are {', '.join(known)}")

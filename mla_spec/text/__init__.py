@@ -1,0 +1,1 @@
+"""Tables, the terminal, and files written whole."""

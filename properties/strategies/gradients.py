@@ -1,0 +1,132 @@
+"""Hypothesis strategies of cases of gradients, drawn so that the gradients stand out from their worst-case bound.
+
+A row with one key has gradients of q and k that are exactly 0 but no bound that is, and in formats of 16 bits so has, nearly,
+a sum whose terms cancel. So some sequence of each case has several keys for each of its queries, and no other is longer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+
+from mla_spec.bounds.profile import Profile
+from mla_spec.operations.all import PrefillBackwardCase, SparseBackwardCase
+from mla_spec.properties.strategies.sizes import SEEDS, large_size
+from mla_spec.properties.strategies.sparse import sparse_prefill_cases
+from mla_spec.reference.formats import format_of
+from mla_spec.subjects.supports import Supports
+
+ALIGNED_STDS = (0.25, 0.1)
+"""Of the logits where keys are two opposite rows, which a large one would leave to one of them."""
+
+
+def judgeable_regimes(profile: Profile, width: int) -> tuple[str, ...]:
+    """Those in which the profile's roundings leave the bound a meaning, for rows of ``width`` elements."""
+    if min(format_of(name).bits for name in (profile.probabilities, profile.score_format)) <= 16:
+        return ("aligned",)
+    if format_of(profile.dtype).bits <= 16:
+        return ("aligned", "outlier") if width <= 24 else ("aligned",)
+    return ("aligned", "outlier", "typical")
+
+
+@st.composite
+def prefill_backward_cases(
+    draw: DrawFn,
+    supports: Supports,
+    profile: Profile,
+    *,
+    min_batch: int = 1,
+    min_queries: int = 0,
+    causal: bool | None = None,
+    few_keys: bool = False,
+) -> PrefillBackwardCase:
+    """Packed sequences, some of them empty; ``few_keys``: some have queries and no key, or keys and no query.
+
+    In formats of more than 16 bits a quarter of the cases has one sequence of many queries or keys.
+    """
+    is_causal = draw(st.sampled_from([c for c in supports.causal if causal is None or c == causal]))
+    queries = draw(st.lists(st.integers(min_queries, 6), min_size=min_batch, max_size=3).filter(any))
+    past = st.integers(-3, 12) if supports.empty_row != "unsupported" else st.integers(0, 12)
+    keys = [max(0, n + draw(past)) for n in queries]
+    longest = queries.index(max(queries))
+    size = large_size(draw, ("queries", "keys") if format_of(profile.dtype).bits > 16 else ())
+    if size == "queries":
+        queries[longest] = draw(st.sampled_from((17, 33, 66)))
+    keys[longest] = queries[longest] + draw(st.sampled_from((64, 70)) if size == "keys" else st.integers(2, 12))
+    if few_keys:
+        empty = [(draw(st.integers(1, 4)), 0)] if supports.empty_row != "unsupported" else []
+        for pair in (*empty, (0, draw(st.integers(1, 4)))):
+            at = draw(st.integers(0, len(queries)))
+            queries[at:at], keys[at:at] = [pair[0]], [pair[1]]
+    d, v = draw(
+        st.sampled_from(supports.prefill_dims)
+        if supports.prefill_dims is not None
+        else st.tuples(st.integers(1, 24), st.integers(1, 16)) | st.sampled_from([(192, 128), (40, 40), (24, 48)])
+    )
+    heads = draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4, 8, 20)))
+    regime = draw(st.sampled_from(judgeable_regimes(profile, max(d, v))))
+    return PrefillBackwardCase(
+        dtype=profile.dtype,
+        seed=draw(SEEDS),
+        seqlens_q=tuple(queries),
+        seqlens_k=tuple(keys),
+        num_heads=heads,
+        qk_head_dim=d,
+        v_head_dim=v,
+        causal=is_causal,
+        logit_std=draw(st.sampled_from(_stds(regime, profile, heads * max(queries)))),
+        regime=regime,
+    )
+
+
+def _stds(regime: str, profile: Profile, rows: int) -> tuple[float, ...]:
+    """Standard deviations of logits that leave weight to several keys in one of ``rows`` rows at least."""
+    if regime == "aligned":
+        return ALIGNED_STDS
+    return (1.0, 0.1, 4.0) if rows >= 16 and format_of(profile.dtype).bits > 16 else (1.0, 0.1)
+
+
+@st.composite
+def exact_backward_cases(draw: DrawFn, supports: Supports, profile: Profile) -> PrefillBackwardCase:
+    """Sequences with 2^n keys that all queries see: without the causal mask, or with one query.
+
+    Where P may be rounded to 16 bits, and out with it by as much as dP differs from D, as ``prefill_backward_cases``.
+    """
+    if format_of(profile.probabilities).bits <= 16:
+        return draw(prefill_backward_cases(supports, profile))
+    is_causal = draw(st.sampled_from(supports.causal))
+    queries = draw(st.lists(st.integers(1, 1 if is_causal else 4), min_size=1, max_size=3))
+    dims = supports.prefill_dims or tuple((d, v) for d in (2, 8, 12) for v in (3, 4, 7))
+    d, v = draw(st.sampled_from(dims))
+    return PrefillBackwardCase(
+        dtype=profile.dtype,
+        seed=draw(SEEDS),
+        seqlens_q=tuple(queries),
+        seqlens_k=tuple(draw(st.sampled_from((8, 16, 32))) for _ in queries),
+        num_heads=draw(st.sampled_from(supports.num_heads or (1, 2, 3))),
+        qk_head_dim=d,
+        v_head_dim=v,
+        causal=is_causal,
+        regime="exact",
+    )
+
+
+@st.composite
+def sparse_backward_cases(draw: DrawFn, /, supports: Supports, profile: Profile, **keywords: Any) -> SparseBackwardCase:
+    """As ``sparse_prefill_cases`` but of moderate size, for the dense sums; few occurrences of each key in 16 bits."""
+    case = draw(sparse_prefill_cases(supports, profile, **{"min_queries": 2, "min_topk": 4} | keywords))
+    c = case.kv_lora_rank if supports.latent_dims is not None else min(case.kv_lora_rank, 128)
+    narrow = format_of(profile.dtype).bits <= 16
+    regimes = ("aligned",) if narrow or c > 24 else judgeable_regimes(profile, c)
+    regime = draw(st.sampled_from(regimes))
+    changes = {
+        "s_q": min(case.s_q, 3) if c > 24 else case.s_q,
+        "num_heads": case.num_heads if supports.num_heads is not None else min(case.num_heads, 4),
+        "kv_lora_rank": c,
+        "regime": regime,
+        "logit_std": draw(st.sampled_from(_stds(regime, profile, 1))),
+        "s_kv": max(case.s_kv, 2 * case.topk if narrow else 4),
+    }
+    return SparseBackwardCase(**vars(case) | changes)

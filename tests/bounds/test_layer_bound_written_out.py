@@ -1,0 +1,344 @@
+"""The bounds of a layer and of its gradients are the steps of ``bounded*``, composed as docs/bounds.md says: head by head.
+
+The steps themselves are written out in test_bounded.py, test_bounded_steps.py, test_bounded_gradients.py and
+test_backward_bound_written_out.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mla_spec.bounds.attention import InheritedError, attention_with_bound
+from mla_spec.bounds.attention_backward import BackwardAttention
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.layer import BoundedLayer, bounded_layer, layer_with_bound
+from mla_spec.bounds.layer_backward import layer_backward_with_bound
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.running import (
+    Bounded,
+    concatenated,
+    perhaps_stored,
+    product,
+)
+from mla_spec.bounds.running_gradients import (
+    Gradient,
+    added,
+    rms_norm_gradients,
+    summed_over_heads,
+    weight_gradient,
+)
+from mla_spec.bounds.running_steps import (
+    bounded_rms_norm,
+    foldable,
+    rotated,
+    scaled_by_config,
+    temperature,
+)
+from mla_spec.reference.config import Llama4Scaling, MLAConfig, RopeConfig
+from mla_spec.reference.formats import round_to
+from mla_spec.reference.mla import weight_shapes
+from mla_spec.reference.typing import Array, IntArray
+
+PLAIN = MLAConfig(
+    hidden_size=9,
+    num_heads=4,
+    q_lora_rank=7,
+    kv_lora_rank=5,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=6,
+    v_head_dim=8,
+    latent_norm_eps=1e-3,
+    rope=RopeConfig(dim=6, theta=100.0),
+)
+CONFIGS = {
+    "plain": PLAIN,
+    "no query compression": replace(PLAIN, q_lora_rank=None),
+    "not rotated": replace(PLAIN, rope=None),
+    "scaled": replace(
+        PLAIN,
+        mla_scale_q_lora=True,
+        mla_scale_kv_lora=True,
+        llama_4_scaling=Llama4Scaling(beta=0.3, original_max_position_embeddings=4),
+    ),
+}
+POSITIONS = np.array([[2, 3, 4], [11, 12, 13]])
+B, S = POSITIONS.shape
+
+
+def exact(x: Array) -> Bounded:
+    return Bounded(x, np.zeros_like(x))
+
+
+def stacked(heads: list[Bounded]) -> Bounded:
+    """Heads [..., s, i] as [..., s, h, i]."""
+    return Bounded(*(np.stack([getattr(x, name) for x in heads], axis=-2) for name in ("value", "error")))
+
+
+def side_by_side(heads: list[Bounded]) -> Bounded:
+    return concatenated(*heads)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A layer over hidden states [b, s, e], from the rows of its weights that belong to each head."""
+
+    hidden: Array
+    weights: dict[str, Array]
+    config: MLAConfig
+    profile: Profile
+
+    @property
+    def heads(self) -> range:
+        return range(self.config.num_heads)
+
+    def linear(self, weight: Array, x: Bounded) -> Bounded:
+        return product("oi,...i->...o", weight, x, self.profile)
+
+    def back(self, weight: Array, grad: Bounded, terms: int | None = None) -> Bounded:
+        return product("oi,...o->...i", weight, grad, self.profile, terms)
+
+    def w_uk(self, head: int) -> Array:
+        n, v = self.config.qk_nope_head_dim, self.config.v_head_dim
+        return self.weights["kv_b_proj"][head * (n + v) :][:n]
+
+    def w_uv(self, head: int) -> Array:
+        n, v = self.config.qk_nope_head_dim, self.config.v_head_dim
+        return self.weights["kv_b_proj"][head * (n + v) + n :][:v]
+
+    def cooled(self, x: Bounded) -> Bounded:
+        return temperature(x[..., None, :], POSITIONS, self.config.llama_4_scaling, self.profile)[..., 0, :]
+
+    def rotated(self, x: Bounded, positions: IntArray = POSITIONS) -> Bounded:
+        return rotated(x, positions, self.config.rope, self.profile)
+
+    @cached_property
+    def q_down(self) -> Bounded:
+        x = exact(self.hidden)
+        return x if self.config.q_lora_rank is None else self.linear(self.weights["q_a_proj"], x)
+
+    @cached_property
+    def c_q(self) -> Bounded:
+        config = self.config
+        if config.q_lora_rank is None:
+            return self.q_down
+        normed = bounded_rms_norm(self.q_down, self.weights["q_a_layernorm"], config.latent_norm_eps, self.profile)
+        return foldable(normed, config.q_lora_scale, self.profile.dtype)
+
+    @property
+    def up(self) -> Array:
+        """[h·(n+r), q_lora_rank or e]."""
+        return self.weights["q_proj" if self.config.q_lora_rank is None else "q_b_proj"]
+
+    def query(self, head: int) -> tuple[Bounded, Bounded]:
+        """(q_nope, q_pe), each [b, s, ·]."""
+        config = self.config
+        q = self.linear(self.up[head * config.qk_head_dim :][: config.qk_head_dim], self.c_q)
+        q = scaled_by_config(q, config.q_lora_scale, self.profile)
+        n = config.qk_nope_head_dim
+        return self.cooled(q[..., :n]), self.cooled(self.rotated(q[..., n:]))
+
+    @cached_property
+    def kv_down(self) -> Bounded:
+        return self.linear(self.weights["kv_a_proj_with_mqa"], exact(self.hidden))
+
+    @cached_property
+    def latent(self) -> Bounded:
+        config, c = self.config, self.config.kv_lora_rank
+        weight = self.weights["kv_a_layernorm"]
+        normed = bounded_rms_norm(self.kv_down[..., :c], weight, config.latent_norm_eps, self.profile)
+        latent = foldable(normed, config.kv_lora_scale, self.profile.dtype)
+        return scaled_by_config(latent, config.kv_lora_scale, self.profile)
+
+    @cached_property
+    def k_pe(self) -> Bounded:
+        return self.rotated(self.kv_down[..., self.config.kv_lora_rank :])
+
+    @cached_property
+    def operands(self) -> list[tuple[Bounded, Bounded, Bounded]]:
+        """(q, k, v) of each head."""
+        result = []
+        for head in self.heads:
+            q_nope, q_pe = self.query(head)
+            if self.profile.form == "explicit":
+                k_nope, v = self.linear(self.w_uk(head), self.latent), self.linear(self.w_uv(head), self.latent)
+                result.append((side_by_side([q_nope, q_pe]), side_by_side([k_nope, self.k_pe]), v))
+            else:
+                q_latent = self.linear(self.w_uk(head).T, q_nope)
+                q, k = side_by_side([q_latent, q_pe]), side_by_side([self.latent, self.k_pe])
+                result.append((q, k, self.latent))
+        return result
+
+    @cached_property
+    def attended(self) -> list[Bounded]:
+        result = []
+        for operands in self.operands:
+            q, k, v = (x[..., None, :] for x in operands)
+            bound = attention_with_bound(
+                q.value,
+                k.value,
+                v.value,
+                softmax_scale=self.config.scale,
+                profile=replace(self.profile, cache_dequantised=None),
+                inherited=InheritedError(q.error, k.error, v.error),
+            )
+            result.append(Bounded(bound.out, bound.out_error.total)[..., 0, :])
+        return result
+
+    @cached_property
+    def out(self) -> Bounded:
+        if self.profile.form == "explicit":
+            return side_by_side(self.attended)
+        return side_by_side([self.linear(self.w_uv(head), self.attended[head]) for head in self.heads])
+
+    def bounded(self) -> BoundedLayer:
+        shared = self.profile.form == "absorbed"
+        q, k, v = (stacked(list(x)) for x in zip(*self.operands, strict=True))
+        return BoundedLayer(
+            q_down=self.q_down,
+            c_q=self.c_q,
+            q_nope=stacked([self.query(head)[0] for head in self.heads]),
+            kv_down=self.kv_down,
+            latent=self.latent,
+            q=q,
+            k=k[..., :1, :] if shared else k,
+            v=v[..., :1, :] if shared else v,
+            attended=stacked(self.attended),
+            out=self.out,
+        )
+
+    def attention_gradients(self, out_grads: list[Bounded]) -> tuple[Bounded, Bounded, Bounded]:
+        """(∂q [b, s, h, ·], ∂k, ∂v [b, t, h or 1, ·]), each perhaps stored."""
+        layer, do = self.bounded(), stacked(out_grads)
+        attention = BackwardAttention.of(
+            layer.q.value,
+            layer.k.value,
+            layer.v.value,
+            softmax_scale=self.config.scale,
+            profile=self.profile,
+            inherited=InheritedError(layer.q.error, layer.k.error, layer.v.error),
+        )
+        dq, dk, dv = (perhaps_stored(x, self.profile.dtype) for x in attention.gradients(do.value, do.error))
+        return dq, dk, dv
+
+    def gradients(self, out_grad: Array) -> dict[str, Gradient]:
+        """Of "hidden" and of each weight."""
+        config, n, v = self.config, self.config.qk_nope_head_dim, self.config.v_head_dim
+        grads = {"o_proj": weight_gradient(exact(out_grad), self.out, self.profile)}
+        of_out = [self.back(self.weights["o_proj"][:, head * v :][:, :v], exact(out_grad)) for head in self.heads]
+        if self.profile.form == "explicit":
+            dq, dk, dv = self.attention_gradients(of_out)
+            # the gradients of all heads' keys and values may be summed by one projection
+            terms = config.num_heads * (n + v)
+            by_key = [self.back(self.w_uk(head), dk[..., head, :n], terms) for head in self.heads]
+            by_value = [self.back(self.w_uv(head), dv[..., head, :], terms) for head in self.heads]
+            latent_grad = added(
+                *(summed_over_heads(stacked(x), self.profile) for x in (by_key, by_value)), self.profile
+            )
+            k_pe_grad = summed_over_heads(dk[..., n:], self.profile)
+            of_w_uk = [weight_gradient(dk[..., head, :n], self.latent, self.profile) for head in self.heads]
+            of_w_uv = [weight_gradient(dv[..., head, :], self.latent, self.profile) for head in self.heads]
+            of_query = [(dq[..., head, :n], dq[..., head, n:]) for head in self.heads]
+        else:
+            c = config.kv_lora_rank
+            dq, dk, dv = self.attention_gradients([self.back(self.w_uv(head), of_out[head]) for head in self.heads])
+            latent_grad, k_pe_grad = added(dk[..., 0, :c], dv[..., 0, :], self.profile), dk[..., 0, c:]
+            of_query = [(self.linear(self.w_uk(head), dq[..., head, :c]), dq[..., head, c:]) for head in self.heads]
+            of_w_uk = [weight_gradient(self.query(head)[0], dq[..., head, :c], self.profile) for head in self.heads]
+            of_w_uv = [weight_gradient(of_out[head], self.attended[head], self.profile) for head in self.heads]
+        grads["kv_b_proj"] = rows([x for pair in zip(of_w_uk, of_w_uv, strict=True) for x in pair])
+        by_query = self.query_gradients(of_query, grads)
+        by_latent = self.latent_gradients(latent_grad, k_pe_grad, grads)
+        total = added(by_query, by_latent, self.profile)
+        return {**grads, "hidden": (total.value, ErrorBound({"of both uses": total.error}))}
+
+    def query_gradients(self, of_query: list[tuple[Bounded, Bounded]], grads: dict[str, Gradient]) -> Bounded:
+        """∂hidden, given ∂(q_nope, q_pe) of each head; adds those of weights to ``grads``."""
+        config, weights, profile = self.config, self.weights, self.profile
+        parts = [(self.cooled(nope), self.rotated(self.cooled(pe), -POSITIONS)) for nope, pe in of_query]
+        grad = side_by_side([side_by_side(list(pair)) for pair in parts])
+        if config.q_lora_rank is None:
+            grads["q_proj"] = weight_gradient(grad, exact(self.hidden), profile)
+            return self.back(weights["q_proj"], grad)
+        grad = scaled_by_config(grad, config.q_lora_scale, profile)
+        grads["q_b_proj"] = weight_gradient(grad, self.c_q, profile)
+        of_c_q = foldable(self.back(weights["q_b_proj"], grad), config.q_lora_scale, profile.dtype)
+        down, grads["q_a_layernorm"] = rms_norm_gradients(
+            self.q_down, weights["q_a_layernorm"], config.latent_norm_eps, of_c_q, profile
+        )
+        grads["q_a_proj"] = weight_gradient(down, exact(self.hidden), profile)
+        return self.back(weights["q_a_proj"], down, self.both_down)
+
+    def latent_gradients(self, latent_grad: Bounded, k_pe_grad: Bounded, grads: dict[str, Gradient]) -> Bounded:
+        """∂hidden, given ∂latent and ∂k_pe; adds those of weights to ``grads``."""
+        config, weights, profile, c = self.config, self.weights, self.profile, self.config.kv_lora_rank
+        latent_grad = scaled_by_config(latent_grad, config.kv_lora_scale, profile)
+        latent_grad = foldable(latent_grad, config.kv_lora_scale, profile.dtype)
+        down, grads["kv_a_layernorm"] = rms_norm_gradients(
+            self.kv_down[..., :c], weights["kv_a_layernorm"], config.latent_norm_eps, latent_grad, profile
+        )
+        both = side_by_side([down, self.rotated(k_pe_grad, -POSITIONS)])
+        grads["kv_a_proj_with_mqa"] = weight_gradient(both, exact(self.hidden), profile)
+        return self.back(weights["kv_a_proj_with_mqa"], both, self.both_down)
+
+    @property
+    def both_down(self) -> int | None:
+        """Outputs of q_a_proj and kv_a_proj_with_mqa, which may be one projection."""
+        if self.config.q_lora_rank is None:
+            return None
+        return len(self.weights["q_a_proj"]) + len(self.weights["kv_a_proj_with_mqa"])
+
+
+def rows(grads: list[Gradient]) -> Gradient:
+    """Gradients of the rows of a weight, one below the other."""
+    errors = np.concatenate([bound.total for _, bound in grads])
+    return np.concatenate([value for value, _ in grads]), ErrorBound({"of each head": errors})
+
+
+def composed(name: str, form: Any, **changes: Any) -> Composed:
+    config, rng = CONFIGS[name], np.random.default_rng(0)
+    weights = {
+        name: round_to(rng.uniform(0.5, 1.5, shape) if len(shape) == 1 else 0.4 * rng.standard_normal(shape), "float16")
+        for name, shape in weight_shapes(config).items()
+    }
+    hidden = round_to(rng.standard_normal((B, S, config.hidden_size)), "float16")
+    return Composed(hidden, weights, config, Profile.default("float32", form=form, **changes))
+
+
+def assert_same(got: Bounded, want: Bounded) -> None:
+    """Up to sums of float64 in another order, which reach the errors through what they are rounded to."""
+    np.testing.assert_allclose(got.value, want.value, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(got.error, want.error, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["explicit", "absorbed"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bound_of_a_layer_is_composed_of_its_steps(name: str, form: Any) -> None:
+    layer = composed(name, form, cache_dequantised="bfloat16")  # which is not a layer's own
+    arguments = layer.hidden, POSITIONS, layer.weights, layer.config, layer.profile
+    got, want = bounded_layer(*arguments), layer.bounded()
+    for field in fields(BoundedLayer):
+        assert_same(getattr(got, field.name), getattr(want, field.name))
+    value, bound = layer_with_bound(*arguments)
+    assert_same(Bounded(value, bound.total), layer.linear(layer.weights["o_proj"], layer.out))
+
+
+@pytest.mark.parametrize("form", ["explicit", "absorbed"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bound_of_a_layers_gradients_is_composed_of_its_steps(name: str, form: Any) -> None:
+    layer = composed(name, form)
+    out_grad = np.random.default_rng(1).standard_normal(layer.hidden.shape)
+    hidden, weights = layer_backward_with_bound(
+        layer.hidden, POSITIONS, layer.weights, layer.config, out_grad, layer.profile
+    )
+    got, want = {**weights, "hidden": hidden}, layer.gradients(out_grad)
+    assert list(weights) == list(layer.weights)
+    assert [*hidden[1].terms] == ["error of earlier stages"]
+    assert got.keys() == want.keys()
+    for parameter, (value, bound) in got.items():
+        exact_value, error = want[parameter]
+        assert_same(Bounded(value, bound.total), Bounded(exact_value, error.total))

@@ -1,0 +1,134 @@
+"""Profiles: what may be declared, and the error rates that follow."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from mla_spec.bounds.profile import (
+    Accumulator,
+    Profile,
+    RopeProfile,
+    gamma,
+)
+from mla_spec.reference.formats import FORMATS
+
+UNKNOWN = f"unknown number format 'fp8'; known formats are {', '.join(FORMATS)}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dtype", "score_format", "softmax", "probabilities", "split_format", "output", "lse", "norm", "cache_dequantised"],
+)
+def test_formats_of_a_profile_must_be_known(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(UNKNOWN)}$"):
+        Profile(**{"dtype": "float32", name: "fp8"})
+
+
+@pytest.mark.parametrize("name", ["frequency", "angle", "table", "rotation"])
+def test_formats_of_a_rope_profile_must_be_known(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(UNKNOWN)}$"):
+        RopeProfile(**{name: "fp8"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"row_sum": "both"}, "Profile: row_sum must be one of ('unrounded', 'rounded', 'normalised'), got 'both'"),
+        ({"output_rounding": "up"}, "Profile: output_rounding must be one of ('nearest', 'truncate'), got 'up'"),
+        ({"form": "naive"}, "Profile: form must be one of ('explicit', 'absorbed'), got 'naive'"),
+        ({"splits": -1}, "Profile: splits must not be negative, got -1"),
+        ({"score_roundings": -1}, "Profile: score_roundings must not be negative, got -1"),
+        ({"operand_roundings": -2}, "Profile: operand_roundings must not be negative, got -2"),
+        ({"tile": 0}, "Profile: tile must be positive or None, got 0"),
+        ({"merge_every": 0}, "Profile: merge_every must be positive or None, got 0"),
+    ],
+)
+def test_profile_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Profile(dtype="float32", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "fp8"}, UNKNOWN),
+        ({"order": "pairwise"}, "Accumulator: unknown order 'pairwise'"),
+        ({"block": 0}, "Accumulator: block must be at least 1, got 0"),
+    ],
+)
+def test_accumulator_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Accumulator(**changes)
+
+
+def test_a_tile_may_be_one_key() -> None:
+    assert Profile.default("float32", tile=1).tile == 1
+
+
+def test_gamma() -> None:
+    assert gamma(0, 0.25) == 0
+    assert gamma(1, 0.25) == 0.25 / 0.75
+    assert gamma(3, 0.25) == 3.0
+    assert gamma(4, 0.25) == math.inf
+    assert gamma(1000, 2.0**-8) == math.inf
+
+
+def test_errors_of_the_orders_of_summation() -> None:
+    assert Accumulator().relative_error(512) == gamma(512, 2.0**-24)
+    assert Accumulator(format="bfloat16").relative_error(100) == gamma(100, 2.0**-8)
+    # 16 products, and ⌈100/16⌉ partial sums.
+    assert Accumulator(order="blocked", block=16).relative_error(100) == gamma(16 + 7, 2.0**-24)
+    steps = Accumulator(order="tensor-core", block=16, fraction_bits=25).relative_error(100)
+    assert steps == 7 * (4 * 17 * 2.0**-25 + 2.0**-23)
+
+
+def formats(fields: dict[str, Any]) -> set[str]:
+    """All formats that a profile names."""
+    nested = [formats(value) for value in fields.values() if isinstance(value, dict)]
+    return {value for value in fields.values() if isinstance(value, str) and value in FORMATS}.union(*nested)
+
+
+def test_default_profiles() -> None:
+    half = Profile.default("bfloat16")
+    assert (half.probabilities, half.output, half.softmax, half.lse, half.row_sum) == (
+        "bfloat16",
+        "bfloat16",
+        "float32",
+        "float32",
+        "unrounded",
+    )
+    wide = Profile.default("float64")
+    assert formats(asdict(wide)) == {"float64"}
+    assert wide.score == wide.value == wide.linear == Accumulator(format="float64")
+    assert set(asdict(wide.rope)) == {"frequency", "angle", "table", "rotation"}
+    assert formats(asdict(Profile.default("float32"))) == {"float32"}
+    assert Profile.default("float16", lse="float16").lse == "float16"
+    assert Profile(dtype="float16", output="float32").output == "float32"
+
+
+def test_description_names_what_differs_from_the_default() -> None:
+    assert Profile.default("float64").describe() == "float64 default"
+    assert Profile.default("bfloat16", splits=4, lse="bfloat16").describe() == (
+        "bfloat16 default, splits=4, lse=bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("splits", "merge_every", "keys", "merges"),
+    [
+        (1, None, 100, 0),
+        (2, None, 100, 1),
+        (64, None, 1, 1),
+        (1, 32, 100, 4),
+        (2, 50, 100, 3),
+        (0, None, 9, 0),
+        (1, 1, 7, 7),
+    ],
+)
+def test_merges_of_a_part(splits: int, merge_every: int | None, keys: int, merges: int) -> None:
+    assert Profile.default("float32", splits=splits, merge_every=merge_every).merges(keys) == merges

@@ -1,0 +1,218 @@
+"""The engine: verdicts of correct, wrong, crashing, hostile and silent subjects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mla_spec import check_subject
+from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit, TorchSDPA
+from mla_spec.bounds.profile import Profile
+from mla_spec.installed import all_laws
+from mla_spec.judging.check import find_laws
+from mla_spec.judging.law import Law, Options
+from mla_spec.judging.run import run_law
+from mla_spec.judging.verdict import Record, VacuousCase, merge
+from mla_spec.operations.all import DecodeCase, parse_case
+from mla_spec.properties.strategies.sizes import decode_cases
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.violation import Violation
+
+LAWS = all_laws()
+FEW = Options(examples=16, seed=11)
+
+
+@pytest.mark.parametrize("subject", [TorchExplicit(), TorchAbsorbed(), TorchSDPA()], ids=lambda s: s.name)
+@pytest.mark.parametrize("name", LAWS)
+def test_shipped_subjects_conform(subject: TorchExplicit, name: str) -> None:
+    record = run_law(LAWS[name], subject, FEW)
+    if record.verdict == "unsupported":
+        assert not subject.supports.lse or LAWS[name].unavailable(FEW)
+        return
+    assert record.verdict == "pass", record.text()
+    fixed = isinstance(LAWS[name].cases(subject.supports, Profile.default("float32")), list)
+    assert fixed or record.cases * LAWS[name].cost >= 0.9 * FEW.examples
+
+
+class Bad(TorchAbsorbed):
+    """A subject whose ``decode`` returns what ``spoil`` makes of the right answer."""
+
+    def __init__(self, spoil: Any) -> None:
+        self.spoil = spoil
+
+    def decode(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.spoil(*super().decode(*arguments, **keywords))
+
+
+def crash(out: torch.Tensor, lse: torch.Tensor) -> Any:
+    raise RuntimeError("illegal memory access\nsecond line")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "verdict", "message"),
+    [
+        (lambda out, lse: (torch.zeros_like(out), lse), "fail", "main term of the bound"),
+        (lambda out, lse: (out / 2, lse), "fail", "exceeds the bound"),
+        (lambda out, lse: (torch.full_like(out, torch.nan), lse), "fail", "got nan"),
+        (lambda out, lse: out, "fail", "decode must return (out, lse), got Tensor"),
+        (lambda out, lse: None, "fail", "decode must return (out, lse), got NoneType"),
+        (lambda out, lse: (out.transpose(0, 1).reshape(-1), lse), "fail", "out must have shape"),
+        (lambda out, lse: (out.numpy(force=True), lse), "fail", "out must be a torch tensor, got ndarray"),
+        (lambda out, lse: (out.to(torch.complex64), lse), "fail", "got torch.complex64"),
+        (lambda out, lse: (out, None), "fail", "lse must be a torch tensor, got NoneType"),
+        (lambda out, lse: (out, lse.half()), "fail", "lse must be torch.float32 or torch.float64, got torch.float16"),
+        (crash, "crashed", "RuntimeError: illegal memory access (test_laws.py"),
+    ],
+)
+def test_what_a_bad_decode_gets(spoil: Any, verdict: str, message: str) -> None:
+    options = Options(examples=20, dtypes=("float32",))
+    record = run_law(LAWS["test_decode_agrees_with_reference"], Bad(spoil), options)
+    assert record.verdict == verdict
+    assert message.replace("(test_laws.py", "(") in record.message
+
+
+def test_an_answer_that_changes_between_calls_is_a_violation() -> None:
+    class Moody(TorchAbsorbed):
+        calls = 0
+
+        def decode(self, *arguments: Any, **keywords: Any) -> Any:
+            self.calls += 1
+            out, lse = super().decode(*arguments, **keywords)
+            return (out * 2 if self.calls == 7 else out), lse
+
+    record = run_law(LAWS["test_decode_agrees_with_reference"], Moody(), FEW)
+    assert record.verdict == "fail"
+    assert "not deterministic" in record.message
+
+
+def test_a_failure_is_minimised_and_replays() -> None:
+    subject = Bad(lambda out, lse: (out * 1.01, lse))
+    made = LAWS["test_decode_agrees_with_reference"]
+    record = run_law(made, subject, Options(spec=("pkg:Bad",), dtypes=("float32",)))
+    case = parse_case(record.case)
+    assert isinstance(case, DecodeCase)
+    assert case.num_heads == case.s == len(case.seqlens) == 1
+    assert record.replay == f"mla-spec check pkg:Bad --law {made.name} --case {record.case}"
+    again = run_law(made, subject, Options(case=case))
+    assert (again.verdict, again.cases, again.message) == ("fail", 1, record.message)
+    assert run_law(made, TorchAbsorbed(), Options(case=case)).verdict == "pass"
+    text = record.text()
+    assert all(part in text for part in ("[torch-absorbed]: fail", "smallest case:", "replay:", "got", "want"))
+
+
+def test_absent_operations_and_features_are_unsupported_not_passed() -> None:
+    class OnlyRope:
+        def rope(self, x: Any, positions: Any, *, rope: Any) -> Any:
+            return TorchExplicit().rope(x, positions, rope=rope)
+
+    records = {r.law: r for r in check_subject(OnlyRope(), options=Options(examples=4))}
+    assert records["test_rope_preserves_norm"].verdict == "pass"
+    assert records["test_decode_agrees_with_reference"].verdict == "unsupported"
+    assert records["test_decode_agrees_with_reference"].message == "does not offer decode"
+    lse = run_law(LAWS["test_lse_agrees_with_reference"], TorchSDPA(), FEW)
+    assert (lse.verdict, lse.message) == ("unsupported", "decode returns no LSE")
+    no_double = run_law(LAWS["test_rope_preserves_norm"], OnlyRope(), Options(dtypes=()))
+    assert no_double.verdict == "unsupported"
+
+
+def make_law(check: Any) -> Law:
+    return Law("test_made_here", ("decode",), decode_cases, check, lambda supports: "")
+
+
+def test_a_vacuous_case_is_incomplete() -> None:
+    def check(run: Any, case: Any) -> None:
+        raise VacuousCase("the bound is too loose")
+
+    record = run_law(make_law(check), TorchAbsorbed(), FEW)
+    assert (record.verdict, record.message) == ("incomplete", "the bound is too loose")
+
+
+def test_an_error_of_the_suite_itself_is_not_blamed_on_the_subject() -> None:
+    def check(run: Any, case: Any) -> None:
+        raise ZeroDivisionError("in the law")
+
+    with pytest.raises(ZeroDivisionError):
+        run_law(make_law(check), TorchAbsorbed(), FEW)
+
+
+def test_examples_are_spread_over_the_dtypes_and_equal_seeds_give_equal_cases() -> None:
+    seen: list[list[str]] = []
+
+    def check(run: Any, case: DecodeCase) -> None:
+        seen[-1].append(case.id)
+
+    for seed in (1, 1, 2):
+        seen.append([])
+        run_law(make_law(check), TorchAbsorbed(), Options(examples=80, seed=seed))
+    assert seen[0] == seen[1] != seen[2]
+    dtypes = [parse_case(case).dtype for case in seen[0]]
+    assert {dtypes.count(dtype) for dtype in set(dtypes)} == {20}
+    assert len(set(dtypes)) == 4
+
+
+def test_supports_bounds_what_is_drawn() -> None:
+    limited = Supports(
+        page_sizes=(64,),
+        num_heads=(7,),
+        latent_dims=((6, 4),),
+        max_s=1,
+        causal=(False,),
+        empty_row="unsupported",
+    )
+
+    def check(run: Any, case: DecodeCase) -> None:
+        assert (case.page_size, case.num_heads, case.s, case.causal) == (64, 7, 1, False)
+        assert (case.kv_lora_rank, case.qk_rope_head_dim) == (6, 4)
+        assert min(case.seqlens) >= 1
+
+    class Limited(TorchAbsorbed):
+        supports = limited
+
+    assert run_law(make_law(check), Limited(), FEW).verdict == "pass"
+
+
+def test_the_gravest_verdict_of_the_dtypes_counts() -> None:
+    records = [
+        Record("law", "subject", "pass", 5, 0.5, "case-a", seconds=1.0),
+        Record("law", "subject", "fail", 2, message="why", case="case-b", seconds=0.5),
+        Record("law", "subject", "incomplete", 1),
+    ]
+    merged = merge(records)
+    assert (merged.verdict, merged.cases, merged.worst, merged.message) == ("fail", 8, 0.5, "why")
+    assert merged.seconds == 1.5
+
+
+def test_declarations_are_checked() -> None:
+    class Nothing:
+        pass
+
+    class WrongProfile(TorchAbsorbed):
+        profile = {"float32": Profile.default("bfloat16")}
+
+    class WrongSupports(TorchAbsorbed):
+        supports = {"dtypes": ["float32"]}  # type: ignore[assignment]
+
+    with pytest.raises(TypeError, match="Nothing is not a subject: it has none of the methods rope, absorb"):
+        check_subject(Nothing())
+    with pytest.raises(TypeError, match=r"profile\['float32'\] must be a Profile of dtype 'float32'"):
+        check_subject(WrongProfile())
+    with pytest.raises(TypeError, match="supports must be a Supports, got dict"):
+        check_subject(WrongSupports())
+    with pytest.raises(ValueError, match="dtypes has unknown value 'fp8'"):
+        Supports(dtypes=("fp8",))
+
+
+def test_unknown_laws_suggest_close_names() -> None:
+    with pytest.raises(ValueError, match="did you mean test_rope_preserves_norm"):
+        find_laws(["test_rope_preserve_norms"])
+
+
+def test_every_law_states_itself_in_one_line() -> None:
+    assert all(made.statement.endswith((".", "...")) for made in LAWS.values())
+
+
+def test_violation_is_not_an_assertion() -> None:
+    # A subject's own failed assertion is a crash, not a violation.
+    assert not issubclass(Violation, AssertionError)
