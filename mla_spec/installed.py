@@ -50,11 +50,16 @@ LAW_MODULES = (
     "test_layer_gradients",
     "test_tensor_parallel",
     "test_context_parallel",
-    "test_far_memory",
-    "test_state",
+    "test_hazards",
+    "test_cuda_graph",
     "test_compiled",
 )
 """Modules of ``mla_spec.properties`` that hold laws, in the order of the report."""
+
+
+def operation_names() -> tuple[str, ...]:
+    """The operations that a subject may offer, in the order of reports."""
+    return tuple(import_module("mla_spec.operations.all").OPERATIONS)
 
 
 @functools.cache

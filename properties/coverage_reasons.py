@@ -6,21 +6,31 @@ from mla_spec.judging.law import EVERY_REGIME, Reason
 
 LARGE = ("peaked scores", "huge scores")
 OTHER_NUMBERS = ("outlier", "ties", "offset", "sink", "cancelling", "flat scores", *LARGE)
-STATISTICS = ("test_output_is_unbiased", "test_lse_is_unbiased", "test_error_is_as_small_as_declared")
-EXACT = ("test_one_hot_*", "test_two_equal_maxima_*", "test_equal_scores_*")
+STATISTICS = (
+    "test_decode_output_is_unbiased",
+    "test_decode_lse_is_unbiased",
+    "test_decode_error_is_as_small_as_declared",
+)
+EXACT = ("test_decode_one_hot_*", "test_decode_two_equal_maxima_*", "test_decode_equal_scores_*")
 CALLED_TWICE = ("test_reset_*", "test_cache_bytes_*", "test_layer_allocates_*", "test_layers_are_independent")
 DECODING = ("test_layer_decode_*", "test_layer_decodes_*", *CALLED_TWICE)
 
 DECODE: tuple[Reason, ...] = (
     Reason(EXACT, OTHER_NUMBERS, "the law sets queries and keys itself, so that some keys lead or all are equal"),
     Reason(EXACT, ("no keys",), "a key must lead"),
-    Reason(("test_one_hot_in_a_long_*",), ("several queries",), "the case is fixed; where its keys lie matters"),
+    Reason(("test_decode_one_hot_in_a_long_*",), ("several queries",), "the case is fixed; where its keys lie matters"),
     Reason(STATISTICS, (*OTHER_NUMBERS, "several queries"), "the few cases are fixed; many independent rows matter"),
-    Reason((*STATISTICS, "test_roundings_do_not_add_up"), ("no keys",), "roundings of many weights are looked at"),
-    Reason(("test_roundings_do_not_add_up",), LARGE, "few keys would have all the weight, and roundings not spread"),
-    Reason(("test_future_keys_are_ignored",), ("one query",), "all keys are visible to a single query"),
-    Reason(("test_lse_recombines_*", "test_merge_of_decoded_*"), ("several queries",), "parts have no causal mask"),
-    Reason(("test_lse_recombines_*", "test_merge_of_decoded_*"), ("no keys",), "there must be keys to divide"),
+    Reason(
+        (*STATISTICS, "test_decode_roundings_do_not_add_up"), ("no keys",), "roundings of many weights are looked at"
+    ),
+    Reason(
+        ("test_decode_roundings_do_not_add_up",), LARGE, "few keys would have all the weight, and roundings not spread"
+    ),
+    Reason(("test_decode_ignores_future_keys",), ("one query",), "all keys are visible to a single query"),
+    Reason(
+        ("test_decode_lse_recombines_*", "test_merge_of_decoded_*"), ("several queries",), "parts have no causal mask"
+    ),
+    Reason(("test_decode_lse_recombines_*", "test_merge_of_decoded_*"), ("no keys",), "there must be keys to divide"),
     Reason(("test_absorbed_equals_explicit",), LARGE, "rounding the folded query moves large scores by more than 1"),
     Reason(
         ("test_merge_of_decoded_*", "test_chunked_prefill_*", "test_context_parallel_*", "test_ring_attention_*"),

@@ -1,4 +1,4 @@
-"""Tensors so far apart in memory that offsets exceed 2^31 elements."""
+"""Tensors so far apart in memory that offsets exceed 2^31, and 2^32, elements."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mla_spec.subjects.views import ROW_PADDING
 
-FAR = 2**30 + ROW_PADDING
-"""Elements from one of the leading axis to the next, so that the third lies beyond 2^31."""
+FAR = 2**31 + ROW_PADDING
+"""Elements from one of the leading axis to the next, so that the second lies beyond 2^31, and the third beyond 2^32."""
 
 
 def far_zeros(like: Tensor, count: int) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mla_spec.operations.all import DecodeInputs, PrefillInputs
+from mla_spec.operations.decode import DecodeInputs
+from mla_spec.operations.prefill import PrefillInputs
 from mla_spec.reference.typing import IntArray
 
 PLACEMENTS = ("contiguous", "round robin", "zigzag")

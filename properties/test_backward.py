@@ -12,20 +12,24 @@ from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.prefill_backward import prefill_backward_with_bound, sparse_prefill_backward_with_bound
 from mla_spec.bounds.running import Bounded
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import PrefillBackwardCase, SparseBackwardCase
-from mla_spec.operations.backward_driver import BackwardDriver, Gradients, Tensors
-from mla_spec.operations.gradients import PrefillBackwardInputs, SparseBackwardInputs
-from mla_spec.operations.sparse_driver import SparseDriver
-from mla_spec.properties.memory import require_unmodified
+from mla_spec.operations.gradients import (
+    OUT_GRAD_VIEWS,
+    BackwardDriver,
+    Gradients,
+    PrefillBackwardCase,
+    PrefillBackwardInputs,
+    SparseBackwardCase,
+    SparseBackwardInputs,
+    Tensors,
+)
+from mla_spec.operations.prefill import OPERATION as PREFILL
+from mla_spec.operations.sparse import SPARSE_PREFILL as SPARSE
+from mla_spec.properties.hazards import require_unmodified
 from mla_spec.properties.strategies.gradients import exact_backward_cases, prefill_backward_cases, sparse_backward_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.views import OUT_GRAD_VIEWS, PREFILL_VIEWS, SPARSE_PREFILL_VIEWS
 from mla_spec.subjects.violation import Violation
-
-PREFILL = ("prefill",)
-SPARSE = ("sparse_prefill",)
 
 Expected = dict[str, Bounded]
 
@@ -58,7 +62,7 @@ def _expected(run: Run, x: PrefillBackwardInputs, lse_grad: Array | None = None)
 
 
 def _tensors(driver: BackwardDriver, x: PrefillBackwardInputs) -> Tensors:
-    return driver.prefill_tensors(x.forward) | {"out_grad": driver.tensor(x.out_grad)}
+    return driver.tensors(PREFILL, x.forward) | {"out_grad": driver.tensor(x.out_grad)}
 
 
 def _judge(run: Run, got: Gradients, want: Expected, *, gate: bool = True) -> None:
@@ -149,7 +153,7 @@ def test_prefill_gradients_read_strides(run: Run, case: PrefillBackwardCase) -> 
 
 
 OF_SUM = "the loss out.sum(), whose gradient is one number with strides of 0"
-_VIEWS = PREFILL_VIEWS | OUT_GRAD_VIEWS
+_VIEWS = {**PREFILL.views, **OUT_GRAD_VIEWS}
 
 
 def _of_sum(t: Tensors) -> Tensors:
@@ -188,7 +192,7 @@ def _sparse_expected(run: Run, x: SparseBackwardInputs, lse_grad: Array | None =
 
 
 def _sparse_tensors(driver: BackwardDriver, x: SparseBackwardInputs) -> Tensors:
-    return SparseDriver(driver, "sparse_prefill").tensors(x.forward) | {"out_grad": driver.tensor(x.out_grad)}
+    return driver.tensors(SPARSE, x.forward) | {"out_grad": driver.tensor(x.out_grad)}
 
 
 @law(needs=SPARSE, cases=sparse_backward_cases, missing=_needs_sparse)
@@ -218,7 +222,7 @@ def test_sparse_prefill_gradients_through_the_lse(run: Run, case: SparseBackward
 def test_sparse_prefill_gradients_read_strides(run: Run, case: SparseBackwardCase) -> None:
     """Views of larger or transposed tensors are read by their strides, and so is the gradient of out."""
     x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
-    views = SPARSE_PREFILL_VIEWS | OUT_GRAD_VIEWS
+    views = {**SPARSE.views, **OUT_GRAD_VIEWS}
     name = list(views)[case.seed % len(views)]
     tensors, want = views[name](_sparse_tensors(driver, x)), _sparse_expected(run, x)
     _judge_view(name, lambda: _judge(run, driver.sparse_gradients(x.forward, tensors), want))

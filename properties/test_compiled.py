@@ -7,11 +7,14 @@ from dataclasses import replace
 import numpy as np
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.judging.compiled import compiled, needs_compiler
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import DecodeCase, PrefillCase, RopeCase
-from mla_spec.properties.expected import decode_expected, judge_attention, prefill_expected
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.prefill import OPERATION as PREFILL
+from mla_spec.operations.prefill import PrefillCase
+from mla_spec.operations.rope import OPERATION as ROPE
+from mla_spec.operations.rope import RopeCase
 from mla_spec.subjects.supports import Supports
 
 
@@ -56,28 +59,27 @@ def _rope_cases(supports: Supports, profile: Profile) -> list[RopeCase]:
     ]
 
 
-@law(needs=("decode",), cases=_decode_cases, unavailable=needs_compiler)
+@law(needs=DECODE, cases=_decode_cases, unavailable=needs_compiler)
 def test_compiled_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     """Compiled once, decode is within the bound of its profile for longer and for shorter sequences."""
     driver, inputs = compiled(run, "decode"), case.build()
     shorter = np.maximum(inputs.cache_seqlens // 2, case.s).astype(np.int32)
     for this in (inputs, replace(inputs, cache_seqlens=shorter, softmax_scale=inputs.softmax_scale / 2)):
-        judge_attention(run, driver.decode(this), decode_expected(this, run.profile))
+        run.agrees(DECODE, this, driver.call(DECODE, this))
 
 
-@law(needs=("prefill",), cases=_prefill_cases, unavailable=needs_compiler)
+@law(needs=PREFILL, cases=_prefill_cases, unavailable=needs_compiler)
 def test_compiled_prefill_agrees_with_reference(run: Run, case: PrefillCase) -> None:
     """Compiled once, prefill is within the bound of its profile for longer and for shorter sequences."""
     driver = compiled(run, "prefill")
     shorter = replace(case, seqlens_q=case.seqlens_q[1:], seqlens_k=case.seqlens_k[1:])
     for this in (case, shorter):
         inputs = this.build()
-        judge_attention(run, driver.prefill(inputs), prefill_expected(inputs, run.profile))
+        run.agrees(PREFILL, inputs, driver.call(PREFILL, inputs))
 
 
-@law(needs=("rope",), cases=_rope_cases, unavailable=needs_compiler)
+@law(needs=ROPE, cases=_rope_cases, unavailable=needs_compiler)
 def test_compiled_rope_agrees_with_reference(run: Run, case: RopeCase) -> None:
     """Compiled, rope is within the bound of its profile, at the positions of a long context too."""
-    (x,) = case.vectors(1)
-    want, bound = rope_with_bound(x, case.positions(), case.rope, run.profile.rope, output=case.dtype)
-    run.within(compiled(run, "rope").rope(x, case.positions(), case.rope), want, bound)
+    inputs = case.build()
+    run.agrees(ROPE, inputs, compiled(run, "rope").call(ROPE, inputs))

@@ -11,9 +11,11 @@ from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.merge import BoundedMerge
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import DecodeCase, PrefillCase, PrefillInputs
-from mla_spec.properties.expected import decode_expected, prefill_expected
-from mla_spec.properties.parts import judge_merged_results
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase, decode_expected
+from mla_spec.operations.prefill import OPERATION as PREFILL
+from mla_spec.operations.prefill import PrefillCase, PrefillInputs, prefill_expected
+from mla_spec.properties.attention import judge_merged_results
 from mla_spec.properties.ranks import PLACEMENTS, RingStep, decode_ranks, ring_steps
 from mla_spec.properties.strategies.sizes import decode_cases, narrowed, prefill_cases
 from mla_spec.reference.typing import Array
@@ -51,7 +53,7 @@ def test_context_parallel_decode_is_the_whole(run: Run, case: DecodeCase) -> Non
     inputs = case.build()
     got, want = [], []
     for part in decode_ranks(inputs, _ranks(case, run.supports, 4), PLACEMENTS[case.seed // 3 % 3]):
-        out, lse = run.driver.decode(part)
+        out, lse = run.call(DECODE, part)
         assert lse is not None
         got.append((out, lse))
         want.append(decode_expected(part, run.profile))
@@ -93,7 +95,7 @@ class _Parts:
 
     def add(self, run: Run, step: RingStep) -> None:
         """Have the subject compute one step."""
-        out, lse = run.driver.prefill(step.inputs)
+        out, lse = run.call(PREFILL, step.inputs)
         assert lse is not None
         want = prefill_expected(step.inputs, run.profile)
         rows, columns = (step.keys, step.queries), (step.keys, slice(None), step.queries)

@@ -10,17 +10,13 @@ from hypothesis.strategies import SearchStrategy
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import DecodeCase, DecodeInputs
-from mla_spec.properties.expected import declared_lse, decode_expected, judge_attention
-from mla_spec.properties.memory import require_own_outputs, require_unmodified
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase, DecodeInputs, declared_lse, decode_expected
+from mla_spec.properties.attention import judge_attention
 from mla_spec.properties.strategies.sizes import decode_cases, narrowed
 from mla_spec.reference.typing import BoolArray, IntArray
-from mla_spec.subjects.driver import Result, computed
+from mla_spec.subjects.driver import computed
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.views import VIEWS
-from mla_spec.subjects.violation import Violation
-
-DECODE = ("decode",)
 
 
 def _needs_lse(supports: Supports) -> str:
@@ -51,26 +47,20 @@ def _used_entries(inputs: DecodeInputs) -> BoolArray:
     return used
 
 
-def _same_bits(run: Run, got: tuple[Result, Result | None], want: tuple[Result, Result | None], why: str) -> None:
-    for a, b in zip(got, want, strict=True):
-        if a is not None and b is not None:
-            run.same_bits(a, b, why)
-
-
 @law(needs=DECODE, cases=decode_cases)
 def test_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     """Out = softmax(scale · q · rowsᵀ) · latents, within the worst-case bound of the profile."""
     inputs = case.build()
     want = decode_expected(inputs, run.profile)
-    run.within(run.driver.decode(inputs)[0], want.out, want.out_error)
+    run.within(run.call(DECODE, inputs)[0], want.out, want.out_error)
 
 
 @law(needs=DECODE, cases=decode_cases, missing=_needs_lse)
-def test_lse_agrees_with_reference(run: Run, case: DecodeCase) -> None:
+def test_decode_lse_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     """Lse = log Σ exp(scale · q · rowsᵀ), natural, laid out [b, h, s], the declared value where there is no key."""
     inputs = case.build()
     want = decode_expected(inputs, run.profile)
-    lse = run.driver.decode(inputs)[1]
+    lse = run.call(DECODE, inputs)[1]
     assert lse is not None
     run.within(lse, declared_lse(want.lse, run.supports), want.lse_error, gate=False)
 
@@ -82,18 +72,18 @@ def _many_keys(supports: Supports, profile: Profile) -> SearchStrategy[DecodeCas
 
 
 @law(needs=DECODE, cases=_many_keys)
-def test_roundings_do_not_add_up(run: Run, case: DecodeCase) -> None:
+def test_decode_roundings_do_not_add_up(run: Run, case: DecodeCase) -> None:
     """Over many keys the roundings of P cancel, as independent ones do but with probability 1e-9."""
     inputs = case.build()
     want = decode_expected(inputs, run.profile, probable=True)
-    out, lse = run.driver.decode(inputs)
+    out, lse = run.call(DECODE, inputs)
     run.within(out, want.out, want.out_error_probable)
     if lse is not None:
         run.within(lse, declared_lse(want.lse, run.supports), want.lse_error_probable, gate=False)
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, min_length=2, max_s=1), missing=_needs_lse, cost=2)
-def test_lse_recombines_disjoint_parts(run: Run, case: DecodeCase) -> None:
+def test_decode_lse_recombines_disjoint_parts(run: Run, case: DecodeCase) -> None:
     """Two disjoint parts of the keys, merged by the LSEs that the subject gave them, are the whole."""
     case = replace(case, s=1, seqlens=tuple(n - n % 2 for n in case.seqlens), page_size=case.page_size)
     inputs = case.build()
@@ -101,7 +91,7 @@ def test_lse_recombines_disjoint_parts(run: Run, case: DecodeCase) -> None:
     parts = []
     for first in (True, False):
         part = _half(inputs, first)
-        out, lse = run.driver.decode(part)
+        out, lse = run.call(DECODE, part)
         assert lse is not None
         parts.append((out.value, lse.value, decode_expected(part, run.profile)))
     lses = np.stack([np.moveaxis(lse, 1, 2)[..., None] for _, lse, _ in parts])  # [2, b, s, h, 1]
@@ -141,7 +131,7 @@ def _half(inputs: DecodeInputs, first: bool) -> DecodeInputs:
 
 
 @law(needs=DECODE, cases=decode_cases)
-def test_page_relabelling_changes_nothing(run: Run, case: DecodeCase) -> None:
+def test_decode_page_relabelling_changes_nothing(run: Run, case: DecodeCase) -> None:
     """Moving pages in the pool and renaming them in the table changes no bit."""
     inputs = case.build()
     pages = inputs.kv_cache.shape[0]
@@ -149,16 +139,15 @@ def test_page_relabelling_changes_nothing(run: Run, case: DecodeCase) -> None:
     cache = np.empty_like(inputs.kv_cache)
     cache[name] = inputs.kv_cache
     moved = replace(inputs, kv_cache=cache, block_table=name[inputs.block_table].astype(np.int32))
-    got, want = run.driver.decode(moved), run.driver.decode(inputs)
-    _same_bits(run, got, want, "pages were stored in another order and the block table renamed accordingly")
+    got, want = run.call(DECODE, moved), run.call(DECODE, inputs)
+    run.same(got, want, "pages were stored in another order and the block table renamed accordingly")
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, min_batch=2), cost=2)
-def test_ragged_batch_equals_each_sequence_alone(run: Run, case: DecodeCase) -> None:
+def test_decode_sequences_are_independent(run: Run, case: DecodeCase) -> None:
     """A sequence gives the same in a ragged batch as alone: the same bits where the profile claims it."""
     inputs = case.build()
-    out, lse = run.driver.decode(inputs)
-    want = decode_expected(inputs, run.profile)
+    together, want = run.call(DECODE, inputs), decode_expected(inputs, run.profile)
     for i in range(len(case.seqlens)):
         one = slice(i, i + 1)
         alone = replace(
@@ -167,94 +156,50 @@ def test_ragged_batch_equals_each_sequence_alone(run: Run, case: DecodeCase) -> 
             block_table=inputs.block_table[one],
             cache_seqlens=inputs.cache_seqlens[one],
         )
-        out_alone, lse_alone = run.driver.decode(alone)
+        got, there = run.call(DECODE, alone), together.leading(one)
         why = f"sequence {i} of {len(case.seqlens)} alone differs from itself in the batch"
         if run.profile.batch_invariant:
-            _same_bits(run, (out_alone, lse_alone), (out[one], lse and lse[one]), why)
+            run.same(got, there, why)
             continue
-        run.same_function(out_alone, out[one], want.out_error[one], why)
-        if lse is not None and lse_alone is not None:
-            run.same_function(lse_alone, lse[one], want.lse_error[one], why)
+        run.same_function(got.out, there.out, want.out_error[one], why)
+        if got.lse is not None:
+            run.same_function(got.lse, there.lse, want.lse_error[one], why)
 
 
 @law(needs=DECODE, cases=decode_cases, cost=2)
-def test_unused_cache_slots_are_ignored(run: Run, case: DecodeCase) -> None:
+def test_decode_ignores_unused_cache_slots(run: Run, case: DecodeCase) -> None:
     """NaN, infinity or 2^100 in slots past a sequence's length, and in free pages, changes no bit."""
     inputs = case.build()
-    want = run.driver.decode(inputs)
+    want = run.call(DECODE, inputs)
     unused = ~_used_slots(inputs)
     for poison in (np.nan, 2.0**100 if case.dtype != "float16" else 2.0**15, np.inf):
         cache = inputs.kv_cache.copy()
         cache[unused] = poison
-        got = run.driver.decode(replace(inputs, kv_cache=cache))
-        _same_bits(run, got, want, f"unused cache slots were filled with {poison:g}")
+        got = run.call(DECODE, replace(inputs, kv_cache=cache))
+        run.same(got, want, f"unused cache slots were filled with {poison:g}")
 
 
 @law(needs=DECODE, cases=decode_cases)
-def test_unused_table_entries_are_ignored(run: Run, case: DecodeCase) -> None:
+def test_decode_ignores_unused_table_entries(run: Run, case: DecodeCase) -> None:
     """Table entries past a sequence's pages may name a page of NaN, or no page at all."""
     inputs = case.build()
-    want = run.driver.decode(inputs)
+    want = run.call(DECODE, inputs)
     spare = int(np.flatnonzero(~_used_slots(inputs).any(axis=1))[0])
     cache = inputs.kv_cache.copy()
     cache[spare] = np.nan
     for entry in (spare, -1, 2**31 - 1):
         table: IntArray = np.where(_used_entries(inputs), inputs.block_table, entry).astype(np.int32)
-        got = run.driver.decode(replace(inputs, kv_cache=cache, block_table=table))
-        _same_bits(run, got, want, f"unused block table entries were set to {entry}")
-
-
-@law(needs=DECODE, cases=decode_cases)
-def test_inputs_are_not_modified(run: Run, case: DecodeCase) -> None:
-    """No argument has changed when decode returns."""
-    inputs = case.build()
-    tensors = run.driver.decode_tensors(inputs)
-    require_unmodified(run, "decode", tensors, lambda: run.driver.decode_raw(inputs, tensors))
-
-
-@law(needs=DECODE, cases=decode_cases)
-def test_output_is_not_aliased(run: Run, case: DecodeCase) -> None:
-    """Outputs share no memory with arguments, nor with the outputs of the next call."""
-    inputs = case.build()
-    tensors = run.driver.decode_tensors(inputs)
-    require_own_outputs(run, tensors, lambda: run.driver.decode_raw(inputs, tensors))
-
-
-@law(needs=DECODE, cases=decode_cases, cost=2)
-def test_calls_are_independent(run: Run, case: DecodeCase) -> None:
-    """Nothing of a call (lengths, tables, scale) lives on in the next one with the same shapes."""
-    inputs = case.build()
-    shorter = np.maximum(inputs.cache_seqlens // 2, np.minimum(inputs.cache_seqlens, case.s))
-    other = replace(
-        inputs,
-        block_table=inputs.block_table[:, ::-1],
-        cache_seqlens=shorter.astype(np.int32),
-        softmax_scale=inputs.softmax_scale / 2,
-    )
-    for this in (other, inputs, other):
-        judge_attention(run, run.driver.decode(this), decode_expected(this, run.profile))
-
-
-@law(needs=DECODE, cases=decode_cases, cost=4)
-def test_noncontiguous_inputs(run: Run, case: DecodeCase) -> None:
-    """Views of larger or transposed tensors are read by their strides."""
-    inputs = case.build()
-    want = decode_expected(inputs, run.profile)
-    for name, view in VIEWS.items():
-        tensors = view(run.driver.decode_tensors(inputs))
-        try:
-            judge_attention(run, run.driver.decode(inputs, tensors), want)
-        except Violation as violation:
-            raise Violation(f"with {name}:\n{violation}") from None
+        got = run.call(DECODE, replace(inputs, kv_cache=cache, block_table=table))
+        run.same(got, want, f"unused block table entries were set to {entry}")
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, min_s=2, causal=True), missing=_needs_several_queries)
-def test_future_keys_are_ignored(run: Run, case: DecodeCase) -> None:
+def test_decode_ignores_future_keys(run: Run, case: DecodeCase) -> None:
     """Changing keys that a query does not see changes no bit of its row (causal, bottom-right)."""
     inputs = case.build()
-    original = run.driver.decode(inputs)
+    original = run.call(DECODE, inputs)
     for count in {1, case.s - 1}:
-        changed = run.driver.decode(_with_other_last_keys(inputs, count))
+        changed = run.call(DECODE, _with_other_last_keys(inputs, count))
         for got, want in zip(changed, original, strict=True):
             if got is not None and want is not None:
                 past = np.s_[:, :-count] if got.what == "out" else np.s_[..., :-count]
@@ -263,7 +208,7 @@ def test_future_keys_are_ignored(run: Run, case: DecodeCase) -> None:
 
 
 @law(needs=DECODE, cases=decode_cases)
-def test_last_key_matters(run: Run, case: DecodeCase) -> None:
+def test_decode_last_key_matters(run: Run, case: DecodeCase) -> None:
     """The newest key carries its weight: when it holds all of it, the output is its value."""
     inputs = case.build()
     rows = np.flatnonzero(inputs.cache_seqlens > 0)
@@ -276,7 +221,7 @@ def test_last_key_matters(run: Run, case: DecodeCase) -> None:
         cache[inputs.block_table[i, last // page_size], last % page_size, 0] = 2 * np.sign(inputs.q[i, -1].sum(axis=0))
     dominant = replace(inputs, kv_cache=cache)
     want = decode_expected(dominant, run.profile)
-    judge_attention(run, run.driver.decode(dominant), want)
+    judge_attention(run, run.call(DECODE, dominant), want)
 
 
 def _with_other_last_keys(inputs: DecodeInputs, count: int) -> DecodeInputs:

@@ -12,15 +12,14 @@ import numpy as np
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import DecodeCase, DecodeInputs
-from mla_spec.properties.expected import decode_expected
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase, DecodeInputs, decode_expected
 from mla_spec.properties.strategies.sizes import decode_cases, narrowed
 from mla_spec.reference.formats import format_of, round_to
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Result
 from mla_spec.subjects.supports import Supports
 
-DECODE = ("decode",)
 LEAD = 1024.0
 """By how much a winning score leads: exp(-1024) is 0 in float64 and in anything narrower."""
 
@@ -74,7 +73,7 @@ def _check_one_hot(run: Run, case: DecodeCase, channel: int, query: float, winni
         cache = inputs.kv_cache.copy()
         cache[..., channel] = losing
         cache[(*_slots(inputs, target), 0, channel)] = winning
-        out, lse = run.driver.decode(replace(inputs, kv_cache=cache))
+        out, lse = run.call(DECODE, replace(inputs, kv_cache=cache))
         value = cache[_slots(inputs, target)][:, 0, : case.kv_lora_rank]  # [b, c]
         want = np.broadcast_to(value[:, None, None], out.value.shape)
         _require_exact(run, out, want, run.profile, f"only token {list(target)} has weight")
@@ -86,13 +85,13 @@ def _check_one_hot(run: Run, case: DecodeCase, channel: int, query: float, winni
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, max_s=4, regimes=("typical",), logit_stds=(1.0,)))
-def test_one_hot_by_the_latent_part(run: Run, case: DecodeCase) -> None:
+def test_decode_one_hot_by_the_latent_part(run: Run, case: DecodeCase) -> None:
     """A key that leads by its latent part alone gives exactly its value, and its score as LSE."""
     _check_one_hot(run, case, case.kv_lora_rank - 1, query=LEAD / 32, winning=32.0, losing=0.0)
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, max_s=4, regimes=("typical",), logit_stds=(1.0,)))
-def test_one_hot_far_below_zero(run: Run, case: DecodeCase) -> None:
+def test_decode_one_hot_far_below_zero(run: Run, case: DecodeCase) -> None:
     """A key whose score of -65536 is the largest of its row gives exactly its value: no number stands for -inf.
 
     Says nothing of profiles that keep scores in float16, which has no such numbers.
@@ -106,14 +105,14 @@ def test_one_hot_far_below_zero(run: Run, case: DecodeCase) -> None:
     cases=narrowed(decode_cases, min_length=4, max_s=4, min_rope=2, regimes=("typical",), logit_stds=(1.0,)),
     missing=_needs_rope,
 )
-def test_one_hot_by_the_rope_part(run: Run, case: DecodeCase) -> None:
+def test_decode_one_hot_by_the_rope_part(run: Run, case: DecodeCase) -> None:
     """A key that leads by its rope part alone gives exactly its value, and its score as LSE."""
     channel = case.kv_lora_rank + case.seed % case.qk_rope_head_dim
     _check_one_hot(run, case, channel, query=LEAD / 32, winning=32.0, losing=0.0)
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, min_length=5, max_s=4, regimes=("typical",), logit_stds=(1.0,)))
-def test_two_equal_maxima_give_their_mean(run: Run, case: DecodeCase) -> None:
+def test_decode_two_equal_maxima_give_their_mean(run: Run, case: DecodeCase) -> None:
     """Two keys that lead together weigh one half each, wherever they are: exactly the mean of their values.
 
     Where parts are merged by LSE, whose exponentials round, the two are in the first part.
@@ -126,7 +125,7 @@ def test_two_equal_maxima_give_their_mean(run: Run, case: DecodeCase) -> None:
     pair = (np.zeros_like(last), np.minimum(last, (run.profile.merge_every or last.max() + 1) - 1))
     for token in pair:
         inputs.kv_cache[(*_slots(inputs, token), 0, channel)] = 32.0
-    out, _ = run.driver.decode(inputs)
+    out, _ = run.call(DECODE, inputs)
     if run.profile.splits > 1 or run.profile.output_rounding != "nearest":
         want = decode_expected(inputs, run.profile)
         run.within(out, want.out, want.out_error, gate=False)
@@ -137,7 +136,7 @@ def test_two_equal_maxima_give_their_mean(run: Run, case: DecodeCase) -> None:
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, min_length=4, max_s=4, regimes=("typical",), logit_stds=(1.0,)))
-def test_equal_scores_give_the_mean(run: Run, case: DecodeCase) -> None:
+def test_decode_equal_scores_give_the_mean(run: Run, case: DecodeCase) -> None:
     """A zero query averages: over 2^k keys with integer values, exactly, rounded once to the output's format.
 
     Where parts are merged by LSE, whose exponentials round, sequences are no longer than a part.
@@ -146,7 +145,7 @@ def test_equal_scores_give_the_mean(run: Run, case: DecodeCase) -> None:
     lengths = tuple(2 ** int(np.log2(min(n, part))) for n in case.seqlens)
     case = replace(case, seqlens=lengths, s=1)
     inputs = _integer_inputs(case)
-    out, _ = run.driver.decode(inputs)
+    out, _ = run.call(DECODE, inputs)
     if run.profile.splits > 1 or run.profile.output_rounding != "nearest":
         want = decode_expected(inputs, run.profile)
         run.within(out, want.out, want.out_error, gate=False)

@@ -9,7 +9,8 @@ import numpy as np
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import DecodeCase, DecodeInputs
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase, DecodeInputs
 from mla_spec.subjects.allocation import PeakAllocations
 from mla_spec.subjects.supports import Supports
 
@@ -53,9 +54,9 @@ def test_decode_memory_grows_with_the_batch(run: Run, case: DecodeCase) -> None:
     peaks = []
     for copies in COPIES:
         batch = _repeated(inputs, copies)
-        tensors = run.driver.decode_tensors(batch)
+        tensors = run.driver.tensors(DECODE, batch)
         with PeakAllocations() as memory:
-            run.driver.decode_raw(batch, tensors)
+            run.driver.raw(DECODE, batch, tensors)
         peaks.append(memory.peak)
     sequences = " and ".join(str(copies * len(case.seqlens)) for copies in COPIES)
     run.require(

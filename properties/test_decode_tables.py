@@ -8,14 +8,14 @@ import numpy as np
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import DecodeCase, DecodeInputs
-from mla_spec.properties.expected import decode_expected, judge_attention
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase, DecodeInputs, decode_expected
+from mla_spec.properties.attention import judge_attention
 from mla_spec.properties.strategies.sizes import decode_cases, narrowed
 from mla_spec.properties.test_decode_exact import LEAD
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.supports import Supports
 
-DECODE = ("decode",)
 LONG = 65536 + 70
 """Keys of a long context, whose numbers do not fit 16 bits."""
 
@@ -23,7 +23,7 @@ TARGETS = (0, 4095, 4096, 32767, 32768, 65535, 65536, LONG - 1)
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, min_batch=2), cost=2)
-def test_sequences_share_the_pages_of_a_prefix(run: Run, case: DecodeCase) -> None:
+def test_decode_sequences_share_the_pages_of_a_prefix(run: Run, case: DecodeCase) -> None:
     """Sequences whose tables begin with the same pages, as after a prefix-cache hit, each read all of them."""
     inputs = case.build()
     table = inputs.block_table.copy()
@@ -32,7 +32,7 @@ def test_sequences_share_the_pages_of_a_prefix(run: Run, case: DecodeCase) -> No
         shared = count - count // 3
         table[i, :shared] = table[longest, :shared]
     shared_inputs = replace(inputs, block_table=table)
-    judge_attention(run, run.driver.decode(shared_inputs), decode_expected(shared_inputs, run.profile))
+    judge_attention(run, run.call(DECODE, shared_inputs), decode_expected(shared_inputs, run.profile))
 
 
 def _long_cases(supports: Supports, profile: Profile) -> list[DecodeCase]:
@@ -76,11 +76,11 @@ def _with_leading_key(case: DecodeCase, token: int) -> tuple[DecodeInputs, Array
 
 
 @law(needs=DECODE, cases=_long_cases)
-def test_one_hot_in_a_long_context(run: Run, case: DecodeCase) -> None:
+def test_decode_one_hot_in_a_long_context(run: Run, case: DecodeCase) -> None:
     """A key that leads among more than 2^16 gives exactly its value, wherever it is, beside a short sequence."""
     for token in TARGETS:
         inputs, value = _with_leading_key(case, token)
-        out = run.driver.decode(inputs)[0].value[0]  # [1, h, c]
+        out = run.call(DECODE, inputs)[0].value[0]  # [1, h, c]
         run.require(
             bool((out == value).all()),
             f"out of a sequence of {LONG} keys is not the value of key {token}, which has all the weight; "

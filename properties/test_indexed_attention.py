@@ -9,17 +9,17 @@ import torch
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import IndexedAttentionCase, PrefillInputs
-from mla_spec.operations.sparse import IndexerInputs, SparseInputs
-from mla_spec.operations.sparse_driver import IndexerDriver, SparseDriver, SparseResult
-from mla_spec.properties import sparse_checks as check
-from mla_spec.properties.expected import prefill_expected
+from mla_spec.operations.indexer import OPERATION as INDEXER
+from mla_spec.operations.indexer import IndexedAttentionCase, IndexerInputs
+from mla_spec.operations.prefill import PrefillInputs, prefill_expected
+from mla_spec.operations.sparse import SPARSE_PREFILL, SparseInputs, sparse_expected
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.properties.strategies.sparse import indexed_attention_cases
 from mla_spec.reference.typing import IntArray
+from mla_spec.subjects.driver import Results
 from mla_spec.subjects.supports import Supports
 
-BOTH = ("indexer", "sparse_prefill")
+BOTH = (INDEXER, SPARSE_PREFILL)
 MOST_KEYS = 206
 """Of a sequence that ``indexer_cases`` draw."""
 
@@ -30,24 +30,23 @@ def _needs_common_width(supports: Supports) -> str:
     return "" if common else "no top_k of indexer is a number of indices that sparse_prefill takes"
 
 
-def _attend(run: Run, case: IndexedAttentionCase) -> tuple[IndexerInputs, SparseInputs, SparseResult]:
+def _attend(run: Run, case: IndexedAttentionCase) -> tuple[IndexerInputs, SparseInputs, Results]:
     """Sparse attention over the very tensor of indices that the indexer returned, and what it said before."""
     indexing = case.build()
-    driver = IndexerDriver(run.driver)
-    indices = driver.raw(indexing, driver.tensors(indexing))[1]
+    indices = run.driver.raw(INDEXER, indexing, run.driver.tensors(INDEXER, indexing))[1]
     shape = (len(indexing.q), case.top_k)
     said = run.driver.result(indices, "indices", shape, (torch.int32, torch.int64)).bits
     inputs = case.attention_inputs(said)
-    attention = SparseDriver(run.driver, "sparse_prefill")
     selected = indices.to(torch.int32)[:, None]  # the same memory where they are int32
-    return indexing, inputs, attention.call(inputs, attention.tensors(inputs) | {"indices": selected})
+    tensors = run.driver.tensors(SPARSE_PREFILL, inputs) | {"indices": selected}
+    return indexing, inputs, run.call(SPARSE_PREFILL, inputs, tensors)
 
 
 @law(needs=BOTH, cases=indexed_attention_cases, missing=_needs_common_width)
 def test_sparse_prefill_attends_to_what_the_indexer_selected(run: Run, case: IndexedAttentionCase) -> None:
     """Attention over the indices that the indexer returns, as it returns them, is attention over the keys they name."""
     _, inputs, got = _attend(run, case)
-    check.judge(run, got, check.expected(inputs, run.profile))
+    run.agrees(SPARSE_PREFILL, inputs, got)
 
 
 def _needs_wide_selection(supports: Supports) -> str:
@@ -70,7 +69,7 @@ def test_selecting_every_key_is_causal_attention(run: Run, case: IndexedAttentio
         causal=True,
     )
     exact = prefill_expected(dense, Profile.default("float64"))
-    every = check.expected(replace(inputs, indices=_every_key(indexing, case.top_k)), run.profile)
+    every = sparse_expected(replace(inputs, indices=_every_key(indexing, case.top_k)), run.profile)
     want = replace(
         every,
         out=exact.out,
@@ -78,7 +77,9 @@ def test_selecting_every_key_is_causal_attention(run: Run, case: IndexedAttentio
         lse=exact.lse.T,
         lse_error=every.lse_error.plus("dense attention in float64", exact.lse_error.total.T),
     )
-    check.judge(run, got, want)
+    for part, each in zip(got, want.outputs(run.supports).values(), strict=True):
+        if part is not None:
+            each.judge(run, part)
 
 
 def _every_key(indexing: IndexerInputs, top_k: int) -> IntArray:

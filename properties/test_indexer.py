@@ -6,27 +6,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.bounds.error_bound import ErrorBound
-from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.bounds.sparse import indexer_with_bound
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import IndexerCase
-from mla_spec.operations.sparse import IndexerInputs
-from mla_spec.operations.sparse_driver import IndexerDriver
-from mla_spec.properties.indexer_checks import judge_logits, judge_selection, visible_keys
-from mla_spec.properties.memory import require_unmodified
+from mla_spec.operations.indexer import OPERATION as INDEXER
+from mla_spec.operations.indexer import IndexerCase, IndexerInputs, Selection, indexer_expected, visible_keys
+from mla_spec.operations.rope import OPERATION as ROPE
+from mla_spec.operations.rope import RopeInputs
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.properties.strategies.sparse import indexer_cases
 from mla_spec.reference.config import RopeConfig
-from mla_spec.reference.sparse import select_top_k
+from mla_spec.reference.sparse import indexer_logits, select_top_k
 from mla_spec.reference.typing import Array, BoolArray, IntArray
 from mla_spec.subjects.driver import Result
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.views import INDEXER_VIEWS
 from mla_spec.subjects.violation import Violation
 
-INDEXER = ("indexer",)
 THETA = 10000.0
 
 
@@ -44,33 +39,30 @@ def _needs_rope_dims(supports: Supports) -> str:
     return _needs_logits(supports) or ("" if wide else "indexer has no rope dims")
 
 
-def _expected(inputs: IndexerInputs, profile: Profile) -> tuple[Array, ErrorBound]:
-    """Exact logits of all pairs of queries and keys, and their bound; [tokens, key tokens]."""
-    return indexer_with_bound(inputs.q, inputs.k, inputs.weights, profile)
-
-
 @law(needs=INDEXER, cases=indexer_cases, missing=_needs_logits)
 def test_indexer_logits_agree_with_reference(run: Run, case: IndexerCase) -> None:
     """Logits are Σ_h w_h relu(q_h · k) for every visible key, within the worst-case bound of the profile."""
     inputs = case.build()
-    want, bound = _expected(inputs, run.profile)
-    judge_logits(run, IndexerDriver(run.driver).call(inputs)[0], want, bound, visible_keys(inputs))
+    logits, _ = INDEXER.expected(inputs, run.profile, run.supports)
+    assert logits is not None
+    logits.judge(run, run.call(INDEXER, inputs).logits)
 
 
 @law(needs=INDEXER, cases=indexer_cases)
 def test_indexer_selects_the_largest_logits(run: Run, case: IndexerCase) -> None:
     """Each row names the top_k largest exact logits up to the error of theirs, each key once, then -1."""
     inputs = case.build()
-    logits, bound = _expected(inputs, run.profile)
-    judge_selection(run, IndexerDriver(run.driver).call(inputs)[1], inputs, logits, bound.total)
+    _, selection = INDEXER.expected(inputs, run.profile, run.supports)
+    assert selection is not None
+    selection.judge(run, run.call(INDEXER, inputs).indices)
 
 
 @law(needs=INDEXER, cases=narrowed(indexer_cases, regimes=("integers",)), missing=_needs_tie_rule)
 def test_indexer_ties_go_to_the_smaller_index(run: Run, case: IndexerCase) -> None:
     """Where logits are exact in every format, the keys named are the reference's: of equal ones the first."""
     inputs = case.build()
-    logits, bound = _expected(inputs, run.profile)
-    named = judge_selection(run, IndexerDriver(run.driver).call(inputs)[1], inputs, logits, np.zeros_like(bound.total))
+    logits = indexer_logits(inputs.q, inputs.k, inputs.weights)
+    named = Selection(inputs, logits, np.zeros_like(logits)).named(run, run.call(INDEXER, inputs).indices)
     for i, (first, end) in enumerate(zip(inputs.first_key, inputs.end_key, strict=True)):
         want = first + select_top_k(logits[i, first:end], min(case.top_k, end - first), np.array(end - first))
         got = np.flatnonzero(named[i])
@@ -104,12 +96,12 @@ def test_indexer_sequences_do_not_see_each_other(run: Run, case: IndexerCase) ->
 
 def _require_same(run: Run, changed: IndexerInputs, inputs: IndexerInputs, queries: IntArray, why: str) -> None:
     """The same logits of visible keys, and the same keys selected, for some queries."""
-    driver, visible = IndexerDriver(run.driver), visible_keys(inputs)[queries]
-    (got, got_indices), (want, want_indices) = driver.call(changed), driver.call(inputs)
+    visible = visible_keys(inputs)[queries]
+    (got, got_indices), (want, want_indices) = run.call(INDEXER, changed), run.call(INDEXER, inputs)
     if got is not None and want is not None:
         run.same_bits(_shown(got[queries], visible), _shown(want[queries], visible), why)
     if run.supports.indexer_ties == "smaller index":
-        same = np.sort(got_indices[queries]) == np.sort(want_indices[queries])
+        same = np.sort(got_indices.bits[queries]) == np.sort(want_indices.bits[queries])
         run.require(bool(same.all()), f"other keys were selected: {why}")
 
 
@@ -119,7 +111,7 @@ def _shown(logits: Result, visible: BoolArray) -> Result:
 
 
 @law(
-    needs=("rope", "indexer"),
+    needs=(ROPE, INDEXER),
     cases=narrowed(indexer_cases, regimes=("typical",), min_head_dim=2),
     missing=_needs_rope_dims,
 )
@@ -140,9 +132,9 @@ def test_indexer_of_rotated_operands(run: Run, case: IndexerCase) -> None:
         want, bound = indexer_with_bound(
             exact_q, exact_k, inputs.weights, run.profile, q_error=q_error, k_error=k_error
         )
-        got = IndexerDriver(run.driver).call(replace(inputs, q=q, k=k))[0]
+        got = run.call(INDEXER, replace(inputs, q=q, k=k)).logits
         try:
-            judge_logits(run, got, want, bound, visible_keys(inputs))
+            indexer_expected(inputs, want, bound)[0].judge(run, got)
         except Violation as violation:
             raise Violation(f"after rotation in the {layout} layout:\n{violation}") from None
 
@@ -151,42 +143,6 @@ def _rotated(run: Run, x: Array, positions: IntArray, rope: RopeConfig) -> tuple
     """(x with its leading dims as the subject rotates them, rotated exactly, the error of that)."""
     part, rest = x[..., : rope.dim], x[..., rope.dim :]
     exact, error = rope_with_bound(part, positions, rope, run.profile.rope, output=run.driver.dtype)
-    got = run.driver.rope(part, positions, rope).value
+    got = run.call(ROPE, RopeInputs(part, positions, rope)).out.value
     joined = [np.concatenate([y, rest], axis=-1) for y in (got, exact)]
     return joined[0], joined[1], np.concatenate([error.total, np.zeros_like(rest)], axis=-1)
-
-
-@law(needs=INDEXER, cases=indexer_cases, cost=4)
-def test_indexer_reads_strides(run: Run, case: IndexerCase) -> None:
-    """Views of larger or transposed tensors are read by their strides."""
-    inputs = case.build()
-    driver = IndexerDriver(run.driver)
-    want, bound = _expected(inputs, run.profile)
-    for name, view in INDEXER_VIEWS.items():
-        try:
-            logits, indices = driver.call(inputs, view(driver.tensors(inputs)))
-            judge_logits(run, logits, want, bound, visible_keys(inputs))
-            judge_selection(run, indices, inputs, want, bound.total)
-        except Violation as violation:
-            raise Violation(f"with {name}:\n{violation}") from None
-
-
-@law(needs=INDEXER, cases=indexer_cases)
-def test_indexer_does_not_modify_its_inputs(run: Run, case: IndexerCase) -> None:
-    """No argument has changed when indexer returns."""
-    inputs = case.build()
-    driver = IndexerDriver(run.driver)
-    tensors = driver.tensors(inputs)
-    require_unmodified(run, "indexer", tensors, lambda: driver.raw(inputs, tensors))
-
-
-@law(needs=INDEXER, cases=indexer_cases, cost=2)
-def test_indexer_calls_are_independent(run: Run, case: IndexerCase) -> None:
-    """Nothing of a call (operands, offsets, weights) lives on in the next one with the same shapes."""
-    other = replace(case, seed=case.seed + 1, seqlens_q=case.seqlens_q[::-1], seqlens_k=case.seqlens_k[::-1])
-    for this in (other, case):
-        inputs = this.build()
-        want, bound = _expected(inputs, run.profile)
-        logits, indices = IndexerDriver(run.driver).call(inputs)
-        judge_logits(run, logits, want, bound, visible_keys(inputs))
-        judge_selection(run, indices, inputs, want, bound.total)

@@ -9,13 +9,13 @@ import numpy as np
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import LayerCase, LayerInputs
+from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
 from mla_spec.properties.strategies.layer import layer_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.allocation import Allocations
-from mla_spec.subjects.driver import LayerDriver, Result, tensor_bits
+from mla_spec.subjects.driver import Result, tensor_bits
 from mla_spec.subjects.violation import Violation
 
 LAYER = ("layer",)
@@ -30,7 +30,7 @@ def _run(layer: LayerDriver, method: str, inputs: LayerInputs, tokens: slice) ->
 
 
 def _make(run: Run, inputs: LayerInputs) -> LayerDriver:
-    return run.driver.layer(inputs.weights, inputs.config)
+    return LayerDriver.of(run.driver, inputs.weights, inputs.config)
 
 
 @law(needs=LAYER, cases=narrowed(layer_cases, max_steps=0))

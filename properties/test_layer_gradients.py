@@ -11,9 +11,8 @@ import numpy as np
 from mla_spec.bounds.layer_backward import layer_backward_with_bound
 from mla_spec.bounds.running_gradients import Gradient
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.layer_gradient_driver import LayerGradientDriver
-from mla_spec.operations.layer_gradients import LayerGradientCase, LayerGradientInputs
-from mla_spec.properties.memory import require_unmodified
+from mla_spec.operations.layer_gradients import LayerGradientCase, LayerGradientDriver, LayerGradientInputs
+from mla_spec.properties.hazards import require_unmodified
 from mla_spec.properties.strategies.layer_gradients import layer_gradient_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.config import MLAConfig

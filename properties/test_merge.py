@@ -6,24 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.bounds.merge import BoundedMerge, merge_with_bound
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import (
-    DecodeCase,
-    DecodeInputs,
-    MergeCase,
-    MergeInputs,
-)
-from mla_spec.properties.expected import declared_lse, decode_expected
-from mla_spec.properties.memory import require_own_outputs, require_unmodified
-from mla_spec.properties.parts import judge_merge, judge_merged_results
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase, DecodeInputs, declared_lse, decode_expected
+from mla_spec.operations.merge import OPERATION as MERGE
+from mla_spec.operations.merge import MergeCase, MergeInputs, merge_expected
+from mla_spec.properties.attention import judge_merged_results
 from mla_spec.properties.strategies.sizes import decode_cases, merge_cases, narrowed
 from mla_spec.reference.typing import IntArray
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.views import MERGE_VIEWS
-from mla_spec.subjects.violation import Violation
-
-MERGE = ("merge",)
 
 
 def _needs_empty_rows(supports: Supports) -> str:
@@ -34,35 +25,31 @@ def _needs_lse(supports: Supports) -> str:
     return "" if supports.lse else "decode returns no LSE"
 
 
-def _expected(run: Run, inputs: MergeInputs) -> BoundedMerge:
-    return merge_with_bound(inputs.outs, inputs.lses, run.profile)
-
-
 @law(needs=MERGE, cases=merge_cases)
 def test_merge_agrees_with_reference(run: Run, case: MergeCase) -> None:
     """Out = Σ exp(lse_i - lse) · out_i, within the worst-case bound of the profile, and 0 where no part has keys."""
     inputs = case.build()
-    want = _expected(run, inputs)
-    run.within(run.driver.merge(inputs)[0], want.out, want.out_error)
+    want = merge_expected(inputs, run.profile)
+    run.within(run.call(MERGE, inputs)[0], want.out, want.out_error)
 
 
 @law(needs=MERGE, cases=merge_cases)
 def test_merge_lse_agrees_with_reference(run: Run, case: MergeCase) -> None:
     """Lse = log Σ exp(lse_i), natural, laid out like each part's, the declared value where no part has keys."""
     inputs = case.build()
-    want = _expected(run, inputs)
-    run.within(run.driver.merge(inputs)[1], declared_lse(want.lse, run.supports), want.lse_error, gate=False)
+    want = merge_expected(inputs, run.profile)
+    run.within(run.call(MERGE, inputs)[1], declared_lse(want.lse, run.supports), want.lse_error, gate=False)
 
 
 @law(needs=MERGE, cases=narrowed(merge_cases, min_parts=2))
 def test_merge_order_of_parts_changes_nothing(run: Run, case: MergeCase) -> None:
     """Parts in another order give the same, but for rounding."""
     inputs = case.build()
-    want = _expected(run, inputs)
+    want = merge_expected(inputs, run.profile)
     order = np.random.default_rng([case.seed, 4]).permutation(case.parts)
     shuffled = MergeInputs(outs=inputs.outs[order], lses=inputs.lses[order])
     why = f"the parts came in the order {order.tolist()}"
-    first, second = run.driver.merge(inputs), run.driver.merge(shuffled)
+    first, second = run.call(MERGE, inputs), run.call(MERGE, shuffled)
     run.same_function(second[0], first[0], want.out_error, why)
     run.same_function(second[1], first[1], want.lse_error, why)
 
@@ -73,7 +60,7 @@ def test_merge_is_associative(run: Run, case: MergeCase) -> None:
     inputs = case.build()
     cut = 1 + case.seed % (case.parts - 1)
     groups = [MergeInputs(inputs.outs[i:j], inputs.lses[i:j]) for i, j in ((0, cut), (cut, case.parts))]
-    parts = [(run.driver.merge(group), _expected(run, group)) for group in groups]
+    parts = [(run.call(MERGE, group), merge_expected(group, run.profile)) for group in groups]
     judge_merged_results(run, [got for got, _ in parts], [want for _, want in parts])
 
 
@@ -81,39 +68,13 @@ def test_merge_is_associative(run: Run, case: MergeCase) -> None:
 def test_merge_ignores_outputs_of_empty_parts(run: Run, case: MergeCase) -> None:
     """Whatever finite number the output of a part without keys holds changes no bit."""
     inputs = case.build()
-    want = run.driver.merge(inputs)
+    want = run.call(MERGE, inputs)
     empty = np.isneginf(np.swapaxes(inputs.lses, -1, -2))
     for left_over in (1.0, -(2.0**15 if case.dtype == "float16" else 2.0**100)):
         outs = np.where(empty[..., None], left_over, inputs.outs)
-        got = run.driver.merge(replace(inputs, outs=outs))
+        got = run.call(MERGE, replace(inputs, outs=outs))
         for a, b in zip(got, want, strict=True):
             run.same_bits(a, b, f"outputs of parts with LSE -inf were set to {left_over:g}")
-
-
-@law(needs=MERGE, cases=merge_cases)
-def test_merge_does_not_modify_its_inputs(run: Run, case: MergeCase) -> None:
-    """No argument has changed when merge returns."""
-    tensors = run.driver.merge_tensors(case.build())
-    require_unmodified(run, "merge", tensors, lambda: run.driver.merge_raw(tensors))
-
-
-@law(needs=MERGE, cases=merge_cases)
-def test_merge_output_is_not_aliased(run: Run, case: MergeCase) -> None:
-    """Outputs share no memory with arguments, nor with the outputs of the next call."""
-    tensors = run.driver.merge_tensors(case.build())
-    require_own_outputs(run, tensors, lambda: run.driver.merge_raw(tensors))
-
-
-@law(needs=MERGE, cases=merge_cases, cost=4)
-def test_merge_reads_strides(run: Run, case: MergeCase) -> None:
-    """Views of larger or transposed tensors are read by their strides."""
-    inputs = case.build()
-    want = _expected(run, inputs)
-    for name, view in MERGE_VIEWS.items():
-        try:
-            judge_merge(run, run.driver.merge(inputs, view(run.driver.merge_tensors(inputs))), want)
-        except Violation as violation:
-            raise Violation(f"with {name}:\n{violation}") from None
 
 
 @law(needs=MERGE, cases=narrowed(merge_cases, min_parts=2), cost=2)
@@ -122,7 +83,7 @@ def test_merge_calls_are_independent(run: Run, case: MergeCase) -> None:
     inputs, other = case.build(), replace(case, seed=case.seed + 1).build()
     fewer = MergeInputs(outs=inputs.outs[1:], lses=inputs.lses[1:])
     for this in (other, inputs, fewer):
-        judge_merge(run, run.driver.merge(this), _expected(run, this))
+        run.agrees(MERGE, this, run.call(MERGE, this))
 
 
 @law(
@@ -136,7 +97,7 @@ def test_merge_of_decoded_parts_is_the_whole(run: Run, case: DecodeCase) -> None
     inputs = case.build()
     got, want = [], []
     for part in _parts_of_keys(inputs, np.random.default_rng([case.seed, 5]), run.supports):
-        out, lse = run.driver.decode(part)
+        out, lse = run.call(DECODE, part)
         assert lse is not None
         got.append((out, lse))
         want.append(decode_expected(part, run.profile))

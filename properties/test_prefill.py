@@ -8,19 +8,17 @@ from typing import Any
 import numpy as np
 
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import DecodeCase, PrefillCase, PrefillInputs
-from mla_spec.properties.expected import declared_lse, decode_expected, judge_attention, prefill_expected
-from mla_spec.properties.memory import require_own_outputs, require_unmodified
-from mla_spec.properties.parts import judge_merged_results
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase, declared_lse, decode_expected
+from mla_spec.operations.prefill import OPERATION as PREFILL
+from mla_spec.operations.prefill import PrefillCase, PrefillInputs, prefill_expected
+from mla_spec.properties.attention import judge_attention, judge_merged_results
 from mla_spec.properties.strategies.sizes import decode_cases, narrowed, prefill_cases
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Result
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.views import PREFILL_VIEWS
-from mla_spec.subjects.violation import Violation
 
-PREFILL = ("prefill",)
 MERGEABLE = (1.0, 4.0, 0.1, 16.0)
 """Standard deviations of logits for which the LSE of a part is known well enough to merge by it."""
 
@@ -82,7 +80,7 @@ def test_prefill_agrees_with_reference(run: Run, case: PrefillCase) -> None:
     """Out = softmax(scale · q · kᵀ) · v of each sequence, within the worst-case bound of the profile."""
     inputs = case.build()
     want = prefill_expected(inputs, run.profile)
-    run.within(run.driver.prefill(inputs)[0], want.out, want.out_error)
+    run.within(run.call(PREFILL, inputs)[0], want.out, want.out_error)
 
 
 @law(needs=PREFILL, cases=prefill_cases, missing=_needs_lse)
@@ -90,7 +88,7 @@ def test_prefill_lse_agrees_with_reference(run: Run, case: PrefillCase) -> None:
     """Lse = log Σ exp(scale · q · kᵀ), natural, laid out [h, tokens], the declared value where there is no key."""
     inputs = case.build()
     want = prefill_expected(inputs, run.profile)
-    lse = run.driver.prefill(inputs)[1]
+    lse = run.call(PREFILL, inputs)[1]
     assert lse is not None
     run.within(lse, declared_lse(want.lse, run.supports), want.lse_error, gate=False)
 
@@ -99,12 +97,12 @@ def test_prefill_lse_agrees_with_reference(run: Run, case: PrefillCase) -> None:
 def test_prefill_sequences_are_independent(run: Run, case: PrefillCase) -> None:
     """A sequence gives the same packed with others as alone: the same bits where the profile claims it."""
     inputs = case.build()
-    packed, want = run.driver.prefill(inputs), prefill_expected(inputs, run.profile)
+    packed, want = run.call(PREFILL, inputs), prefill_expected(inputs, run.profile)
     for i, (queries, _) in enumerate(_sequences(inputs)):
         if queries.start == queries.stop:
             continue
         one = slice(i, i + 1)
-        alone = run.driver.prefill(_packed(inputs, _spans(inputs.cu_seqlens_q)[one], _spans(inputs.cu_seqlens_k)[one]))
+        alone = run.call(PREFILL, _packed(inputs, _spans(inputs.cu_seqlens_q)[one], _spans(inputs.cu_seqlens_k)[one]))
         why = f"sequence {i} of {len(case.seqlens_q)} alone differs from itself packed with the others"
         _require_same(run, alone, _rows(packed, queries), (want.out_error[queries], want.lse_error[:, queries]), why)
 
@@ -134,7 +132,7 @@ def test_prefill_ignores_future_keys(run: Run, case: PrefillCase) -> None:
     last = inputs.cu_seqlens_k[1:][np.array(case.seqlens_k) > 0] - 1
     k, v = inputs.k.copy(), inputs.v.copy()
     k[last], v[last] = -k[last], -v[last]
-    changed, want = run.driver.prefill(replace(inputs, k=k, v=v)), run.driver.prefill(inputs)
+    changed, want = run.call(PREFILL, replace(inputs, k=k, v=v)), run.call(PREFILL, inputs)
     past = np.setdiff1d(np.arange(len(inputs.q)), inputs.cu_seqlens_q[1:] - 1)
     for a, b in zip(_rows(changed, past), _rows(want, past), strict=True):
         if a is not None and b is not None:
@@ -147,7 +145,7 @@ def test_prefill_ignores_future_keys(run: Run, case: PrefillCase) -> None:
 def test_prefill_in_chunks_of_queries(run: Run, case: PrefillCase) -> None:
     """Queries that come in two chunks, the second to the keys of both as after a prefix-cache hit, give the same rows."""
     inputs = case.build()
-    whole, want = run.driver.prefill(inputs), prefill_expected(inputs, run.profile)
+    whole, want = run.call(PREFILL, inputs), prefill_expected(inputs, run.profile)
     queries, keys = _spans(inputs.cu_seqlens_q), _spans(inputs.cu_seqlens_k)
     rng = np.random.default_rng([case.seed, 7])
     cut = rng.integers(queries[:, 0], queries[:, 1])  # [b], at least one query comes in the second chunk
@@ -156,7 +154,7 @@ def test_prefill_in_chunks_of_queries(run: Run, case: PrefillCase) -> None:
         seen = np.stack([keys[:, 0], keys[:, 1] - (queries[:, 1] - chunk[:, 1])], axis=1)
         tokens = np.concatenate([np.arange(*span) for span in chunk])
         if len(tokens):
-            got = run.driver.prefill(_packed(inputs, chunk, seen))
+            got = run.call(PREFILL, _packed(inputs, chunk, seen))
             bounds = (want.out_error[tokens], want.lse_error[:, tokens])
             why = f"the {'first' if first else 'second'} chunk of queries differs from its rows of the whole"
             _require_same(run, got, _rows(whole, tokens), bounds, why)
@@ -181,7 +179,7 @@ def test_chunked_prefill_merges_to_the_whole(run: Run, case: PrefillCase) -> Non
     parts.append(_packed(inputs, queries, np.stack([first_new, keys[:, 1]], axis=1)))
     got = []
     for part in parts:
-        out, lse = run.driver.prefill(part)
+        out, lse = run.call(PREFILL, part)
         assert lse is not None
         got.append((out, lse))
     judge_merged_results(run, got, [prefill_expected(part, run.profile) for part in parts])
@@ -196,7 +194,7 @@ def test_prefill_of_padded_values(run: Run, case: PrefillCase) -> None:
     inputs = narrow.build()
     want = prefill_expected(inputs, run.profile)
     padded = np.concatenate([inputs.v, np.zeros((*inputs.v.shape[:2], width - narrow.v_head_dim))], axis=-1)
-    out, lse = run.driver.prefill(replace(inputs, v=padded))
+    out, lse = run.call(PREFILL, replace(inputs, v=padded))
     judge_attention(run, (out[..., : narrow.v_head_dim], lse), want)
     run.require(not out.value[..., narrow.v_head_dim :].any(), "out must be 0 where v is padded with 0")
 
@@ -212,7 +210,8 @@ def test_prefill_equals_decode(run: Run, case: DecodeCase) -> None:
     rows = gather_rows(inputs.kv_cache, inputs.block_table, inputs.cache_seqlens)  # [b, t, c+r]
     used = np.concatenate([row[:n] for row, n in zip(rows, inputs.cache_seqlens, strict=True)])
     k = np.repeat(used[:, None], case.num_heads, axis=1)  # [key tokens, h, c+r]
-    out, lse = run.driver.prefill(
+    out, lse = run.call(
+        PREFILL,
         PrefillInputs(
             q=inputs.q.reshape(-1, *inputs.q.shape[2:]),
             k=k,
@@ -221,10 +220,10 @@ def test_prefill_equals_decode(run: Run, case: DecodeCase) -> None:
             cu_seqlens_k=np.cumsum([0, *inputs.cache_seqlens]).astype(np.int32),
             softmax_scale=inputs.softmax_scale,
             causal=inputs.causal,
-        )
+        ),
     )
     want = decode_expected(inputs, run.profile)
-    decoded, decoded_lse = run.driver.decode(inputs)
+    decoded, decoded_lse = run.call(DECODE, inputs)
     why = "prefill and decode of the same rows differ"
 
     def by_token(x: Array) -> Array:
@@ -237,41 +236,3 @@ def test_prefill_equals_decode(run: Run, case: DecodeCase) -> None:
             return np.moveaxis(x, 1, 0).reshape(case.num_heads, -1)  # [b, h, s] -> [h, b · s]
 
         run.same_function(lse, decoded_lse.arranged(by_head), want.lse_error.map(by_head), why)
-
-
-@law(needs=PREFILL, cases=prefill_cases)
-def test_prefill_does_not_modify_its_inputs(run: Run, case: PrefillCase) -> None:
-    """No argument has changed when prefill returns."""
-    inputs = case.build()
-    tensors = run.driver.prefill_tensors(inputs)
-    require_unmodified(run, "prefill", tensors, lambda: run.driver.prefill_raw(inputs, tensors))
-
-
-@law(needs=PREFILL, cases=prefill_cases)
-def test_prefill_output_is_not_aliased(run: Run, case: PrefillCase) -> None:
-    """Outputs share no memory with arguments, nor with the outputs of the next call."""
-    inputs = case.build()
-    tensors = run.driver.prefill_tensors(inputs)
-    require_own_outputs(run, tensors, lambda: run.driver.prefill_raw(inputs, tensors))
-
-
-@law(needs=PREFILL, cases=prefill_cases, cost=4)
-def test_prefill_reads_strides(run: Run, case: PrefillCase) -> None:
-    """Views of larger or transposed tensors are read by their strides."""
-    inputs = case.build()
-    want = prefill_expected(inputs, run.profile)
-    for name, view in PREFILL_VIEWS.items():
-        try:
-            judge_attention(run, run.driver.prefill(inputs, view(run.driver.prefill_tensors(inputs))), want)
-        except Violation as violation:
-            raise Violation(f"with {name}:\n{violation}") from None
-
-
-@law(needs=PREFILL, cases=narrowed(prefill_cases, min_batch=2), cost=3)
-def test_prefill_calls_are_independent(run: Run, case: PrefillCase) -> None:
-    """Nothing of a call (offsets, scale) lives on in the next one with the same shapes."""
-    inputs = case.build()
-    reverse = [x[::-1] for x in (_spans(inputs.cu_seqlens_q), _spans(inputs.cu_seqlens_k))]
-    other = _packed(inputs, *reverse, softmax_scale=inputs.softmax_scale / 2)
-    for this in (other, inputs, other):
-        judge_attention(run, run.driver.prefill(this), prefill_expected(this, run.profile))

@@ -11,23 +11,16 @@ from mla_spec.bounds.profile import gamma
 from mla_spec.bounds.project_indexer import BoundedIndexer, project_indexer_with_bound
 from mla_spec.bounds.sparse import indexer_with_bound
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import ProjectIndexerCase
-from mla_spec.operations.indexer_driver import IndexerOperands, ProjectIndexerDriver
-from mla_spec.operations.project_indexer import ProjectIndexerInputs
-from mla_spec.operations.sparse import IndexerInputs
-from mla_spec.operations.sparse_driver import IndexerDriver
-from mla_spec.properties.indexer_checks import judge_logits, judge_selection, visible_keys
-from mla_spec.properties.memory import require_unmodified
+from mla_spec.operations.indexer import OPERATION as INDEXER
+from mla_spec.operations.indexer import IndexerInputs, indexer_expected
+from mla_spec.operations.project_indexer import OPERATION as PROJECT
+from mla_spec.operations.project_indexer import ProjectIndexerCase, ProjectIndexerInputs
 from mla_spec.properties.strategies.project_indexer import project_indexer_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.sparse import indexer_logits
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.views import PROJECT_INDEXER_VIEWS
-from mla_spec.subjects.violation import Violation
-
-PROJECT = ("project_indexer",)
 
 
 def _expected(run: Run, inputs: ProjectIndexerInputs) -> BoundedIndexer:
@@ -44,7 +37,7 @@ def test_indexer_queries_agree_with_reference(run: Run, case: ProjectIndexerCase
     """Queries are wq_b applied to the query latent, its first dims rotated, within the worst-case bound of the profile."""
     inputs = case.build()
     want = _expected(run, inputs)
-    run.within(ProjectIndexerDriver(run.driver).call(inputs).q, want.q, want.q_error)
+    run.within(run.call(PROJECT, inputs).q, want.q, want.q_error)
 
 
 @law(needs=PROJECT, cases=project_indexer_cases)
@@ -52,7 +45,7 @@ def test_indexer_keys_agree_with_reference(run: Run, case: ProjectIndexerCase) -
     """Keys are the LayerNorm of wk applied to the hidden state, its first dims rotated, within the worst-case bound."""
     inputs = case.build()
     want = _expected(run, inputs)
-    run.within(ProjectIndexerDriver(run.driver).call(inputs).k, want.k, want.k_error)
+    run.within(run.call(PROJECT, inputs).k, want.k, want.k_error)
 
 
 @law(needs=PROJECT, cases=project_indexer_cases)
@@ -60,15 +53,15 @@ def test_indexer_head_weights_agree_with_reference(run: Run, case: ProjectIndexe
     """The weights of the heads are weights_proj applied to the hidden state, times (h d)^-1/2, in float32 or better."""
     inputs = case.build()
     want = _expected(run, inputs)
-    run.within(ProjectIndexerDriver(run.driver).call(inputs).weights, want.weights, want.weights_error)
+    run.within(run.call(PROJECT, inputs).weights, want.weights, want.weights_error)
 
 
 @law(needs=PROJECT, cases=narrowed(project_indexer_cases, rotated=True), missing=_needs_partial_rope)
 def test_indexer_rotates_only_its_first_dims(run: Run, case: ProjectIndexerCase) -> None:
     """Other positions change no bit of the dims after the rotated ones, nor of the weights; and they change the rotated."""
     inputs = case.build()
-    driver, r = ProjectIndexerDriver(run.driver), case.rope_dim
-    want, got = driver.call(inputs), driver.call(replace(inputs, positions=inputs.positions + 1))
+    r = case.rope_dim
+    want, got = run.call(PROJECT, inputs), run.call(PROJECT, replace(inputs, positions=inputs.positions + 1))
     why = "only the positions were changed, on which these do not depend"
     run.same_bits(got.q[..., r:], want.q[..., r:], why)
     run.same_bits(got.k[..., r:], want.k[..., r:], why)
@@ -87,7 +80,7 @@ def test_indexer_scores_depend_on_relative_position_only(run: Run, case: Project
     shifted = replace(inputs, positions=inputs.positions + 1 + case.seed % 64)
     products, errors = [], []
     for each in (inputs, shifted):
-        got, bound = ProjectIndexerDriver(run.driver).call(each), _expected(run, each)
+        got, bound = run.call(PROJECT, each), _expected(run, each)
         q_error, k_error = bound.q_error.total, bound.k_error.total
         products.append(np.einsum("shd,td->sht", got.q.value, got.k.value))
         q_size, k_size = np.abs(bound.q) + q_error, np.abs(bound.k) + k_error
@@ -104,19 +97,21 @@ def test_indexer_scores_depend_on_relative_position_only(run: Run, case: Project
     )
 
 
-@law(needs=("project_indexer", "indexer"), cases=project_indexer_cases)
+@law(needs=(PROJECT, INDEXER), cases=project_indexer_cases)
 def test_indexer_of_projected_operands(run: Run, case: ProjectIndexerCase) -> None:
     """Indexer given the very tensors of project_indexer: logits and selection are those of the hidden states."""
     inputs = case.build()
-    want, driver, indexer = _expected(run, inputs), ProjectIndexerDriver(run.driver), IndexerDriver(run.driver)
-    operands = dict(zip(("q", "k", "weights"), driver.raw(inputs, driver.tensors(inputs)), strict=True))
+    want, driver = _expected(run, inputs), run.driver
+    operands = driver.raw(PROJECT, inputs, driver.tensors(PROJECT, inputs))
+    named = dict(zip(("q", "k", "weights"), operands, strict=True))
     offsets = np.cumsum([0, *case.seqlens]).astype(np.int32)
     top_k = (run.supports.indexer_top_k or (1 + case.seed % max(case.seqlens),))[0]
     exact = IndexerInputs(want.q, want.k, want.weights, offsets, offsets, top_k)
-    logits, indices = indexer.call(exact, indexer.tensors(exact) | operands)
-    value, bound = _logits_with_bound(run, want)
-    judge_logits(run, logits, value, bound, visible_keys(exact))
-    judge_selection(run, indices, exact, value, bound.total)
+    got = run.call(INDEXER, exact, driver.tensors(INDEXER, exact) | named)
+    logits, selection = indexer_expected(exact, *_logits_with_bound(run, want))
+    if got.logits is not None:
+        logits.judge(run, got.logits)
+    selection.judge(run, got.indices)
 
 
 def _logits_with_bound(run: Run, operands: BoundedIndexer) -> tuple[Array, ErrorBound]:
@@ -126,38 +121,3 @@ def _logits_with_bound(run: Run, operands: BoundedIndexer) -> tuple[Array, Error
     _, bound = indexer_with_bound(operands.q, operands.k, largest, run.profile, q_error=q_error, k_error=k_error)
     moved = indexer_logits(np.abs(operands.q), np.abs(operands.k), w_error)
     return indexer_logits(operands.q, operands.k, operands.weights), bound.plus("error of the weights", moved)
-
-
-def _judge(run: Run, got: IndexerOperands, want: BoundedIndexer) -> None:
-    """Judge all three operands."""
-    for name, result in got.parts().items():
-        run.within(result, getattr(want, name), getattr(want, f"{name}_error"), gate=False)
-
-
-@law(needs=PROJECT, cases=project_indexer_cases)
-def test_project_indexer_reads_strides(run: Run, case: ProjectIndexerCase) -> None:
-    """Views of larger or transposed tensors are read by their strides."""
-    inputs = case.build()
-    driver, want = ProjectIndexerDriver(run.driver), _expected(run, inputs)
-    for name, view in PROJECT_INDEXER_VIEWS.items():
-        try:
-            _judge(run, driver.call(inputs, view(driver.tensors(inputs))), want)
-        except Violation as violation:
-            raise Violation(f"with {name}:\n{violation}") from None
-
-
-@law(needs=PROJECT, cases=project_indexer_cases, cost=2)
-def test_project_indexer_calls_are_independent(run: Run, case: ProjectIndexerCase) -> None:
-    """Nothing of a call (weights, positions, tables of angles) lives on in the next one with the same shapes."""
-    for this in (replace(case, seed=case.seed + 1, start=case.start + 17), case):
-        inputs = this.build()
-        _judge(run, ProjectIndexerDriver(run.driver).call(inputs), _expected(run, inputs))
-
-
-@law(needs=PROJECT, cases=project_indexer_cases)
-def test_project_indexer_does_not_modify_its_inputs(run: Run, case: ProjectIndexerCase) -> None:
-    """No argument has changed when project_indexer returns."""
-    inputs = case.build()
-    driver = ProjectIndexerDriver(run.driver)
-    tensors = driver.tensors(inputs)
-    require_unmodified(run, "project_indexer", tensors, lambda: driver.raw(inputs, tensors))

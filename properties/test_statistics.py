@@ -17,12 +17,12 @@ from mla_spec.bounds.bias import ErrorModel
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.statistics import FAMILY_ALPHA, bias_p_value, excess_p_value
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import DecodeCase, DecodeInputs
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase, DecodeInputs
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.supports import DTYPES, Supports
 
-DECODE = ("decode",)
-LAWS = ("test_output_is_unbiased", "test_lse_is_unbiased", "test_error_is_as_small_as_declared")
+LAWS = ("test_decode_output_is_unbiased", "test_decode_lse_is_unbiased", "test_decode_error_is_as_small_as_declared")
 """Every law of this module."""
 
 
@@ -162,19 +162,19 @@ def model_of(inputs: DecodeInputs, profile: Profile) -> ErrorModel:
 
 
 @law(needs=DECODE, cases=statistics_cases)
-def test_output_is_unbiased(run: Run, case: DecodeCase) -> None:
+def test_decode_output_is_unbiased(run: Run, case: DecodeCase) -> None:
     """The gain, softmax_scale and the weights of boundary keys, as all outputs together show them, are right."""
     inputs = case.build()
     model = model_of(inputs, run.profile)
-    _judge_bias(run, list(_estimates(model, inputs, model.error(run.driver.decode(inputs)[0].value))))
+    _judge_bias(run, list(_estimates(model, inputs, model.error(run.call(DECODE, inputs)[0].value))))
 
 
 @law(needs=DECODE, cases=statistics_cases, missing=_needs_lse)
-def test_lse_is_unbiased(run: Run, case: DecodeCase) -> None:
+def test_decode_lse_is_unbiased(run: Run, case: DecodeCase) -> None:
     """The errors of all LSEs, and of those of each head, do not lean up or down."""
     inputs = case.build()
     model = model_of(inputs, run.profile)
-    lse = run.driver.decode(inputs)[1]
+    lse = run.call(DECODE, inputs)[1]
     assert lse is not None
     _judge_bias(run, list(_by_head(Estimates("LSE", model.lse_error(lse.value), model.lse_bias))))
 
@@ -191,11 +191,11 @@ def _judge_bias(run: Run, estimates: list[Estimates]) -> None:
 
 
 @law(needs=DECODE, cases=statistics_cases)
-def test_error_is_as_small_as_declared(run: Run, case: DecodeCase) -> None:
+def test_decode_error_is_as_small_as_declared(run: Run, case: DecodeCase) -> None:
     """The mean square error is no larger than what the declared roundings of P and of the output amount to."""
     inputs = case.build()
     model = model_of(inputs, run.profile)
-    error = model.error(run.driver.decode(inputs)[0].value)
+    error = model.error(run.call(DECODE, inputs)[0].value)
     ratios = (error**2).sum(-1) / model.mean_square  # [b, h]
     _judge(
         run,

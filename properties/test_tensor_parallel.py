@@ -13,16 +13,15 @@ from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.layer import LayerInputs
-from mla_spec.operations.parallel_driver import ParallelDriver
-from mla_spec.operations.shards import ShardedLayerCase
-from mla_spec.properties.memory import require_unmodified
+from mla_spec.operations.layer import LayerDriver, LayerInputs
+from mla_spec.operations.shards import ParallelDriver, ShardedLayerCase
+from mla_spec.properties.hazards import require_unmodified
 from mla_spec.properties.strategies.layer import layer_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.tensor_parallel import gather_gradients, shard_layer
 from mla_spec.reference.typing import Array
-from mla_spec.subjects.driver import LayerDriver, Result, computed
+from mla_spec.subjects.driver import Result, computed
 from mla_spec.subjects.supports import Supports
 
 SHARD = ("shard_layer",)
@@ -83,7 +82,7 @@ def test_every_shard_caches_the_whole_latent(run: Run, case: ShardedLayerCase) -
     """A rank's cache takes as many bytes as the whole layer's, whatever the number of ranks: one latent serves all heads."""
     inputs = case.build()
     shards = ParallelDriver(run.driver).shards(inputs.weights, inputs.config, case.ranks)
-    layers = [run.driver.layer(inputs.weights, inputs.config), *(shard.layer() for shard in shards)]
+    layers = [LayerDriver.of(run.driver, inputs.weights, inputs.config), *(shard.layer() for shard in shards)]
     for layer in layers:
         layer.run("prefill", inputs.hidden, inputs.positions)
     want, *got = [layer.cache_bytes() for layer in layers]

@@ -7,23 +7,27 @@ import torch
 from torch import Tensor
 
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.all import DecodeCase, WriteCase, WriteInputs
-from mla_spec.properties.expected import decode_expected, judge_attention
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase, decode_expected
+from mla_spec.operations.write_cache import OPERATION as WRITE
+from mla_spec.operations.write_cache import WriteCase, WriteInputs
+from mla_spec.properties.attention import judge_attention
 from mla_spec.properties.far import far_zeros
-from mla_spec.properties.memory import require_unmodified
 from mla_spec.properties.strategies.sizes import decode_cases, narrowed, write_cases
 from mla_spec.reference.cache import slot_mapping
 from mla_spec.reference.typing import IntArray
-from mla_spec.subjects.driver import tensor_bits
-from mla_spec.subjects.views import WRITE_VIEWS
+from mla_spec.subjects.driver import Tensors, tensor_bits
 from mla_spec.subjects.violation import Violation
-
-WRITE = ("write_cache",)
 
 
 def _storage(x: Tensor) -> Tensor:
     """Everything in the memory that x is a view of, [elements]."""
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+
+
+def _write(run: Run, tensors: Tensors) -> None:
+    """Write into ``tensors["kv_cache"]``."""
+    run.driver.raw(WRITE, None, tensors)
 
 
 class _Write:
@@ -36,7 +40,7 @@ class _Write:
         self.slots = slots // self.pool.shape[1], slots % self.pool.shape[1], 0  # page, row, the one head
         self.rows = torch.cat([tensors["latent"], tensors["k_pe"]], dim=-1)[kept]
         self.before = _storage(self.pool).clone() if keep else None
-        run.driver.write_cache(tensors)
+        _write(run, tensors)
 
     def require_stored(self) -> None:
         """Raise Violation unless every named slot holds its row, bit for bit."""
@@ -73,19 +77,19 @@ class _Write:
 @law(needs=WRITE, cases=write_cases)
 def test_write_cache_stores_latent_then_rope(run: Run, case: WriteCase) -> None:
     """Each named slot holds [latent | k_pe] of its token, bit for bit."""
-    _Write(run, run.driver.write_tensors(case.build())).require_stored()
+    _Write(run, run.driver.tensors(WRITE, case.build())).require_stored()
 
 
 @law(needs=WRITE, cases=write_cases)
 def test_write_cache_changes_named_slots_only(run: Run, case: WriteCase) -> None:
     """Every other byte of the pool is what it was."""
-    _Write(run, run.driver.write_tensors(case.build())).require_rest_unchanged()
+    _Write(run, run.driver.tensors(WRITE, case.build())).require_rest_unchanged()
 
 
 @law(needs=WRITE, cases=narrowed(write_cases, min_tokens=2, min_skipped=0.3))
 def test_write_cache_skips_slot_minus_one(run: Run, case: WriteCase) -> None:
     """Tokens with slot -1 might as well be absent, wherever they stand."""
-    tensors = run.driver.write_tensors(case.build())
+    tensors = run.driver.tensors(WRITE, case.build())
     kept = tensors["slot_mapping"] >= 0
     if not kept.any():
         _Write(run, tensors).require_all()
@@ -93,7 +97,7 @@ def test_write_cache_skips_slot_minus_one(run: Run, case: WriteCase) -> None:
     pools = []
     for tokens in (slice(None), kept):
         arguments = _tokens(tensors, tokens)
-        run.driver.write_cache(arguments)
+        _write(run, arguments)
         pools.append(tensor_bits(arguments["kv_cache"]))
     changed = int((pools[0] != pools[1]).sum())
     run.require(changed == 0, f"{changed} elements of the pool depend on tokens whose slot is -1")
@@ -105,18 +109,10 @@ def _tokens(tensors: dict[str, Tensor], which: Tensor | slice) -> dict[str, Tens
     return chosen | {"kv_cache": tensors["kv_cache"].clone()}
 
 
-@law(needs=WRITE, cases=write_cases)
-def test_write_cache_does_not_modify_its_inputs(run: Run, case: WriteCase) -> None:
-    """Rows and slots have not changed when write_cache returns."""
-    tensors = run.driver.write_tensors(case.build())
-    arguments = {name: x for name, x in tensors.items() if name != "kv_cache"}
-    require_unmodified(run, "write_cache", arguments, lambda: run.driver.write_cache(tensors))
-
-
 @law(needs=WRITE, cases=narrowed(write_cases, min_tokens=3))
 def test_write_cache_calls_are_independent(run: Run, case: WriteCase) -> None:
     """A longer write and then a shorter one into the same pool do what each should."""
-    tensors = run.driver.write_tensors(case.build())
+    tensors = run.driver.tensors(WRITE, case.build())
     cut = case.tokens // 2 + 1
     for part in (slice(cut), slice(cut, None)):
         _Write(run, _tokens(tensors, part) | {"kv_cache": tensors["kv_cache"]}).require_all()
@@ -125,9 +121,9 @@ def test_write_cache_calls_are_independent(run: Run, case: WriteCase) -> None:
 @law(needs=WRITE, cases=write_cases)
 def test_write_cache_reads_strides(run: Run, case: WriteCase) -> None:
     """Views of larger tensors and pools are read and written by their strides, and nothing between their rows changes."""
-    for name, view in WRITE_VIEWS.items():
+    for name, view in WRITE.views.items():
         try:
-            _Write(run, view(run.driver.write_tensors(case.build()))).require_all()
+            _Write(run, view(run.driver.tensors(WRITE, case.build()))).require_all()
         except Violation as violation:
             raise Violation(f"with {name}:\n{violation}") from None
 
@@ -140,7 +136,7 @@ def test_write_cache_reaches_beyond_2_31_elements(run: Run, case: WriteCase) -> 
     slots = np.random.default_rng([case.seed, 6]).permutation(pages * page_size)[:count]
     if slots.max() < 2 * page_size:
         slots[-1] = pages * page_size - 1
-    tensors = _tokens(run.driver.write_tensors(case.build()), slice(count))
+    tensors = _tokens(run.driver.tensors(WRITE, case.build()), slice(count))
     tensors["slot_mapping"] = run.driver.integers(slots, torch.int64)
     tensors["kv_cache"] = far_zeros(tensors["kv_cache"], pages)
     write = _Write(run, tensors, keep=False)
@@ -162,7 +158,7 @@ def test_decode_reads_what_write_cache_wrote(run: Run, case: DecodeCase) -> None
     for table, length in zip(inputs.block_table, inputs.cache_seqlens, strict=True):
         slots: IntArray = slot_mapping(table, np.arange(length), page_size)
         rows = inputs.kv_cache[slots // page_size, slots % page_size, 0]
-        tensors = run.driver.write_tensors(WriteInputs(rows[:, :c], rows[:, c:], inputs.kv_cache, slots))
-        run.driver.write_cache(tensors | {"kv_cache": pool})
-    tensors = run.driver.decode_tensors(inputs) | {"kv_cache": pool}
-    judge_attention(run, run.driver.decode(inputs, tensors), want)
+        tensors = run.driver.tensors(WRITE, WriteInputs(rows[:, :c], rows[:, c:], inputs.kv_cache, slots))
+        _write(run, tensors | {"kv_cache": pool})
+    tensors = run.driver.tensors(DECODE, inputs) | {"kv_cache": pool}
+    judge_attention(run, run.call(DECODE, inputs, tensors), want)

@@ -10,8 +10,9 @@ from mla_spec.adapters.pytorch import TorchAbsorbed
 from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
-from mla_spec.operations.all import LayerCase, LayerGradientCase, parse_case
-from mla_spec.operations.layer import layer_models
+from mla_spec.operations.all import parse_case
+from mla_spec.operations.layer import LayerCase, layer_models
+from mla_spec.operations.layer_gradients import LayerGradientCase
 from mla_spec.planted_bugs import PLANTED
 from mla_spec.properties.strategies.layer import supported_models
 from mla_spec.reference.config import MLAConfig

@@ -82,14 +82,14 @@ def test_record_explains_the_fault() -> None:
 
 
 def test_record_of_changed_bits_explains_the_fault() -> None:
-    text = record_of("F2", "test_unused_cache_slots_are_ignored", minimise=True).text()
+    text = record_of("F2", "test_decode_ignores_unused_cache_slots", minimise=True).text()
     assert " changed from " in text
     assert "unused cache slots were filled with nan" in text
     assert "the bits must be the same" in text
 
 
 def test_record_of_a_crash_names_the_line() -> None:
-    record = record_of("F16", "test_unused_table_entries_are_ignored")
+    record = record_of("F16", "test_decode_ignores_unused_table_entries")
     assert record.verdict == "crashed"
     assert "IndexError" in record.message
     assert "paging.py:" in record.message

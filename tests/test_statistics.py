@@ -14,6 +14,7 @@ from mla_spec.bounds.profile_presets import preset
 from mla_spec.bounds.statistics import FAMILY_ALPHA, bias_p_value, excess_p_value
 from mla_spec.judging.law import Law, Options
 from mla_spec.judging.run import run_law
+from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.proof.emulated import EmulatedKernel, Schedule
 from mla_spec.properties import test_statistics as laws
 from mla_spec.reference.typing import Array
@@ -97,7 +98,7 @@ def p_values(kernel: EmulatedKernel, dtype: str, design: laws.Design) -> dict[st
     """Of every quantity, "LSE" and "level" as well."""
     inputs = laws.statistics_case(design, kernel.supports, dtype).build()
     model = laws.model_of(inputs, kernel.profile[dtype])
-    out, lse = Driver(kernel, dtype).decode(inputs)
+    out, lse = Driver(kernel, dtype).call(DECODE, inputs)
     error = model.error(out.value)
     found = {e.what: e.p_value for e in laws._estimates(model, inputs, error)}
     found["level"] = excess_p_value((error**2).sum(-1) / model.mean_square)
@@ -164,11 +165,11 @@ class Scaled(EmulatedKernel):
 @pytest.mark.parametrize(
     ("kernel", "law"),
     [
-        (Scaled(scale=1.0005, lse=False), "test_output_is_unbiased"),
-        (Scaled(scale=0.9995, lse=False), "test_output_is_unbiased"),
-        (Scaled(scale=1.0001), "test_lse_is_unbiased"),
-        (Scaled(lse_error=3e-4, row_sum="rounded"), "test_lse_is_unbiased"),
-        (Scaled(lse_error=-3e-4, row_sum="rounded"), "test_lse_is_unbiased"),
+        (Scaled(scale=1.0005, lse=False), "test_decode_output_is_unbiased"),
+        (Scaled(scale=0.9995, lse=False), "test_decode_output_is_unbiased"),
+        (Scaled(scale=1.0001), "test_decode_lse_is_unbiased"),
+        (Scaled(lse_error=3e-4, row_sum="rounded"), "test_decode_lse_is_unbiased"),
+        (Scaled(lse_error=-3e-4, row_sum="rounded"), "test_decode_lse_is_unbiased"),
     ],
 )
 def test_small_faults_in_bfloat16_are_found(kernel: Scaled, law: str) -> None:
@@ -179,16 +180,16 @@ def test_small_faults_in_bfloat16_are_found(kernel: Scaled, law: str) -> None:
 
 def test_record_says_what_is_off_and_by_how_much() -> None:
     kernel = Scaled(scale=1.002, lse=False)
-    record = run_law(laws.test_output_is_unbiased.law, kernel, Options(spec=("kernel",)))
+    record = run_law(laws.test_decode_output_is_unbiased.law, kernel, Options(spec=("kernel",)))
     first, second = record.message.splitlines()
     assert first.startswith("softmax_scale is off by +")
     assert float(first.split()[4]) == pytest.approx(2e-3, rel=0.1)
     assert second.startswith("a subject that is what it declares shows this with probability ")
-    assert f"--law test_output_is_unbiased --case {record.case}" in record.replay
+    assert f"--law test_decode_output_is_unbiased --case {record.case}" in record.replay
 
 
 def test_passing_record_tells_the_evidence() -> None:
-    record = run_law(laws.test_error_is_as_small_as_declared.law, Scaled(), Options())
+    record = run_law(laws.test_decode_error_is_as_small_as_declared.law, Scaled(), Options())
     assert record.verdict == "pass"
     assert record.cases == len(laws.DESIGNS)
     assert record.worst is not None
@@ -196,7 +197,7 @@ def test_passing_record_tells_the_evidence() -> None:
 
 
 def test_cases_are_the_same_whatever_the_seed_and_the_number_of_examples() -> None:
-    law, kernel = laws.test_lse_is_unbiased.law, EmulatedKernel()
+    law, kernel = laws.test_decode_lse_is_unbiased.law, EmulatedKernel()
     records = [run_law(law, kernel, Options(examples=n, seed=n, dtypes=("bfloat16",))) for n in (1, 200)]
     assert records[0].worst_case == records[1].worst_case
     assert records[0].cases == records[1].cases == len(laws.DESIGNS)
@@ -207,5 +208,5 @@ def test_prediction_of_the_mean_square_is_near() -> None:
     kernel = Scaled()
     inputs = laws.statistics_case(SMALL[0], kernel.supports, "bfloat16").build()
     model = laws.model_of(inputs, kernel.profile["bfloat16"])
-    error: Array = model.error(Driver(kernel, "bfloat16").decode(inputs)[0].value)
+    error: Array = model.error(Driver(kernel, "bfloat16").call(DECODE, inputs)[0].value)
     assert 0.1 < float(np.mean((error**2).sum(-1) / model.mean_square)) < 1

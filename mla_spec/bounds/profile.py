@@ -95,6 +95,7 @@ class Profile:
         cache_dequantised: format to which the rows of a quantised cache are rounded before they are used; None where
             code times scale stays exact, or is rounded to the softmax's format only.
         batch_invariant: a sequence gives the same bits alone and in any batch.
+        deterministic: the same call gives the same bits every time.
 
     Raises:
         ValueError: an unknown format or option.
@@ -124,6 +125,7 @@ class Profile:
     rope: RopeProfile = field(default_factory=RopeProfile)
     cache_dequantised: str | None = None
     batch_invariant: bool = False
+    deterministic: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", self.output or self.dtype)

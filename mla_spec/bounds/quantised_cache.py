@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mla_spec.bounds.profile import gamma
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.reference.cache_layout import CacheLayout, QuantisedRows
 from mla_spec.reference.formats import format_of, round_to
 from mla_spec.reference.quantised_cache import dequantise, group_amax, nearest_codes, require_rows, rounded_up
@@ -64,3 +65,20 @@ def error_bound(rows: Array, scales: Array, layout: CacheLayout, *, arithmetic: 
     quotient = 2 * gamma(3, format_of(arithmetic).unit_roundoff)
     own = 2 * format_of("float64").unit_roundoff  # of the subtraction and of this bound
     return np.abs(rows - nearest) * (1 + own) + np.where(computed, quotient * np.abs(rows), 0.0)
+
+
+def quantised_error(rows: Array, scales: Array, layout: CacheLayout) -> ErrorBound:
+    """How far stored rows may be from those that were quantised, with the scales that were stored."""
+    # What was stored with a scale NaN is NaN, and so outside any bound.
+    scales = np.where(np.isnan(scales), 1.0, scales)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return ErrorBound({"rounding to the nearest code": error_bound(rows, scales, layout)})
+
+
+def dequantised_error(rows: Array, profile: Profile) -> ErrorBound:
+    """How far rows that are read may be from code times scale: rounded in the arithmetic, and then to the dtype."""
+    fmt = format_of(profile.dtype)
+    rate = fmt.unit_roundoff + 2 * format_of(profile.softmax).unit_roundoff
+    exact = round_to(rows, fmt.name) == rows
+    error = np.where(exact, 0.0, rate * np.abs(rows) + fmt.smallest_subnormal / 2)
+    return ErrorBound({f"rounding to {fmt.name}": error})

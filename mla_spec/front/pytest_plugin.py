@@ -93,7 +93,16 @@ def read_xfails(path: str) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise pytest.UsageError(f"--mla-xfails: cannot read {path}: {error.strerror}") from error
-    return [line for line in (raw.partition("#")[0].strip() for raw in text.splitlines()) if line]
+    lines = (raw.partition("#")[0].strip() for raw in text.splitlines())
+    return [_current_id(line) for line in lines if line]
+
+
+def _current_id(line: str) -> str:
+    """An id with the law's name of today."""
+    from mla_spec.judging.renamed import current_name
+
+    name, bracket, subject = line.partition("[")
+    return current_name(name) + bracket + subject
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mla_spec.judging.verdict import Record
+from mla_spec.operations.all import OPERATIONS
 from mla_spec.subjects.contract import (
-    OPERATIONS,
     offers,
     profile_of,
     subject_name,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from mla_spec.installed import all_laws
 from mla_spec.judging.law import Law, Options
+from mla_spec.judging.renamed import current_name
 from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
 from mla_spec.subjects.contract import require_subject
@@ -15,12 +16,14 @@ from mla_spec.subjects.contract import require_subject
 def find_laws(names: Iterable[str]) -> list[Law]:
     """The laws called ``names``, or all when there are none.
 
+    An earlier name of a law is honored, with a warning.
+
     Raises:
         ValueError: no law has the name; the message suggests close ones.
     """
     laws = all_laws()
     found = []
-    for name in names:
+    for name in map(current_name, names):
         if name not in laws:
             close = difflib.get_close_matches(name, laws, n=3, cutoff=0.4)
             hint = f"did you mean {', '.join(close)}?" if close else "see `mla-spec laws`"

@@ -131,4 +131,4 @@ def _serve(connection: Connection) -> None:
         law, options, signature = connection.recv()
         if options.spec != spec:
             subject, spec = resolve_subject(options.spec[0], signature), options.spec
-        connection.send(run_law(laws[law], subject, replace(options, announce=connection.send)))
+        connection.send(run_law(laws[law], subject, replace(options, announce=connection.send, isolated=True)))

@@ -11,8 +11,9 @@ from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.judge import judge_same_bits, judge_within, require_meaningful
 from mla_spec.operations.case import Case
+from mla_spec.operations.operation import Operation
 from mla_spec.reference.typing import Array
-from mla_spec.subjects.driver import Driver, Result
+from mla_spec.subjects.driver import Driver, Result, Results, Tensors
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class Run:
     """What a law's function works with: a driver of the subject, and the judge.
 
-    The judge's largest error / bound over the law's cases is kept in ``worst``. ``compile`` is that of the options.
+    The judge's largest error / bound over the law's cases is kept in ``worst``. ``compile`` and ``isolated`` are those of the options.
     """
 
     driver: Driver
@@ -34,6 +35,23 @@ class Run:
     worst_case: str = ""
     case_id: str = ""
     compile: str | None = None
+    isolated: bool = False
+
+    def call(self, operation: Operation, inputs: Any, tensors: Tensors | None = None) -> Results:
+        """The outputs of an operation of the subject. ``tensors`` replace those built from ``inputs``."""
+        return self.driver.call(operation, inputs, tensors)
+
+    def agrees(self, operation: Operation, inputs: Any, got: Results) -> None:
+        """Judge the outputs of a call on ``inputs`` against what they must be."""
+        for part, want in zip(got, operation.expected(inputs, self.profile, self.supports), strict=True):
+            if part is not None and want is not None:
+                want.judge(self, part)
+
+    def same(self, got: Results, want: Results, why: str) -> None:
+        """No bit of any output differs."""
+        for a, b in zip(got, want, strict=True):
+            if a is not None and b is not None:
+                self.same_bits(a, b, why)
 
     def within(self, got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> None:
         """``judge_within``, recorded."""
@@ -61,6 +79,11 @@ class Run:
         """Raise Violation with ``message`` unless ``condition``."""
         if not condition:
             raise Violation(message)
+
+
+def _names(needs: Needed) -> tuple[str, ...]:
+    each = needs if isinstance(needs, tuple) else (needs,)
+    return tuple(operation if isinstance(operation, str) else operation.name for operation in each)
 
 
 CaseSource = Callable[[Supports, Profile], "SearchStrategy[Any] | list[Any]"]
@@ -94,9 +117,13 @@ class Law:
         return (self.check.__doc__ or "").strip().splitlines()[0]
 
 
+Needed = Operation | str | tuple[Operation | str, ...]
+"""The operations that a law needs, or their names."""
+
+
 def law(
     *,
-    needs: tuple[str, ...],
+    needs: Needed,
     cases: CaseSource,
     missing: Callable[[Supports], str] = lambda _: "",
     unavailable: Callable[[Options], str] = lambda _: "",
@@ -105,18 +132,23 @@ def law(
     """Make a law of a function (run, case); what remains is a pytest test that takes the fixture ``mla_check``."""
 
     def decorate(check: Callable[[Run, Any], None]) -> Callable[[Any], None]:
-        made = Law(check.__name__, needs, cases, check, missing, unavailable, cost)
-
-        def test(mla_check: Callable[[Law], None]) -> None:
-            mla_check(made)
-
-        # Not functools.wraps: pytest would look through it to the parameters of ``check``.
-        test.__name__, test.__qualname__, test.__doc__ = check.__name__, check.__qualname__, check.__doc__
-        test.__module__ = check.__module__
-        test.law = made  # type: ignore[attr-defined]
-        return test
+        made = Law(check.__name__, _names(needs), cases, check, missing, unavailable, cost)
+        return as_test(made, check.__module__)
 
     return decorate
+
+
+def as_test(made: Law, module: str) -> Callable[[Any], None]:
+    """A pytest test of ``module`` that takes the fixture ``mla_check``, and bears the law as ``law``."""
+
+    def test(mla_check: Callable[[Law], None]) -> None:
+        mla_check(made)
+
+    # Not functools.wraps: pytest would look through it to the parameters of ``check``.
+    test.__name__ = test.__qualname__ = made.name
+    test.__doc__, test.__module__ = made.check.__doc__, module
+    test.law = made  # type: ignore[attr-defined]
+    return test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +165,7 @@ class Options:
         case: run this one case instead.
         minimise: whether a failing case is made smaller.
         compile: backend of ``torch.compile`` with which laws of compiled operations run; None where they do not.
+        isolated: whether a subject that ends the process costs one law only.
         spec: arguments by which ``mla-spec check`` finds the subject, for replay commands; None where it cannot.
         announce: called with each case before it runs.
     """
@@ -145,6 +178,7 @@ class Options:
     case: Case | None = None
     minimise: bool = True
     compile: str | None = None
+    isolated: bool = False
     spec: tuple[str, ...] | None = None
     announce: Callable[[Case], None] | None = None
 

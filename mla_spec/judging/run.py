@@ -20,7 +20,7 @@ from mla_spec.judging.verdict import (
     Verdict,
     merge,
 )
-from mla_spec.operations.all import Case
+from mla_spec.operations.case import Case
 from mla_spec.subjects.contract import (
     offers,
     profile_of,
@@ -28,6 +28,7 @@ from mla_spec.subjects.contract import (
     supports_of,
 )
 from mla_spec.subjects.driver import Driver
+from mla_spec.subjects.memory import filled_memory
 from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation
 
 # Under the name "hypothesis" later examples repeat parts of earlier ones, which is no use where the values come from a
@@ -56,10 +57,11 @@ def run_law(made: Law, subject: object, options: Options = Options()) -> Record:
     torch.set_num_threads(options.threads)
     try:
         records = []
-        for dtype in dtypes:
-            records.append(_run_dtype(made, subject, dtype, share, options))
-            if records[-1].verdict not in ("pass", "incomplete"):
-                break
+        with filled_memory(options.device):
+            for dtype in dtypes:
+                records.append(_run_dtype(made, subject, dtype, share, options))
+                if records[-1].verdict not in ("pass", "incomplete"):
+                    break
         return merge(records)
     finally:
         torch.set_num_threads(before)
@@ -85,7 +87,8 @@ _FLAKY = "the same inputs gave a violation once and none when repeated: the subj
 
 def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: Options) -> Record:
     driver = Driver(subject, dtype, options.device)
-    run = Run(driver, profile_of(subject, dtype), supports_of(subject), compile=options.compile)
+    profile, supports = profile_of(subject, dtype), supports_of(subject)
+    run = Run(driver, profile, supports, compile=options.compile, isolated=options.isolated)
     cases = 0
     failed = False
     last: Case | None = None

@@ -1,90 +1,96 @@
-"""Cases: the inputs of one call, as plain data that can be written down, replayed and built again.
-
-A case holds structure and a seed; ``build`` makes the values from a seeded generator, exactly representable in the case's
-dtype. Its id is one string that carries all of it.
-"""
+"""Every operation, and every kind of case."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import ModuleType
+
+from mla_spec.operations import (
+    absorb,
+    decode,
+    dequantize_weight,
+    gradients,
+    indexer,
+    layer,
+    layer_gradients,
+    merge,
+    prefill,
+    project_indexer,
+    quantised_cache,
+    rope,
+    shards,
+    sparse,
+    write_cache,
+)
 from mla_spec.operations.case import Case, read_case
-from mla_spec.operations.decode import DecodeCase, DecodeInputs
-from mla_spec.operations.dequantize_weight import QuantisedLayerCase, WeightCase
-from mla_spec.operations.gradients import PrefillBackwardCase, SparseBackwardCase
-from mla_spec.operations.layer import LayerCase, LayerInputs
-from mla_spec.operations.layer_gradients import LayerGradientCase, LayerGradientInputs
-from mla_spec.operations.merge import MergeCase, MergeInputs
-from mla_spec.operations.prefill import PrefillCase, PrefillInputs
-from mla_spec.operations.project_indexer import ProjectIndexerCase
-from mla_spec.operations.quantised_cache import PagesCase, QuantiseCase, QuantisedDecodeCase
-from mla_spec.operations.rope import YARN, RopeCase, make_rope
-from mla_spec.operations.shards import ShardedLayerCase
-from mla_spec.operations.sparse import (
-    IndexedAttentionCase,
-    IndexerCase,
-    SparseDecodeCase,
-    SparsePrefillCase,
+from mla_spec.operations.operation import Operation
+from mla_spec.operations.regimes import Regime
+
+
+@dataclass(frozen=True)
+class Composite:
+    """An operation that gives no tensors but an object, or a table of weights; a driver of its own calls it.
+
+    Attributes:
+        name: of the subject's method.
+        call, returns: as one writes them.
+        contract: the text that states it.
+    """
+
+    name: str
+    call: str
+    returns: str
+    contract: str
+
+
+def _composite(module: ModuleType, call: str, returns: str) -> Composite:
+    assert module.__doc__ is not None
+    return Composite(call.partition("(")[0], call, returns, module.__doc__)
+
+
+CALLED: tuple[Operation, ...] = (
+    rope.OPERATION,
+    absorb.OPERATION,
+    dequantize_weight.OPERATION,
+    prefill.OPERATION,
+    decode.OPERATION,
+    merge.OPERATION,
+    write_cache.OPERATION,
+    quantised_cache.QUANTIZE_CACHE,
+    quantised_cache.DEQUANTIZE_CACHE,
+    quantised_cache.DECODE_QUANTIZED,
+    sparse.SPARSE_PREFILL,
+    sparse.SPARSE_DECODE,
+    project_indexer.OPERATION,
+    indexer.OPERATION,
 )
-from mla_spec.operations.write_cache import WriteCase, WriteInputs
+"""The operations that take tensors and give tensors."""
 
-__all__ = [
-    "KINDS",
-    "YARN",
-    "Case",
-    "DecodeCase",
-    "DecodeInputs",
-    "IndexedAttentionCase",
-    "IndexerCase",
-    "LayerCase",
-    "LayerGradientCase",
-    "LayerGradientInputs",
-    "LayerInputs",
-    "MergeCase",
-    "MergeInputs",
-    "PagesCase",
-    "PrefillBackwardCase",
-    "PrefillCase",
-    "PrefillInputs",
-    "ProjectIndexerCase",
-    "QuantiseCase",
-    "QuantisedDecodeCase",
-    "QuantisedLayerCase",
-    "RopeCase",
-    "ShardedLayerCase",
-    "SparseBackwardCase",
-    "SparseDecodeCase",
-    "SparsePrefillCase",
-    "WeightCase",
-    "WriteCase",
-    "WriteInputs",
-    "make_rope",
-    "parse_case",
-]
-
-_CLASSES: tuple[type[Case], ...] = (
-    RopeCase,
-    PrefillCase,
-    PrefillBackwardCase,
-    DecodeCase,
-    MergeCase,
-    WriteCase,
-    WeightCase,
-    QuantiseCase,
-    PagesCase,
-    QuantisedDecodeCase,
-    SparsePrefillCase,
-    SparseDecodeCase,
-    SparseBackwardCase,
-    ProjectIndexerCase,
-    IndexerCase,
-    IndexedAttentionCase,
-    LayerCase,
-    QuantisedLayerCase,
-    LayerGradientCase,
-    ShardedLayerCase,
+COMPOSITES: tuple[Composite, ...] = (
+    _composite(layer, "layer(weights, config)", "an object with prefill, decode, reset and cache_bytes"),
+    _composite(shards, "shard_layer(weights, config, *, ranks)", "[(weights, config), ...], one per rank"),
+    _composite(shards, "gather_gradients(gradients, *, config)", "{name: gradient}"),
 )
 
-KINDS: dict[str, type[Case]] = {c.kind: c for c in _CLASSES}
+_EVERY: tuple[Operation | Composite, ...] = (*CALLED, *COMPOSITES)
+
+OPERATIONS = {operation.name: operation for operation in _EVERY}
+"""Every operation of the contract by name, in the order of reports."""
+
+_REGIMES: dict[type[Case], tuple[Regime, ...]] = {
+    **{operation.case: operation.regimes for operation in CALLED},
+    **gradients.REGIMES,
+    indexer.IndexedAttentionCase: indexer.INDEXED_REGIMES,
+    layer.LayerCase: (*layer.REGIMES, *layer.DECODING),
+    dequantize_weight.QuantisedLayerCase: layer.REGIMES,
+    layer_gradients.LayerGradientCase: layer.REGIMES,
+    shards.ShardedLayerCase: shards.REGIMES,
+}
+KINDS: dict[str, type[Case]] = {case.kind: case for case in _REGIMES}
 """The classes of cases by the word that begins their ids."""
+
+REGIMES: dict[str, tuple[Regime, ...]] = {case.kind: regimes for case, regimes in _REGIMES.items()}
+"""The regimes of each kind of case."""
 
 
 def parse_case(text: str) -> Case:
@@ -93,3 +99,8 @@ def parse_case(text: str) -> Case:
     if kind not in KINDS:
         raise ValueError(f"case {text!r}: unknown kind {kind!r}; known are {', '.join(KINDS)}")
     return read_case(KINDS[kind], text)
+
+
+def regimes_of(case: Case) -> tuple[str, ...]:
+    """The regimes to which a case belongs."""
+    return tuple(name for name, holds in REGIMES[case.kind] if holds(case))

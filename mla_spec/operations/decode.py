@@ -1,16 +1,35 @@
-"""Cases of ``decode``, which laws of absorption use as well."""
+"""``decode``: attention of a few queries per sequence over a paged latent cache.
+
+q is [b, s, h, c+r]. kv_cache is [pages, page_size, 1, c+r], rows [latent | k_pe]; the values are their first
+``head_dim_v`` elements. block_table int32 [b, max pages] names the pages of each sequence. cache_seqlens int32 [b] counts
+its tokens, the s new ones among them. Query i of s sees keys 0 .. seqlen - s + i where ``causal``, all keys otherwise.
+
+Whatever lies beyond a sequence's length, in pages or in table entries, may hold anything. Returned are out [b, s, h,
+head_dim_v] in the dtype and the LSE [b, h, s], the natural logarithm, in float32 or better, or None where
+``supports.lse`` is False. A row that sees no key gives what ``supports.empty_row`` declares. The memory in use grows no
+faster than the batch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mla_spec.bounds.attention import BoundedAttention, InheritedError, attention_with_bound
+from mla_spec.bounds.merge import BoundedMerge
+from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
+from mla_spec.operations.operation import Expected, Operation, View, Within
+from mla_spec.operations.regimes import QUERIES, SCORES, values
+from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.signature import Argument, Output
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
 
 CANCELLATION = 16.0
 """By how much the products of a score are larger than the score in the regime "cancelling"."""
@@ -117,3 +136,135 @@ class DecodeCase(Case):
         kv_b_proj = rng.standard_normal(weight_shapes(config)["kv_b_proj"]) / np.sqrt(self.kv_lora_rank)
         q_nope = rng.standard_normal((len(self.seqlens), self.s, self.num_heads, self.qk_nope_head_dim))
         return round_to(kv_b_proj, self.dtype), config, round_to(q_nope, self.dtype)
+
+
+def decode_expected(
+    inputs: DecodeInputs, profile: Profile, inherited_q: Array | None = None, probable: bool = False
+) -> BoundedAttention:
+    """Exact decode and its bound; ``inherited_q`` is how far q may be from an exact one."""
+    rows = gather_rows(inputs.kv_cache, inputs.block_table, inputs.cache_seqlens)[:, :, None]  # [b, t, 1, c+r]
+    values = rows[..., : inputs.head_dim_v]
+    inherited = None
+    if inherited_q is not None:
+        inherited = InheritedError(inherited_q, 0 * rows, 0 * values)
+    return attention_with_bound(
+        inputs.q,
+        rows,
+        values,
+        softmax_scale=inputs.softmax_scale,
+        profile=profile,
+        cache_seqlens=inputs.cache_seqlens,
+        causal=inputs.causal,
+        inherited=inherited,
+        probable=probable,
+    )
+
+
+def declared_lse(lse: Array, supports: Supports) -> Array:
+    """The exact LSE with the value that the subject declares for rows without keys."""
+    return np.where(np.isneginf(lse), np.inf, lse) if supports.empty_row == "zero/+inf" else lse
+
+
+def attention_expected(want: BoundedAttention | BoundedMerge, supports: Supports) -> tuple[Expected | None, ...]:
+    """Out and LSE of an attention."""
+    return Within(want.out, want.out_error, gate=True), Within(declared_lse(want.lse, supports), want.lse_error)
+
+
+def shortened(inputs: DecodeInputs) -> DecodeInputs:
+    """Sequences of half the length, but of no fewer tokens than there are queries."""
+    lengths, s = inputs.cache_seqlens, inputs.q.shape[1]
+    return replace(inputs, cache_seqlens=np.maximum(lengths // 2, np.minimum(lengths, s)).astype(np.int32))
+
+
+def _others(case: DecodeCase) -> tuple[DecodeInputs, ...]:
+    """Half the lengths and half the scale; and the lengths of the same sequences in another order."""
+    shorter = shortened(replace(case, seed=case.seed + 1).build())
+    shorter = replace(shorter, softmax_scale=shorter.softmax_scale / 2)
+    return shorter, replace(case, seed=case.seed + 2, seqlens=case.seqlens[::-1]).build()
+
+
+DISTANT_PAGES = 3
+
+
+def in_three_pages(inputs: DecodeInputs) -> tuple[DecodeInputs, IntArray]:
+    """Sequences that share three pages, of which the last comes first, and which pages of the pool they were."""
+    page_size, (b, s) = inputs.kv_cache.shape[1], inputs.q.shape[:2]
+    longest = int(inputs.cache_seqlens.argmax())
+    used = max(1, -(-int(inputs.cache_seqlens[longest]) // page_size))
+    pages = np.resize(inputs.block_table[longest, :used], DISTANT_PAGES)
+    table = np.tile(np.array([2, 0, 1], dtype=np.int32), (b, 1))
+    lengths = np.minimum(inputs.cache_seqlens, DISTANT_PAGES * page_size)
+    kept = min(s, DISTANT_PAGES)  # no more queries than there are keys for each, where there were
+    moved = replace(
+        inputs, q=inputs.q[:, :kept], kv_cache=inputs.kv_cache[pages], block_table=table, cache_seqlens=lengths
+    )
+    return moved, pages
+
+
+def _distant(case: DecodeCase) -> DecodeInputs:
+    """Three sequences in three pages."""
+    inputs, _ = in_three_pages(replace(case, seqlens=tuple(np.resize(case.seqlens, DISTANT_PAGES).tolist())).build())
+    return inputs
+
+
+def without_spare_pages(inputs: DecodeInputs) -> tuple[DecodeInputs, IntArray]:
+    """A pool of the pages that sequences need, in the order of their numbers, and which they were; tables as wide as needed."""
+    needed = -(-inputs.cache_seqlens // inputs.kv_cache.shape[1])  # [b]
+    width = max(1, int(needed.max()))
+    table = inputs.block_table[:, :width]
+    used = np.arange(width) < needed[:, None]  # [b, width]
+    pages = np.unique(table[used])
+    pages = pages if len(pages) else np.zeros(1, dtype=int)
+    renamed = np.where(used, np.searchsorted(pages, table), 0).astype(np.int32)
+    return replace(inputs, kv_cache=inputs.kv_cache[pages], block_table=renamed), pages
+
+
+ATTENTION_OUTPUTS = (
+    Output("out", "[b, s, h, head_dim_v]", lambda inputs: (*inputs.q.shape[:3], inputs.head_dim_v)),
+    Output(
+        "lse",
+        "[b, h, s] or None",
+        lambda inputs: (inputs.q.shape[0], inputs.q.shape[2], inputs.q.shape[1]),
+        "float32 or better",
+        offered=lambda supports: supports.lse,
+    ),
+)
+"""What ``decode`` returns, from whatever cache."""
+
+TABLE_VIEWS: dict[str, View] = {
+    "q as a slice of a wider row": viewed(slice_of_wider, "q", -1, ROW_PADDING),
+    "q with head and batch axes exchanged in memory": viewed(transposed, "q", 0, 2),
+    "block_table narrowed from a wider one": viewed(slice_of_wider, "block_table", 1, 3),
+    "cache_seqlens as every other element": viewed(every_other, "cache_seqlens"),
+}
+
+POOL_VIEWS: dict[str, View] = {
+    "kv_cache with rows longer than c + r": viewed(slice_of_wider, "kv_cache", -1, ROW_PADDING),
+    "kv_cache with pages further apart than a page": viewed(slice_of_wider, "kv_cache", 1, 3),
+}
+
+OPERATION = Operation(
+    name="decode",
+    contract=__doc__,
+    case=DecodeCase,
+    arguments=(
+        Argument("q", "[b, s, h, c+r]", far=True),
+        Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),
+        Argument("block_table", "[b, max pages]", "int32"),
+        Argument("cache_seqlens", "[b]", "int32"),
+    ),
+    keywords=("head_dim_v", "softmax_scale", "causal"),
+    outputs=ATTENTION_OUTPUTS,
+    expected=lambda inputs, profile, supports: attention_expected(decode_expected(inputs, profile), supports),
+    views=TABLE_VIEWS | POOL_VIEWS,
+    regimes=(
+        *values("regime", "typical", "outlier", "ties", "offset", "sink", "cancelling"),
+        *SCORES,
+        *QUERIES,
+        ("no keys", lambda case: 0 in case.seqlens),
+        ("ragged lengths", lambda case: len(set(case.seqlens)) > 1),
+    ),
+    others=_others,
+    distant=_distant,
+    tight=lambda inputs: without_spare_pages(inputs)[0],
+)

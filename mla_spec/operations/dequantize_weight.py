@@ -1,16 +1,30 @@
-"""Cases of ``dequantize_weight``, and of layers whose weights went through it."""
+"""``dequantize_weight``: a weight from its codes and the scales of its blocks.
+
+codes are float8_e4m3fn [out, in] and scales float32 [blocks of rows, blocks of columns], the ``weight_scale_inv`` of
+checkpoints. ``block_size`` is (rows, columns) of a block; the last blocks may be smaller
+(``mla_spec.reference.block_scales``). Returned is the weight [out, in] in ``dtype``: code times scale, computed in float32
+or better (float64 for float64), and rounded to the dtype once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.quantised_cache import dequantised_error
 from mla_spec.operations.case import Case
-from mla_spec.operations.layer import LayerCase, LayerInputs
+from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
+from mla_spec.operations.operation import Expected, Operation, Within
 from mla_spec.reference.block_scales import CODE, BlockSize, dequantise_weight, quantise_weight, scales_shape
 from mla_spec.reference.formats import decode_bits, format_of, round_to
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.driver import Driver
+from mla_spec.subjects.signature import Argument, Output
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import ROW_PADDING, slice_of_wider, transposed, viewed
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,11 @@ class WeightCase(Case):
         return WeightInputs(codes, scales, self.block_size, dequantise_weight(codes, scales, self.block_size))
 
 
+def _partial(case: Any) -> bool:
+    """Whether the last blocks of rows or columns are smaller than the others."""
+    return bool(case.rows % case.block_rows or case.columns % case.block_columns)
+
+
 @dataclass(frozen=True)
 class QuantisedLayerInputs:
     """A layer, and those of its weights that are matrices as codes and scales; the weights are their exact values."""
@@ -85,3 +104,51 @@ class QuantisedLayerCase(LayerCase):
         exact = dequantise_weight(codes, scales, block_size)
         codes = np.where(round_to(exact, self.dtype) == exact, codes, 0.0)  # subnormals of float16
         return WeightInputs(codes, scales, block_size, dequantise_weight(codes, scales, block_size))
+
+
+def expected(inputs: WeightInputs, profile: Profile, supports: Supports) -> tuple[Expected | None, ...]:
+    """Code times scale, rounded to the dtype."""
+    return (Within(inputs.weight, dequantised_error(inputs.weight, profile)),)
+
+
+def _distant(case: WeightCase) -> WeightInputs:
+    return replace(case, rows=3, block_rows=1).build()
+
+
+OPERATION = Operation(
+    name="dequantize_weight",
+    contract=__doc__,
+    case=WeightCase,
+    arguments=(
+        Argument("codes", "[out, in]", "codes", far=True),
+        Argument("scales", "[blocks of rows, blocks of columns]", "float32", far=True),
+    ),
+    keywords=("block_size", "dtype"),
+    outputs=(Output("weight", "[out, in]", lambda inputs: inputs.codes.shape),),
+    expected=expected,
+    views={
+        "codes as a slice of wider rows": viewed(slice_of_wider, "codes", -1, ROW_PADDING),
+        "codes stored column by column": viewed(transposed, "codes", 0, 1),
+        "scales as a slice of wider rows": viewed(slice_of_wider, "scales", -1, 3),
+        "scales stored column by column": viewed(transposed, "scales", 0, 1),
+    },
+    regimes=(
+        ("whole blocks", lambda case: not _partial(case)),
+        ("smaller last blocks", lambda case: _partial(case)),
+        ("several blocks", lambda case: case.rows > case.block_rows and case.columns > case.block_columns),
+        ("published block size", lambda case: case.block_size == (128, 128)),
+        ("powers of two", lambda case: case.power_of_two),
+        ("any scales", lambda case: not case.power_of_two),
+    ),
+    others=lambda case: (replace(case, seed=case.seed + 1).build(),),
+    distant=_distant,
+)
+
+
+def layer_of_dequantised(driver: Driver, inputs: QuantisedLayerInputs) -> LayerDriver:
+    """A layer of the weights as the driver's subject dequantised them."""
+    tensors = {name: driver.tensor(w) for name, w in inputs.layer.weights.items() if name not in inputs.quantised}
+    for name, each in inputs.quantised.items():
+        (tensors[name],) = driver.raw(OPERATION, each, driver.tensors(OPERATION, each))
+        driver.result(tensors[name], name, each.codes.shape)
+    return LayerDriver(driver, driver.guard(lambda: driver.subject.layer(tensors, inputs.layer.config)), tensors)

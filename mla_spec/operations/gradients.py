@@ -1,19 +1,35 @@
-"""Cases of the backward pass of ``prefill`` and ``sparse_prefill``: their inputs, and the gradients that arrive.
+"""Gradients through ``prefill`` and ``sparse_prefill``, as autograd gives them.
 
-Their regimes, beside "typical" and "outlier": "aligned": keys, and values, are two opposite rows with noise, queries are one
-row with noise, and so are gradients, so that few terms of a sum cancel.
+They are judged where ``supports.backward`` names the operation, or names none and the output requires a gradient. Each tensor
+that requires a gradient (q, k and v; q and kv; hidden and the weights of a ``layer``) gets one of its shape and dtype, for
+any gradient of out, whatever its strides, and of the LSE where ``supports.lse_backward``. max_logits has none, and attn_sink
+is a constant. Queries that see no key, keys that no query sees, and rows of kv that no entry selects have gradient 0.
+
+Cases have two regimes beside "typical" and "outlier". In "aligned", keys, and values, are two opposite rows with noise, queries
+are one row with noise, and so are gradients: few terms of a sum cancel.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 
+from mla_spec.operations.case import Case
+from mla_spec.operations.operation import View
+from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase, PrefillInputs
-from mla_spec.operations.sparse import SparseInputs, SparsePrefillCase
+from mla_spec.operations.regimes import Regime, values
+from mla_spec.operations.sparse import SPARSE_PREFILL, SparseInputs, SparsePrefillCase
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.driver import TORCH_DTYPES, Driver, Result
+from mla_spec.subjects.views import ROW_PADDING, slice_of_wider, transposed, viewed
+from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation
 
 NOISE = 0.25
 """Standard deviation of the noise of aligned rows whose elements are -1 and 1."""
@@ -137,3 +153,92 @@ def _orthogonal(rng: np.random.Generator, counts: IntArray) -> IntArray:
 def _sides(keys: int) -> Array:
     """-1 and 1 in turn, so that a query that sees several keys sees both."""
     return np.where(np.arange(keys) % 2, 1.0, -1.0)
+
+
+Tensors = dict[str, torch.Tensor]
+Gradients = dict[str, Result]
+
+
+class BackwardDriver(Driver):
+    """A driver whose calls autograd records."""
+
+    recording = True
+
+    def guard(self, call: Callable[[], Any]) -> Any:
+        """Run a call into the subject, which may refuse to be recorded where it never spoke of gradients."""
+        try:
+            return super().guard(call)
+        except SubjectCrashed as error:
+            if self.supports.backward is None and re.search("grad|derivative", str(error)):
+                raise NotOffered(f"autograd cannot record it: {error}") from error
+            raise
+
+    @classmethod
+    def of(cls, driver: Driver) -> BackwardDriver:
+        """For the subject of another driver."""
+        return cls(driver.subject, driver.dtype, driver.device)
+
+    def prefill_gradients(
+        self, inputs: PrefillInputs, tensors: Tensors, names: Sequence[str] = ("q", "k", "v")
+    ) -> Gradients:
+        """Gradients of q, k and v, or only those of ``names``; the others require none.
+
+        ``tensors`` are the arguments, ``out_grad`` and, where wanted, ``lse_grad``.
+        """
+        leaves = _leaves(tensors, names)
+        out, lse = self.raw(PREFILL, inputs, leaves)
+        return self.gradients("prefill", leaves, names, out, lse)
+
+    def sparse_gradients(self, inputs: SparseInputs, tensors: Tensors, names: Sequence[str] = ("q", "kv")) -> Gradients:
+        """Gradients of q and kv, as ``prefill_gradients``."""
+        leaves = _leaves(tensors, names)
+        out, _, lse = self.raw(SPARSE_PREFILL, inputs, leaves)
+        return self.gradients("sparse_prefill", leaves, names, out, lse)
+
+    def gradients(self, operation: str, tensors: Tensors, names: Sequence[str], out: Any, lse: Any) -> Gradients:
+        """What ``backward`` leaves in the ``grad`` of the tensors called ``names``.
+
+        Raises:
+            Violation: an output does not depend on them for autograd, or a gradient is missing or of another shape or dtype.
+        """
+        outputs = {name: x for name, x in (("out", out), ("lse", lse)) if f"{name}_grad" in tensors}
+        for name, x in outputs.items():
+            if not isinstance(x, torch.Tensor) or not x.requires_grad:
+                raise self._missing(
+                    f"{name} of {operation} does not require grad though {', '.join(names)} do: no gradient flows through it; "
+                    f"supports.{'lse_backward' if name == 'lse' else 'backward'} must say so"
+                )
+        wanted = [
+            tensors[f"{name}_grad"].to(x.dtype) if name == "lse" else tensors["out_grad"] for name, x in outputs.items()
+        ]
+        self.guard(lambda: torch.autograd.backward(list(outputs.values()), wanted))
+        if all(tensors[name].grad is None for name in names):
+            raise self._missing(f"none of {', '.join(names)} got a gradient from the backward pass of {operation}")
+        found = {}
+        for name in names:
+            x, gradient = tensors[name], tensors[name].grad
+            if gradient is None:
+                raise Violation(f"{name} got no gradient from the backward pass of {operation}")
+            found[name] = self.result(gradient, f"gradient of {name}", tuple(x.shape), (TORCH_DTYPES[self.dtype],))
+        return found
+
+    def _missing(self, message: str) -> Violation | NotOffered:
+        """A subject that never spoke of gradients may have none at all."""
+        return NotOffered(message) if self.supports.backward is None else Violation(message)
+
+
+def _leaves(tensors: Tensors, names: Sequence[str]) -> Tensors:
+    """The same with those called ``names`` as leaves of their own that require a gradient; their strides stay."""
+    return tensors | {name: tensors[name].detach().requires_grad_() for name in names}
+
+
+REGIMES: dict[type[Case], tuple[Regime, ...]] = {
+    PrefillBackwardCase: (*PREFILL.regimes, *values("regime", "exact")),
+    SparseBackwardCase: SPARSE_PREFILL.regimes,
+}
+
+OUT_GRAD_VIEWS: dict[str, View] = {
+    "out_grad as a slice of a wider row": viewed(slice_of_wider, "out_grad", -1, ROW_PADDING),
+    "out_grad stored with heads before tokens": viewed(transposed, "out_grad", 0, 1),
+}
+"""Ways to pass the same gradient of out to a backward pass."""

@@ -1,4 +1,13 @@
-"""Cases of ``layer``."""
+"""``layer``: one MLA attention layer with its own cache.
+
+``layer(weights, config)`` returns an object. Its ``prefill(hidden, positions)`` and ``decode(hidden, positions)`` take hidden
+[b, s, e] and positions int64 [b, s], append to the layer's own cache, and return [b, s, e]. ``reset()`` empties the cache;
+``cache_bytes()`` is what its rows occupy. weights have their checkpoint names and shapes
+(``mla_spec.reference.mla.weight_shapes``), and ``config`` is an ``MLAConfig``.
+
+Between calls a layer keeps no more memory than its cache, tables and workspaces aside, which are made once. Layers that one
+subject makes are independent of each other.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +18,18 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from mla_spec.operations.case import Case
+from mla_spec.operations.regimes import Regime
 from mla_spec.operations.rope import longrope_factors, make_rope
 from mla_spec.reference.config import Llama4Scaling, MLAConfig
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.published import PublishedModel, published_models
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.driver import Driver, Result, Tensors
+from mla_spec.subjects.violation import Violation
 
 LLAMA_4_SCALING = Llama4Scaling(beta=0.1, original_max_position_embeddings=64)
 """The temperature of cases that have one and are of no published model: seen from position 64 on."""
@@ -166,3 +179,51 @@ class LayerCase(Case):
         name = "q_proj" if "q_proj" in weights else "q_b_proj"
         weights[name] = weights[name] * gain
         return weights
+
+
+REGIMES: tuple[Regime, ...] = (
+    ("one token in all", lambda case: case.prompt + case.steps == 1),
+    ("a prompt of several", lambda case: case.prompt > 1),
+    ("query compression", lambda case: case.q_lora_rank is not None),
+    ("no query compression", lambda case: case.q_lora_rank is None),
+    ("a published model", lambda case: case.model != "none"),
+    ("no rotary embedding", lambda case: case.config.rope is None),
+    ("rotary embedding", lambda case: case.config.rope is not None),
+    ("factors on latents", lambda case: case.config.mla_scale_q_lora or case.config.mla_scale_kv_lora),
+    ("temperature by position", lambda case: case.config.llama_4_scaling is not None),
+    ("small hidden states", lambda case: case.hidden_scale < 1),
+)
+DECODING: tuple[Regime, ...] = (
+    ("decoded tokens", lambda case: case.steps > 0),
+    ("no decoded token", lambda case: case.steps == 0),
+)
+
+
+class LayerDriver:
+    """One layer object of a subject."""
+
+    def __init__(self, driver: Driver, layer: Any, weights: Tensors) -> None:
+        self.driver = driver
+        self.layer = layer
+        self.weights = weights
+
+    @classmethod
+    def of(cls, driver: Driver, weights: Mapping[str, Array], config: MLAConfig) -> LayerDriver:
+        """A layer of the driver's subject."""
+        tensors = {name: driver.tensor(w) for name, w in weights.items()}
+        return cls(driver, driver.guard(lambda: driver.subject.layer(tensors, config)), tensors)
+
+    def run(self, method: str, hidden: Array, positions: IntArray) -> Result:
+        """``prefill`` or ``decode`` of hidden [b, s, e] at positions [b, s]."""
+        x, at = self.driver.tensor(hidden), self.driver.integers(positions, torch.int64)
+        out = self.driver.guard(lambda: getattr(self.layer, method)(x, at))
+        return self.driver.result(out, f"{method} output", hidden.shape)
+
+    def reset(self) -> None:
+        self.driver.guard(lambda: self.layer.reset())
+
+    def cache_bytes(self) -> int:
+        count = self.driver.guard(lambda: self.layer.cache_bytes())
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise Violation(f"cache_bytes must return an int, got {type(count).__name__}")
+        return count

@@ -1,14 +1,28 @@
-"""Cases of ``merge``."""
+"""``merge``: parts of one attention over disjoint keys, joined by their LSEs.
+
+outs are [parts, (b,) s, h, v] and lses [parts, (b,) h, s], with a batch axis as ``decode`` returns them or without one as
+``prefill`` does. LSEs are natural logarithms, in float32, or float64 where the outs are. A part without keys has the output
+and the LSE that ``supports.empty_row`` declares, and so has a row whose parts are all empty. Whatever finite numbers the
+output of an empty part holds, they have no weight.
+
+Returned are out [(b,) s, h, v] in the dtype of the outs, and the LSE [(b,) h, s] in float32 or better.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mla_spec.bounds.merge import BoundedMerge, merge_with_bound
+from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
+from mla_spec.operations.decode import attention_expected
+from mla_spec.operations.operation import Operation
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.signature import Argument, Output
+from mla_spec.subjects.views import ROW_PADDING, slice_of_wider, transposed, viewed
 
 
 @dataclass(frozen=True)
@@ -48,3 +62,45 @@ class MergeCase(Case):
         lses = np.where(empty, -np.inf, round_to(lses, "float64" if self.dtype == "float64" else "float32"))
         outs = np.where(np.swapaxes(empty, -1, -2)[..., None], 0.0, round_to(outs, self.dtype))
         return MergeInputs(outs=outs, lses=lses)
+
+
+def merge_expected(inputs: MergeInputs, profile: Profile) -> BoundedMerge:
+    """The exact merge and its bound."""
+    return merge_with_bound(inputs.outs, inputs.lses, profile)
+
+
+OPERATION = Operation(
+    name="merge",
+    contract=__doc__,
+    case=MergeCase,
+    arguments=(
+        Argument("outs", "[parts, (b,) s, h, v]", far=True),
+        Argument("lses", "[parts, (b,) h, s]", "lse", far=True),
+    ),
+    outputs=(
+        Output("out", "[(b,) s, h, v]", lambda inputs: inputs.outs.shape[1:], what="merged out"),
+        Output("lse", "[(b,) h, s]", lambda inputs: inputs.lses.shape[1:], "float32 or better", what="merged lse"),
+    ),
+    expected=lambda inputs, profile, supports: attention_expected(merge_expected(inputs, profile), supports),
+    views={
+        "outs with the parts innermost in memory": viewed(transposed, "outs", 0, -1),
+        "outs as slices of wider rows": viewed(slice_of_wider, "outs", -1, ROW_PADDING),
+        "outs stored with heads before queries": viewed(transposed, "outs", -3, -2),
+        "lses stored with queries before heads": viewed(transposed, "lses", -2, -1),
+        "lses narrowed from longer rows": viewed(slice_of_wider, "lses", -1, 3),
+    },
+    regimes=(
+        ("one part", lambda case: case.parts == 1),
+        ("two parts and more", lambda case: case.parts > 1),
+        ("near LSEs", lambda case: case.lse_std <= 1),
+        ("LSEs far apart", lambda case: case.lse_std >= 30),
+        ("LSEs near 0", lambda case: abs(case.lse_mean) <= 5),
+        ("LSEs beyond exp", lambda case: abs(case.lse_mean) >= 200),
+        ("empty parts", lambda case: 0 < case.empty < 1),
+        ("only empty parts", lambda case: case.empty == 1),
+        ("batched", lambda case: case.batch > 0),
+        ("packed", lambda case: case.batch == 0),
+    ),
+    others=lambda case: (replace(case, seed=case.seed + 1).build(),),
+    distant=lambda case: replace(case, parts=3).build(),
+)

@@ -1,14 +1,33 @@
-"""Cases of ``prefill``."""
+"""``prefill``: attention of packed sequences, each to its own keys.
+
+q and k are [tokens, h, n+r] and v is [tokens, h, v], the tokens of all sequences on one axis. Sequence i has the tokens
+cu_seqlens[i] .. cu_seqlens[i + 1] - 1 (int32 [b + 1]), of queries and of keys. It may have more keys than queries, or
+fewer, or none of either. Query i of the s of a sequence sees keys 0 .. t - s + i of its t where ``causal`` (bottom-right),
+all of them otherwise.
+
+Returned are out [tokens, h, v] in the dtype and the LSE [h, tokens], the natural logarithm, in float32 or better, or None
+where ``supports.lse`` is False. A row that sees no key gives what ``supports.empty_row`` declares.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
+from mla_spec.bounds.attention import BoundedAttention
+from mla_spec.bounds.prefill import prefill_with_bound
+from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
+from mla_spec.operations.decode import attention_expected
+from mla_spec.operations.operation import Operation
+from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.driver import Tensors
+from mla_spec.subjects.signature import Argument, Output
+from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
 
 
 @dataclass(frozen=True)
@@ -22,6 +41,9 @@ class PrefillInputs:
     cu_seqlens_k: IntArray  # [b + 1]
     softmax_scale: float
     causal: bool
+
+
+REGIMES: tuple[Regime, ...] = (*values("regime", "typical", "outlier", "ties"), *SCORES, *PACKED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +86,63 @@ class PrefillCase(Case):
             softmax_scale=float(self.logit_std / np.sqrt(d)),
             causal=self.causal,
         )
+
+
+def prefill_expected(inputs: PrefillInputs, profile: Profile) -> BoundedAttention:
+    """Exact prefill and its bound."""
+    return prefill_with_bound(**vars(inputs), profile=profile)
+
+
+def _others(case: PrefillCase) -> tuple[PrefillInputs, ...]:
+    """The lengths of the same sequences in another order, and other numbers at half the scale."""
+    mirrored = replace(case, seed=case.seed + 1, seqlens_q=case.seqlens_q[::-1], seqlens_k=case.seqlens_k[::-1])
+    other = replace(case, seed=case.seed + 2).build()
+    return mirrored.build(), replace(other, softmax_scale=other.softmax_scale / 2)
+
+
+def _keys_and_values_together(t: Tensors) -> Tensors:
+    """K and v as slices of one row per head, as kv_b_proj returns them."""
+    both = torch.cat([t["k"], t["v"]], dim=-1)
+    d = t["k"].shape[-1]
+    return t | {"k": both[..., :d], "v": both[..., d:]}
+
+
+OPERATION = Operation(
+    name="prefill",
+    contract=__doc__,
+    case=PrefillCase,
+    arguments=(
+        Argument("q", "[tokens, h, n+r]", far=True),
+        Argument("k", "[key tokens, h, n+r]", far=True),
+        Argument("v", "[key tokens, h, v]", far=True),
+        Argument("cu_seqlens_q", "[b+1]", "int32"),
+        Argument("cu_seqlens_k", "[b+1]", "int32"),
+    ),
+    keywords=("softmax_scale", "causal"),
+    outputs=(
+        Output("out", "[tokens, h, v]", lambda inputs: (*inputs.q.shape[:2], inputs.v.shape[-1])),
+        Output(
+            "lse",
+            "[h, tokens] or None",
+            lambda inputs: (inputs.q.shape[1], len(inputs.q)),
+            "float32 or better",
+            offered=lambda supports: supports.lse,
+        ),
+    ),
+    expected=lambda inputs, profile, supports: attention_expected(prefill_expected(inputs, profile), supports),
+    views={
+        "q as a slice of a wider row": viewed(slice_of_wider, "q", -1, ROW_PADDING),
+        "q stored with heads before tokens": viewed(transposed, "q", 0, 1),
+        "k and v as slices of one row": _keys_and_values_together,
+        "v padded to wider rows": viewed(slice_of_wider, "v", -1, ROW_PADDING),
+        "k and v stored with heads before tokens": lambda t: viewed(transposed, "k", 0, 1)(
+            viewed(transposed, "v", 0, 1)(t)
+        ),
+        "cu_seqlens as every other element": lambda t: viewed(every_other, "cu_seqlens_q")(
+            viewed(every_other, "cu_seqlens_k")(t)
+        ),
+    },
+    regimes=REGIMES,
+    others=_others,
+    distant=lambda case: replace(case, seqlens_q=(3,), seqlens_k=(3,)).build(),
+)

@@ -1,16 +1,35 @@
-"""Cases of ``project_indexer``."""
+"""``project_indexer``: the operands of the lightning indexer, from a layer's hidden states.
+
+hidden is [tokens, e]. q_latent [tokens, q_lora_rank] is the attention's query latent after its norm. positions are int64
+[tokens]. weights have their checkpoint names and shapes, and ``config`` is an ``IndexerConfig``
+(``mla_spec.reference.indexer``).
+
+Returned are q [tokens, h, d] and k [tokens, d] in the dtype, and weights [tokens, h] in float32 (float64 for float64
+tensors), as ``indexer`` takes them, with the factor (h d)^-1/2 in them. The first ``config.rope.dim`` dims of q and k are
+rotated, in the layout that ``config.rope`` states, and returned in it; the others are not. A Hadamard matrix on q and k, on
+which no q·k depends, is left out.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.project_indexer import project_indexer_with_bound
 from mla_spec.operations.case import Case
+from mla_spec.operations.operation import Expected, Operation, Within
+from mla_spec.operations.rope import REGIMES as ROTARY
 from mla_spec.operations.rope import make_rope
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.indexer import IndexerConfig, indexer_weight_shapes
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.driver import Tensors
+from mla_spec.subjects.signature import Argument, Output
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import every_other, transposed, viewed
 
 
 @dataclass(frozen=True)
@@ -79,3 +98,59 @@ class ProjectIndexerCase(Case):
             weights=weights,
             config=config,
         )
+
+
+def expected(inputs: ProjectIndexerInputs, profile: Profile, supports: Supports) -> tuple[Expected | None, ...]:
+    """All three operands, with their bounds."""
+    want = project_indexer_with_bound(**vars(inputs), profile=profile)
+    return (
+        Within(want.q, want.q_error),
+        Within(want.k, want.k_error),
+        Within(want.weights, want.weights_error),
+    )
+
+
+def _one_fused_projection(t: Tensors) -> Tensors:
+    """Hidden and q_latent as slices of one row, as a fused projection may write them."""
+    both = torch.cat([t["hidden"], t["q_latent"]], dim=-1)
+    e = t["hidden"].shape[-1]
+    return t | {"hidden": both[:, :e], "q_latent": both[:, e:]}
+
+
+def _weights_stored_in_out(t: Tensors) -> Tensors:
+    return t | {name: transposed(w, 0, 1) for name, w in t.items() if name.startswith("weights.") and w.ndim == 2}
+
+
+OPERATION = Operation(
+    name="project_indexer",
+    contract=__doc__,
+    case=ProjectIndexerCase,
+    arguments=(
+        Argument("hidden", "[tokens, e]", far=True),
+        Argument("q_latent", "[tokens, q_lora_rank]", far=True),
+        Argument("positions", "[tokens]", "int64"),
+        Argument("weights", "{name: tensor}"),
+        Argument("config", kind="config"),
+    ),
+    outputs=(
+        Output("q", "[tokens, h, d]", lambda i: (len(i.hidden), i.config.index_n_heads, i.config.index_head_dim)),
+        Output("k", "[tokens, d]", lambda i: (len(i.hidden), i.config.index_head_dim)),
+        Output("weights", "[tokens, h]", lambda i: (len(i.hidden), i.config.index_n_heads), "wide"),
+    ),
+    expected=expected,
+    views={
+        "hidden and q_latent as slices of one row": _one_fused_projection,
+        "positions as every other element": viewed(every_other, "positions"),
+        "weights stored [in, out]": _weights_stored_in_out,
+    },
+    regimes=(
+        *ROTARY,
+        ("no rotary embedding", lambda case: case.rope_dim == 0),
+        ("small hidden states", lambda case: case.hidden_scale < 1),
+    ),
+    others=lambda case: (
+        replace(case, seed=case.seed + 1, start=case.start + 17).build(),
+        replace(case, seed=case.seed + 2, seqlens=case.seqlens[::-1]).build(),
+    ),
+    distant=lambda case: replace(case, seqlens=(3,)).build(),
+)

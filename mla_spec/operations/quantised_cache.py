@@ -1,17 +1,51 @@
-"""Cases of quantised caches: rows to be quantised, pages to be read, and pages to decode from."""
+"""``quantize_cache``, ``dequantize_cache`` and ``decode_quantized``: latent caches in narrow formats.
+
+``format`` is a name of ``mla_spec.reference.cache_layout.LAYOUTS``. Its layout says where the bytes of pages [pages, bytes
+per page] (uint8) lie; pages may lie further apart than their bytes. ``tensor_scale`` is the float32 scale of all codes of a
+format that stores none, and 1 for the others.
+
+quantize_cache stores rows [n, width], [latent | k_pe] or keys of an indexer, in token order in as few pages as hold them. It
+is free to choose scales within ``scale_limits``; the codes and the plain elements are the nearest, none beyond the largest
+number (``mla_spec.reference.quantised_cache``), computed in float32 or better. Padding and unused rows may hold anything.
+
+dequantize_cache returns all rows, [pages, page_size, 1, width] in ``dtype``. Those that hold no token may be anything.
+
+decode_quantized is ``decode`` of these rows, of which the first ``head_dim_v`` elements are the values. A reader that rounds
+code times scale to a format narrower than its softmax's arithmetic declares that as ``Profile.cache_dequantised``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
+from mla_spec.bounds.attention import BoundedAttention
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.quantised_cache import dequantised_error, quantised_error
 from mla_spec.operations.case import Case
-from mla_spec.operations.decode import DecodeCase, DecodeInputs
-from mla_spec.reference.cache_layout import Bytes, CacheLayout, QuantisedRows, layout_of, pack
+from mla_spec.operations.decode import (
+    ATTENTION_OUTPUTS,
+    TABLE_VIEWS,
+    DecodeCase,
+    DecodeInputs,
+    attention_expected,
+    decode_expected,
+    in_three_pages,
+    shortened,
+    without_spare_pages,
+)
+from mla_spec.operations.operation import Expected, Judge, Operation, Within
+from mla_spec.operations.regimes import QUERIES, SCORES, values
+from mla_spec.reference.cache_layout import Bytes, CacheLayout, QuantisedRows, layout_of, pack, unpack
 from mla_spec.reference.formats import decode_bits, format_of, round_to
 from mla_spec.reference.quantised_cache import dequantise, dequantised_cache, quantise
-from mla_spec.reference.typing import Array
+from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.driver import Result, Tensors, computed
+from mla_spec.subjects.signature import Argument, Output
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import ROW_PADDING, slice_of_wider, viewed
 
 ROPE_DIM = 64
 """qk_rope_head_dim of every model whose cache has one of the layouts."""
@@ -26,6 +60,12 @@ class QuantiseInputs:
 
     rows: Array  # [n, width], float64 values exactly representable in the dtype, and in float32
     tensor_scale: float
+    format: str
+    page_size: int
+
+    @property
+    def layout(self) -> CacheLayout:
+        return layout_of(self.format)
 
 
 @dataclass(frozen=True)
@@ -35,6 +75,12 @@ class PagesInputs:
     pages: Bytes  # [pages, bytes per page]
     tensor_scale: float
     rows: Array  # [n, width], the exact values of the rows in token order
+    format: str
+    page_size: int
+
+    @property
+    def layout(self) -> CacheLayout:
+        return layout_of(self.format)
 
 
 @dataclass(frozen=True)
@@ -44,6 +90,32 @@ class QuantisedDecodeInputs:
     pages: Bytes  # [pages, bytes per page]
     tensor_scale: float
     exact: DecodeInputs
+    format: str
+    page_size: int
+
+    @property
+    def q(self) -> Array:
+        return self.exact.q
+
+    @property
+    def block_table(self) -> IntArray:
+        return self.exact.block_table
+
+    @property
+    def cache_seqlens(self) -> IntArray:
+        return self.exact.cache_seqlens
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.exact.head_dim_v
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.exact.softmax_scale
+
+    @property
+    def causal(self) -> bool:
+        return self.exact.causal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +178,7 @@ class QuantiseCase(QuantisedCase):
         # float32 at most, so that a cast from float64 through float32 rounds once
         rows = round_to(round_to(rows, self.dtype), "float32")
         ordinary = 1.0 if self.regime == "huge" else float(np.abs(rows).max())
-        return QuantiseInputs(rows, self.tensor_scale(rng, ordinary))
+        return QuantiseInputs(rows, self.tensor_scale(rng, ordinary), self.format, self.page_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +209,8 @@ class PagesCase(QuantisedCase):
         plain = rng.standard_normal((self.tokens, layout.plain_dim)) * 2.0 ** rng.integers(-4, 9)
         plain *= rng.random(plain.shape) < 0.9
         stored = QuantisedRows(codes, scales, round_to(plain, layout.plain, overflow="saturate"))
-        return PagesInputs(pack(stored, layout, self.page_size), tensor_scale, dequantise(stored, layout))
+        pages = pack(stored, layout, self.page_size)
+        return PagesInputs(pages, tensor_scale, dequantise(stored, layout), self.format, self.page_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +269,7 @@ class QuantisedDecodeCase(QuantisedCase):
             kv_cache[used] = dequantised_cache(pages[used], layout, self.page_size, tensor_scale=scale)
         softmax_scale = unquantised.softmax_scale / (64 if self.regime == "rope" else 1)
         exact = replace(unquantised, kv_cache=kv_cache, head_dim_v=HEAD_DIM_V[self.format], softmax_scale=softmax_scale)
-        return QuantisedDecodeInputs(pages, scale, exact)
+        return QuantisedDecodeInputs(pages, scale, exact, self.format, self.page_size)
 
 
 def groups_of(rows: Array, layout: CacheLayout) -> Array:
@@ -211,3 +284,158 @@ def _any_numbers(rng: np.random.Generator, shape: tuple[int, ...], name: str, *,
 
 def _signed(rng: np.random.Generator, x: Array) -> Array:
     return np.where(rng.random(x.shape) < 0.5, -x, x)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Pages that hold rows: codes are the nearest, given the scales that were stored."""
+
+    inputs: QuantiseInputs
+
+    def judge(self, judge: Judge, got: Result) -> None:
+        """Every element read back is as near to its row as its scale allows."""
+        stored = stored_rows(self.inputs, got.bits.astype(np.uint8))
+        rows, layout = self.inputs.rows, self.inputs.layout
+        with np.errstate(invalid="ignore"):  # a subject may store anything
+            value = dequantise(stored, layout)
+        bound = quantised_error(rows, stored.scales, layout)
+        judge.within(computed(value, "stored rows"), rows, bound, gate=False)
+
+
+def stored_rows(inputs: QuantiseInputs, pages: Bytes) -> QuantisedRows:
+    """What pages hold of the tokens that were quantised, each part [n, ...]."""
+    stored = unpack(pages, inputs.layout, inputs.page_size, tensor_scale=inputs.tensor_scale)
+    slots = len(pages) * inputs.page_size
+    parts = (stored.codes, stored.scales, stored.plain)
+    return QuantisedRows(*(x.reshape(slots, x.shape[-1])[: len(inputs.rows)] for x in parts))
+
+
+def _dequantised(inputs: PagesInputs, profile: Profile, supports: Supports) -> tuple[Expected | None, ...]:
+    """Code times scale in the rows that hold a token."""
+    shape = len(inputs.pages), inputs.page_size, 1, inputs.layout.width
+    rows, held = np.zeros(shape), np.zeros(shape, dtype=bool)
+    rows.reshape(-1, shape[-1])[: len(inputs.rows)] = inputs.rows
+    held.reshape(-1, shape[-1])[: len(inputs.rows)] = True
+    return (Within(rows, dequantised_error(rows, profile), read=held),)
+
+
+def quantised_decode_expected(inputs: QuantisedDecodeInputs, profile: Profile) -> BoundedAttention:
+    """Exact decode of the dequantised rows; unless declared otherwise they are rounded to the softmax's arithmetic."""
+    rounded = profile.cache_dequantised or profile.softmax
+    return decode_expected(inputs.exact, replace(profile, cache_dequantised=rounded))
+
+
+def _decode_others(case: QuantisedDecodeCase) -> tuple[QuantisedDecodeInputs, ...]:
+    """Half the lengths, and the lengths of the same sequences in another order."""
+    shorter = replace(case, seed=case.seed + 1).build()
+    mirrored = replace(case, seed=case.seed + 2, seqlens=case.seqlens[::-1]).build()
+    return replace(shorter, exact=shortened(shorter.exact)), mirrored
+
+
+def _decode_distant(case: QuantisedDecodeCase) -> QuantisedDecodeInputs:
+    """Three sequences in three pages."""
+    inputs = replace(case, seqlens=tuple(np.resize(case.seqlens, 3).tolist())).build()
+    exact, pages = in_three_pages(inputs.exact)
+    return replace(inputs, pages=inputs.pages[pages], exact=exact)
+
+
+def _decode_tight(inputs: QuantisedDecodeInputs) -> QuantisedDecodeInputs:
+    exact, pages = without_spare_pages(inputs.exact)
+    return replace(inputs, pages=inputs.pages[pages], exact=exact)
+
+
+def _pages_of_two_layers(t: Tensors) -> Tensors:
+    return t | {"pages": torch.stack([t["pages"].roll(1, 0), t["pages"]], dim=1).flatten(0, 1)[1::2]}
+
+
+PAGES_VIEWS = {"pages of two layers alternating in memory": _pages_of_two_layers}
+SCALES = (
+    ("powers of two", lambda case: case.power_of_two),
+    ("any scales", lambda case: not case.power_of_two),
+)
+
+
+def latent_formats(supports: Supports) -> list[str]:
+    """The formats of latent caches that the subject supports, without those of an indexer."""
+    return [name for name in supports.cache_formats if name in HEAD_DIM_V]
+
+
+def no_format(supports: Supports) -> str:
+    """Why no case of quantised caches can be made, or ""."""
+    return "" if supports.cache_formats else "supports no format of quantised caches"
+
+
+def no_latent_format(supports: Supports) -> str:
+    """Why no case of quantised latent caches can be made, or ""."""
+    return "" if latent_formats(supports) else "supports no format of a latent cache"
+
+
+QUANTIZE_CACHE = Operation(
+    name="quantize_cache",
+    contract=__doc__,
+    case=QuantiseCase,
+    arguments=(Argument("rows", "[n, width]", far=True),),
+    keywords=("format", "page_size", "tensor_scale"),
+    outputs=(
+        Output(
+            "pages",
+            "[pages, bytes per page]",
+            lambda i: (-(-len(i.rows) // i.page_size), i.layout.bytes_per_page(i.page_size)),
+            "bytes",
+        ),
+    ),
+    expected=lambda inputs, profile, supports: (Stored(inputs),),
+    views={"rows as slices of wider ones": viewed(slice_of_wider, "rows", -1, ROW_PADDING)},
+    regimes=tuple(values("regime", "typical", "zeros", "outlier", "rope", "tiny", "huge", "edges")),
+    others=lambda case: (replace(case, seed=case.seed + 1).build(),),
+    distant=lambda case: replace(case, tokens=3).build(),
+    missing=no_format,
+)
+
+DEQUANTIZE_CACHE = Operation(
+    name="dequantize_cache",
+    contract=__doc__,
+    case=PagesCase,
+    arguments=(Argument("pages", "[pages, bytes per page]", "bytes", far=True),),
+    keywords=("format", "page_size", "tensor_scale", "dtype"),
+    outputs=(
+        Output(
+            "rows",
+            "[pages, page_size, 1, width]",
+            lambda inputs: (len(inputs.pages), inputs.page_size, 1, inputs.layout.width),
+            what="dequantised rows",
+        ),
+    ),
+    expected=_dequantised,
+    views=PAGES_VIEWS,
+    regimes=SCALES,
+    others=lambda case: (replace(case, seed=case.seed + 1).build(),),
+    distant=lambda case: replace(case, tokens=2 * case.page_size + 1).build(),
+    missing=no_format,
+)
+
+DECODE_QUANTIZED = Operation(
+    name="decode_quantized",
+    contract=__doc__,
+    case=QuantisedDecodeCase,
+    arguments=(
+        Argument("q", "[b, s, h, c+r]", far=True),
+        Argument("pages", "[pages, bytes per page]", "bytes", far=True),
+        Argument("block_table", "[b, max pages]", "int32"),
+        Argument("cache_seqlens", "[b]", "int32"),
+    ),
+    keywords=("format", "page_size", "tensor_scale", "head_dim_v", "softmax_scale", "causal"),
+    outputs=ATTENTION_OUTPUTS,
+    expected=lambda inputs, profile, supports: attention_expected(quantised_decode_expected(inputs, profile), supports),
+    views=TABLE_VIEWS | PAGES_VIEWS,
+    regimes=(
+        *values("regime", "typical", "outlier", "ties", "offset", "sink", "zeros", "rope"),
+        *SCORES,
+        *QUERIES,
+        ("no keys", lambda case: 0 in case.seqlens),
+    ),
+    others=_decode_others,
+    distant=_decode_distant,
+    missing=no_latent_format,
+    tight=_decode_tight,
+)

@@ -1,16 +1,28 @@
-"""Cases of ``rope``, and the rotary embeddings that cases name."""
+"""``rope``: rotary position embedding of vectors.
+
+x is [positions.shape..., r] or [positions.shape..., h, r]; positions are int64, in any order. ``rope`` is a ``RopeConfig``,
+which says the layout of the pairs, the frequencies and the factor on cos and sin. Returned is x rotated, in the shape and
+dtype of x.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.operations.case import Case
+from mla_spec.operations.operation import Expected, Operation, Within
+from mla_spec.operations.regimes import Regime, values
 from mla_spec.reference.config import LongRopeScaling, RopeConfig, YarnScaling
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.signature import Argument, Output
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
 
 YARN = {
     "none": None,
@@ -57,6 +69,25 @@ def make_rope(*, dim: int, layout: str, theta: float, yarn: str, longrope: str =
     )
 
 
+REGIMES: tuple[Regime, ...] = (
+    *values("layout", "interleaved", "half"),
+    ("unscaled", lambda case: case.yarn == case.longrope == "none"),
+    ("yarn", lambda case: case.yarn != "none"),
+    ("longrope", lambda case: case.longrope != "none"),
+    ("from position 0", lambda case: case.start == 0),
+    ("far positions", lambda case: case.start >= 60),
+)
+
+
+@dataclass(frozen=True)
+class RopeInputs:
+    """Arguments of ``rope``."""
+
+    x: Array  # [batch, s, (h,) r], numbers of the dtype
+    positions: IntArray  # [batch, s]
+    rope: RopeConfig
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeCase(Case):
     """Vectors to rotate: x [batch, s, (heads,) dim] at positions start, start + stride, ...; heads 0 means no axis.
@@ -87,8 +118,47 @@ class RopeCase(Case):
         """[batch, s], different in each sequence."""
         return self.start + self.stride * np.arange(self.s) + 3 * np.arange(self.batch)[:, None]
 
+    def build(self) -> RopeInputs:
+        """The inputs."""
+        return RopeInputs(self.vectors(1)[0], self.positions(), self.rope)
+
     def vectors(self, count: int) -> list[Array]:
         """``count`` arrays of standard normal values, rounded to the dtype."""
         shape = (self.batch, self.s, *([self.heads] if self.heads else []), self.dim)
         rng = self.generator()
         return [round_to(rng.standard_normal(shape), self.dtype) for _ in range(count)]
+
+
+def expected(inputs: RopeInputs, profile: Profile, supports: Supports) -> tuple[Expected | None, ...]:
+    """Every pair turned by its angle."""
+    return (Within(*rope_with_bound(inputs.x, inputs.positions, inputs.rope, profile.rope, output=profile.dtype)),)
+
+
+def _others(case: RopeCase) -> tuple[RopeInputs, ...]:
+    """Later positions, and the same positions in another order of the sequences."""
+    later = replace(case, seed=case.seed + 1, start=case.start + 1).build()
+    permuted = replace(case, seed=case.seed + 2).build()
+    return later, replace(permuted, positions=permuted.positions[::-1])
+
+
+OPERATION = Operation(
+    name="rope",
+    contract=__doc__,
+    case=RopeCase,
+    arguments=(
+        Argument("x", "[..., r] or [..., h, r]", far=True),
+        Argument("positions", "[...]", "int64"),
+    ),
+    keywords=("rope",),
+    outputs=(Output("out", "like x", lambda inputs: inputs.x.shape, what="rope output"),),
+    expected=expected,
+    views={
+        "x as a slice of a wider row": viewed(slice_of_wider, "x", -1, ROW_PADDING),
+        "x with its first axes exchanged in memory": viewed(transposed, "x", 0, 1),
+        "x with its last axes exchanged in memory": viewed(transposed, "x", -2, -1),
+        "positions as every other element": viewed(every_other, "positions"),
+    },
+    regimes=REGIMES,
+    others=_others,
+    distant=lambda case: replace(case, batch=3).build(),
+)

@@ -1,16 +1,41 @@
-"""Cases of ``sparse_prefill``, ``sparse_decode`` and ``indexer``."""
+"""``sparse_prefill`` and ``sparse_decode``: attention of each query over the keys that a row of indices selects.
+
+sparse_prefill: q is [s, h, c+r] and kv [s_kv, 1, c+r], whose first ``head_dim_v`` columns are the values. indices is int32
+[s, 1, k], as FlashMLA's ``flash_mla_sparse_fwd`` takes them. Query i attends to the rows that indices[i] selects; there is
+no other mask. -1, or an index of s_kv or more, selects nothing, anywhere in a row. An index that occurs twice is two keys.
+Neither the order of a row nor what no index selects matters.
+
+topk_length int32 [s]: the entries of row i from topk_length[i] on are not read. attn_sink [h], float32 or float64 where the
+tensors are: out is multiplied by 1/(1 + exp(attn_sink - lse)); -inf changes nothing, and +inf gives out exactly 0. Returned
+are out [s, h, head_dim_v] in the dtype, max_logits [s, h], the largest softmax_scale times q·k, and the LSE [s, h]. The
+last two are natural, in float32 or better, and do not count the sink. They may be None where ``supports.lse`` is False. A row
+that selects nothing gives what ``supports.empty_row`` declares, and max_logits -inf.
+
+sparse_decode: the same for q [b, s, h, c+r] and kv_cache [pages, page_size, 1, c+r]. indices int32 [b, s, k] count its
+slots, page · page_size + row; s_kv is pages · page_size. topk_length is int32 [b]. Returned are out [b, s, h, head_dim_v]
+and the LSE [b, h, s].
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
+from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.sparse import max_logits_with_bound, sparse_attention
 from mla_spec.operations.case import Case
+from mla_spec.operations.decode import ATTENTION_OUTPUTS, declared_lse
+from mla_spec.operations.operation import Operation, View, Within
+from mla_spec.operations.regimes import QUERIES, SCORES, Regime, values
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.sparse import selected_rows
 from mla_spec.reference.typing import Array, BoolArray, IntArray
+from mla_spec.subjects.signature import Argument, Output
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
 
 
 @dataclass(frozen=True)
@@ -26,6 +51,11 @@ class SparseInputs:
     topk_length: IntArray | None  # [s] or [b]
 
     @property
+    def kv_cache(self) -> Array:
+        """What ``sparse_decode`` calls the rows."""
+        return self.kv
+
+    @property
     def rows(self) -> Array:
         """What indices count, [s_kv, c+r]."""
         return self.kv.reshape(-1, self.kv.shape[-1])
@@ -34,6 +64,20 @@ class SparseInputs:
     def entries(self) -> IntArray:
         """The indices without the axis of key heads, [(b,) s, k]."""
         return self.indices if self.q.ndim == 4 else self.indices[:, 0]
+
+
+REGIMES: tuple[Regime, ...] = (
+    *values("regime", "typical", "outlier", "ties"),
+    *SCORES,
+    ("all entries valid", lambda case: case.invalid == 0),
+    ("invalid entries", lambda case: case.invalid > 0),
+    ("duplicates", lambda case: case.duplicates),
+    ("rows that select nothing", lambda case: case.empty_rows),
+    ("topk_length", lambda case: case.with_length),
+    ("no sink", lambda case: case.sink == "none"),
+    ("finite sink", lambda case: case.sink == "finite"),
+    ("infinite sink", lambda case: case.sink == "infinite"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,93 +217,128 @@ class SparseDecodeCase(SparseCase):
 
 
 @dataclass(frozen=True)
-class IndexerInputs:
-    """Arguments of ``indexer``."""
+class SparseExpected:
+    """Exact values and their bounds, in the layout in which the operation returns them."""
 
-    q: Array  # [tokens, h, d]
-    k: Array  # [key tokens, d]
-    weights: Array  # [tokens, h], numbers of float32
-    cu_seqlens_q: IntArray  # [b + 1]
-    cu_seqlens_k: IntArray  # [b + 1]
-    top_k: int
+    out: Array
+    out_error: ErrorBound
+    max_logits: Array
+    max_logits_error: ErrorBound
+    lse: Array
+    lse_error: ErrorBound
 
-    @property
-    def first_key(self) -> IntArray:
-        """The first key of each query's sequence, [tokens]."""
-        return np.repeat(self.cu_seqlens_k[:-1], np.diff(self.cu_seqlens_q))
+    def __getitem__(self, index: IntArray | slice) -> SparseExpected:
+        """Some of the leading axis."""
+        return SparseExpected(*(x[index] for x in vars(self).values()))
 
-    @property
-    def end_key(self) -> IntArray:
-        """The end of the keys that each query sees, [tokens]; not above ``first_key`` where it sees none."""
-        lengths = np.diff(self.cu_seqlens_q)
-        last = np.repeat(self.cu_seqlens_q[1:], lengths) - np.arange(len(self.q)) - 1  # queries after it
-        return np.maximum(np.repeat(self.cu_seqlens_k[1:], lengths) - last, self.first_key)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexerCase(Case):
-    """Packed sequences with their own numbers of queries and keys.
-
-    ``regime``: "typical"; "ties" repeats keys; "integers" has all numbers in -1 .. 1, so that logits are exact in every
-    format and many are equal.
-    """
-
-    kind = "indexer"
-    seqlens_q: tuple[int, ...] = (1,)
-    seqlens_k: tuple[int, ...] = (1,)
-    num_heads: int = 1
-    head_dim: int = 1
-    top_k: int = 1
-    regime: str = "typical"
-
-    def build(self) -> IndexerInputs:
-        """The inputs."""
-        rng = self.generator()
-        offsets_q, offsets_k = (np.cumsum([0, *n]).astype(np.int32) for n in (self.seqlens_q, self.seqlens_k))
-        tokens, h, d = offsets_q[-1], self.num_heads, self.head_dim
-        shapes: list[tuple[int, ...]] = [(tokens, h, d), (offsets_k[-1], d), (tokens, h)]
-        if self.regime == "integers":
-            q, k, weights = (rng.integers(-1, 2, shape).astype(float) for shape in shapes)
-        else:
-            # a common direction, so that logits do not average out to 0
-            mean = rng.choice([-1.0, 1.0], self.head_dim)
-            q, k, weights = (rng.standard_normal(shape) for shape in shapes)
-            q, k, weights = q + mean, k + mean, 0.5 + weights / 2
-        if self.regime == "ties":
-            k[1::2] = k[: len(k) // 2]
-        return IndexerInputs(
-            q=round_to(q, self.dtype),
-            k=round_to(k, self.dtype),
-            weights=round_to(weights, "float32"),
-            cu_seqlens_q=offsets_q,
-            cu_seqlens_k=offsets_k,
-            top_k=self.top_k,
-        )
+    def outputs(self, supports: Supports) -> dict[str, Within]:
+        """What each output must be, by name."""
+        return {
+            "out": Within(self.out, self.out_error, gate=True),
+            "max_logits": Within(self.max_logits, self.max_logits_error),
+            "lse": Within(declared_lse(self.lse, supports), self.lse_error),
+        }
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexedAttentionCase(IndexerCase):
-    """Packed sequences whose indexer selects the keys of their sparse attention.
+def sparse_expected(inputs: SparseInputs, profile: Profile) -> SparseExpected:
+    """Exact attention over the selected rows, and its bound."""
+    kv = np.broadcast_to(inputs.rows, (*inputs.q.shape[:-3], *inputs.rows.shape))
+    want = sparse_attention(
+        inputs.q,
+        kv,
+        inputs.entries,
+        head_dim_v=inputs.head_dim_v,
+        softmax_scale=inputs.softmax_scale,
+        profile=profile,
+        attn_sink=inputs.attn_sink,
+        topk_length=inputs.topk_length,
+    )
+    largest, largest_error = max_logits_with_bound(
+        inputs.q,
+        kv,
+        inputs.entries,
+        softmax_scale=inputs.softmax_scale,
+        profile=profile,
+        topk_length=inputs.topk_length,
+    )
 
-    ``num_heads`` and ``head_dim`` are the indexer's; row i of kv belongs to its key i.
-    """
+    def laid_out(x: Array) -> Array:
+        return x.T if inputs.q.ndim == 3 else x  # [s, h] in prefill, [b, h, s] in decode
 
-    kind = "indexed_attention"
-    attention_heads: int = 1
-    kv_lora_rank: int = 1
-    qk_rope_head_dim: int = 0
-    logit_std: float = 1.0
+    return SparseExpected(
+        want.out,
+        want.out_error,
+        laid_out(largest),
+        largest_error.map(laid_out),
+        laid_out(want.lse),
+        want.lse_error.map(laid_out),
+    )
 
-    def attention_inputs(self, indices: IntArray) -> SparseInputs:
-        """Arguments of ``sparse_prefill`` but for what ``indices`` [tokens, top_k] select."""
-        prefill = SparsePrefillCase(
-            dtype=self.dtype,
-            seed=self.seed,
-            s_q=sum(self.seqlens_q),
-            s_kv=sum(self.seqlens_k),
-            num_heads=self.attention_heads,
-            kv_lora_rank=self.kv_lora_rank,
-            qk_rope_head_dim=self.qk_rope_head_dim,
-            logit_std=self.logit_std,
-        )
-        return SparseInputs(**vars(prefill.build()) | {"indices": indices[:, None].astype(np.int32)})
+
+def _others(case: Any) -> tuple[SparseInputs, ...]:
+    """Other indices and lengths, and half the scale."""
+    other = replace(case, seed=case.seed + 1).build()
+    # LSEs are about half as large then, and sinks must leave the keys a share.
+    sink = None if other.attn_sink is None else other.attn_sink / 2
+    return (replace(other, softmax_scale=other.softmax_scale / 2, attn_sink=sink),)
+
+
+def _views(rows: str) -> dict[str, View]:
+    """Views of the arguments, of which the rows of keys are called ``rows``."""
+    return {
+        "q as a slice of a wider row": viewed(slice_of_wider, "q", -1, ROW_PADDING),
+        "q stored with heads first": viewed(transposed, "q", 0, -2),
+        "rows of keys longer than c + r": viewed(slice_of_wider, rows, -1, ROW_PADDING),
+        "indices narrowed from wider rows": viewed(slice_of_wider, "indices", -1, 3),
+        "topk_length as every other element": viewed(every_other, "topk_length"),
+    }
+
+
+OPTIONAL = (
+    Argument("attn_sink", "[h]", "wide", optional=True),
+    Argument("topk_length", "[s] or [b]", "int32", optional=True),
+)
+
+SPARSE_PREFILL = Operation(
+    name="sparse_prefill",
+    contract=__doc__,
+    case=SparsePrefillCase,
+    arguments=(
+        Argument("q", "[s, h, c+r]", far=True),
+        Argument("kv", "[s_kv, 1, c+r]", far=True),
+        Argument("indices", "[s, 1, k]", "int32"),
+        *OPTIONAL,
+    ),
+    keywords=("head_dim_v", "softmax_scale"),
+    outputs=(
+        Output("out", "[s, h, head_dim_v]", lambda inputs: (*inputs.q.shape[:2], inputs.head_dim_v)),
+        Output("max_logits", "[s, h]", lambda i: i.q.shape[:2], "float32 or better", offered=lambda s: s.lse),
+        Output("lse", "[s, h]", lambda i: i.q.shape[:2], "float32 or better", offered=lambda s: s.lse),
+    ),
+    expected=lambda inputs, profile, supports: tuple(sparse_expected(inputs, profile).outputs(supports).values()),
+    views=_views("kv"),
+    regimes=REGIMES,
+    others=_others,
+    distant=lambda case: replace(case, s_q=3, s_kv=3).build(),
+)
+
+SPARSE_DECODE = Operation(
+    name="sparse_decode",
+    contract=__doc__,
+    case=SparseDecodeCase,
+    arguments=(
+        Argument("q", "[b, s, h, c+r]", far=True),
+        Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),
+        Argument("indices", "[b, s, k]", "int32"),
+        *OPTIONAL,
+    ),
+    keywords=("head_dim_v", "softmax_scale"),
+    outputs=ATTENTION_OUTPUTS,
+    expected=lambda inputs, profile, supports: tuple(
+        each for name, each in sparse_expected(inputs, profile).outputs(supports).items() if name != "max_logits"
+    ),
+    views=_views("kv_cache") | {"pages further apart than a page": viewed(slice_of_wider, "kv_cache", 1, 3)},
+    regimes=(*REGIMES, *QUERIES),
+    others=_others,
+    distant=lambda case: replace(case, batch=3, pages=3).build(),
+)

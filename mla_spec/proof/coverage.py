@@ -13,9 +13,8 @@ from mla_spec.installed import all_laws
 from mla_spec.judging.law import EVERY_REGIME, Cell, Options, Reason
 from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
-from mla_spec.operations.all import parse_case
+from mla_spec.operations.all import REGIMES, parse_case, regimes_of
 from mla_spec.operations.case import Case
-from mla_spec.operations.regimes import REGIMES, regimes_of
 from mla_spec.properties.coverage_reasons import REASONS
 from mla_spec.subjects.find import resolve_subject
 from mla_spec.subjects.supports import DTYPES

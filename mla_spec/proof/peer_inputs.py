@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mla_spec.operations.all import DecodeInputs, PrefillInputs, QuantisedDecodeCase
-from mla_spec.operations.quantised_cache import QuantisedDecodeInputs
-from mla_spec.operations.quantised_driver import QuantisedDriver
-from mla_spec.operations.sparse import SparseInputs
-from mla_spec.operations.sparse_driver import SparseDriver
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeInputs
+from mla_spec.operations.prefill import OPERATION as PREFILL
+from mla_spec.operations.prefill import PrefillInputs
+from mla_spec.operations.quantised_cache import DECODE_QUANTIZED, QuantisedDecodeInputs
+from mla_spec.operations.sparse import SPARSE_PREFILL, SparseInputs
 from mla_spec.proof.peers import Peer
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.cache_layout import layout_of, pack
@@ -76,16 +77,14 @@ def run(peer: Peer, inputs: Any, subject: Any, dtype: str) -> Returned:
     """Out and LSE, in float64, of the operation on tensors of ``dtype``."""
     driver = Driver(subject, dtype)
     if isinstance(inputs, QuantisedDecodeInputs):
-        case = QuantisedDecodeCase(dtype=dtype, seed=0, format=FORMAT, page_size=peer.page_size)
-        out, lse = QuantisedDriver(driver, case, TENSOR_SCALE).decode(inputs)
+        out, lse = driver.call(DECODE_QUANTIZED, inputs)
     elif isinstance(inputs, SparseInputs):
-        result = SparseDriver(driver, "sparse_prefill").call(inputs)
-        out, lse = result.out, result.lse
+        out, _, lse = driver.call(SPARSE_PREFILL, inputs)
     elif isinstance(inputs, PrefillInputs):
-        out, lse = driver.prefill(inputs)
+        out, lse = driver.call(PREFILL, inputs)
     else:
-        tensors = driver.decode_tensors(inputs)
-        out, lse = driver.decode(inputs, _views(tensors) if peer.noncontiguous else tensors)
+        tensors = driver.tensors(DECODE, inputs)
+        out, lse = driver.call(DECODE, inputs, _views(tensors) if peer.noncontiguous else tensors)
     return out.value, None if lse is None else lse.value
 
 
@@ -150,7 +149,7 @@ def _quantised(inputs: DecodeInputs, page_size: int) -> QuantisedDecodeInputs:
     stored = quantise(inputs.kv_cache.reshape(-1, layout.width), layout, tensor_scale=TENSOR_SCALE)
     pages = pack(stored, layout, page_size)
     rows = dequantised_cache(pages, layout, page_size, tensor_scale=TENSOR_SCALE)
-    return QuantisedDecodeInputs(pages, TENSOR_SCALE, replace(inputs, kv_cache=rows))
+    return QuantisedDecodeInputs(pages, TENSOR_SCALE, replace(inputs, kv_cache=rows), FORMAT, page_size)
 
 
 def _sparse_inputs(peer: Peer, lengths: Lengths, rng: np.random.Generator, options: bool) -> SparseInputs:

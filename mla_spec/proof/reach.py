@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-from mla_spec.subjects.contract import OPERATIONS
+from mla_spec.operations.all import OPERATIONS
 
 _DECLARATIONS = ("profile", "supports")
 

@@ -14,7 +14,8 @@ from mla_spec.judging.check import find_laws
 from mla_spec.judging.law import Law, Options, Run
 from mla_spec.judging.run import BACKEND
 from mla_spec.judging.verdict import VacuousCase
-from mla_spec.operations.all import Case, DecodeCase
+from mla_spec.operations.case import Case
+from mla_spec.operations.decode import DecodeCase
 from mla_spec.proof.faults import (
     FAULTS,
     Fault,

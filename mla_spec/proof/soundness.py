@@ -20,7 +20,7 @@ import numpy as np
 from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.bounds.profile_presets import PRESETS
-from mla_spec.operations.all import DecodeCase
+from mla_spec.operations.decode import DecodeCase
 from mla_spec.proof.emulated import EmulatedAttention, Schedule
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.formats import format_of, round_to

@@ -1,25 +1,23 @@
-"""Calls a subject: case data to tensors on its device, and what it returns back to plain data."""
+"""Calls a subject: inputs to tensors on its device, and what it returns back to plain data."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from mla_spec.operations.all import (
-    DecodeInputs,
-    MergeInputs,
-    PrefillInputs,
-    WriteInputs,
-)
-from mla_spec.reference.config import MLAConfig, RopeConfig
+from mla_spec.reference.formats import encode
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.contract import supports_of
+from mla_spec.subjects.signature import Argument, Output, Signature
 from mla_spec.subjects.violation import SubjectCrashed, Violation
+
+Tensors = dict[str, torch.Tensor]
+"""Tensor arguments by name; those of a dict are called "argument.key"."""
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -52,6 +50,30 @@ class Result:
         return Result(arrange(self.value), arrange(self.bits), self.what)
 
 
+class Results(tuple[Any, ...]):
+    """What a call gave, each output a Result, in their order; None for what the subject does not declare.
+
+    ``results.out`` is the output called "out". Unpacking gives all of them.
+    """
+
+    names: tuple[str, ...]
+
+    def __new__(cls, parts: Mapping[str, Result | None]) -> Results:
+        made = super().__new__(cls, parts.values())
+        made.names = tuple(parts)
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.names:
+            raise AttributeError(f"no output is called {name!r}; there are {', '.join(self.names)}")
+        return self[self.names.index(name)]
+
+    def leading(self, index: slice | IntArray) -> Results:
+        """Some of the leading axis of each."""
+        parts = (None if part is None else part[index] for part in self)
+        return Results(dict(zip(self.names, parts, strict=True)))
+
+
 def computed(value: Array, what: str) -> Result:
     """A float64 value that a law computed from results, as a Result."""
     return Result(value, np.ascontiguousarray(value).view(np.int64), what)
@@ -78,12 +100,92 @@ class Driver:
         self.device = device
         self.supports = supports_of(subject)
 
+    @property
+    def wide(self) -> torch.dtype:
+        """float64 where the case is, else float32."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
     def tensor(self, x: Array) -> torch.Tensor:
         """float64 data as a tensor of the case's dtype; values are representable, so this is exact."""
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device=self.device, dtype=TORCH_DTYPES[self.dtype])
+        return self._copy(x, TORCH_DTYPES[self.dtype])
 
     def integers(self, x: IntArray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device=self.device, dtype=dtype)
+        return self._copy(x, dtype)
+
+    def _copy(self, x: Any, dtype: torch.dtype) -> torch.Tensor:
+        # Always a copy: a subject that writes to its arguments must not reach what they were made from.
+        return torch.from_numpy(np.array(x, order="C")).to(device=self.device, dtype=dtype)
+
+    def tensors(self, operation: Signature, inputs: Any) -> Tensors:
+        """The tensor arguments by name, without the optional ones that are absent."""
+        tensors = {}
+        for argument in operation.arguments:
+            value = getattr(inputs, argument.name)
+            if argument.kind == "config" or value is None:
+                continue
+            parts = {f"{argument.name}.{key}": x for key, x in value.items()} if isinstance(value, Mapping) else None
+            for name, x in ({argument.name: value} if parts is None else parts).items():
+                tensors[name] = self._argument(argument, x)
+        return tensors
+
+    def _argument(self, argument: Argument, x: Any) -> torch.Tensor:
+        if argument.kind == "lse" and self.supports.empty_row == "zero/+inf":
+            x = np.where(np.isneginf(x), np.inf, x)
+        if argument.kind == "codes":
+            x = encode(x, "float8_e4m3fn")
+        dtypes = {
+            "values": TORCH_DTYPES[self.dtype],
+            "wide": self.wide,
+            "lse": self.wide,
+            "float32": torch.float32,
+            "int32": torch.int32,
+            "int64": torch.int64,
+            "bytes": torch.uint8,
+            "codes": torch.uint8,  # the bytes, of which views can be made; the call sees them as numbers
+        }
+        return self._copy(x, dtypes[argument.kind])
+
+    def raw(self, operation: Signature, inputs: Any, tensors: Tensors) -> tuple[Any, ...]:
+        """Call the operation, and give its outputs unread; written arguments stand where they are outputs."""
+        arguments = []
+        options = {
+            name: TORCH_DTYPES[self.dtype] if name == "dtype" else getattr(inputs, name) for name in operation.keywords
+        }
+        for argument in operation.arguments:
+            value = _passed(argument, inputs, tensors)
+            if not argument.optional:
+                arguments.append(value)
+            elif value is not None:
+                options[argument.name] = value
+        method = getattr(self.subject, operation.name)
+        returned = _parts(operation, self.guard(lambda: method(*arguments, **options)))
+        return tuple(
+            tensors[output.name] if output.name in operation.written else returned[output.name]
+            for output in operation.outputs
+        )
+
+    def read(self, operation: Signature, inputs: Any, unread: tuple[Any, ...]) -> Results:
+        """Outputs of a call on ``inputs`` as plain data; Violation where one is not what the contract says."""
+        parts: dict[str, Result | None] = {}
+        for output, x in zip(operation.outputs, unread, strict=True):
+            offered = output.offered(self.supports)
+            parts[output.name] = self._output(output, x, inputs) if offered else None
+        return Results(parts)
+
+    def _output(self, output: Output, x: Any, inputs: Any) -> Result:
+        dtypes = {
+            "values": (TORCH_DTYPES[self.dtype],),
+            "wide": (self.wide,),
+            "float32 or better": (torch.float32, torch.float64),
+            "indices": (torch.int32, torch.int64),
+            "bytes": (torch.uint8,),
+        }
+        return self.result(x, output.what or output.name, output.shape(inputs), dtypes[output.kind])
+
+    def call(self, operation: Signature, inputs: Any, tensors: Tensors | None = None) -> Results:
+        """The outputs of the operation. ``tensors`` replace those built from ``inputs``."""
+        tensors = self.tensors(operation, inputs) if tensors is None else tensors
+        return self.read(operation, inputs, self.raw(operation, inputs, tensors))
 
     def guard(self, call: Callable[[], Any]) -> Any:
         """Run a call into the subject."""
@@ -111,156 +213,28 @@ class Driver:
         value: Array = x.detach().to("cpu", torch.float64).numpy().copy()
         return Result(value, tensor_bits(x), what)
 
-    def rope(self, x: Array, positions: IntArray, rope: RopeConfig) -> Result:
-        return self.rope_tensors(self.tensor(x), self.integers(positions, torch.int64), rope)
 
-    def rope_tensors(self, x: torch.Tensor, positions: torch.Tensor, rope: RopeConfig) -> Result:
-        out = self.guard(lambda: self.subject.rope(x, positions, rope=rope))
-        return self.result(out, "rope output", tuple(x.shape))
-
-    def absorb(self, kv_b_proj: Array, config: MLAConfig) -> tuple[Result, Result]:
-        returned = self.guard(lambda: self.subject.absorb(self.tensor(kv_b_proj), config=config))
-        returned = _pair(returned, "absorb", "(w_uk, w_uv)")
-        h, c = config.num_heads, config.kv_lora_rank
-        return (
-            self.result(returned[0], "w_uk", (h, config.qk_nope_head_dim, c)),
-            self.result(returned[1], "w_uv", (h, config.v_head_dim, c)),
-        )
-
-    def prefill_tensors(self, inputs: PrefillInputs) -> dict[str, torch.Tensor]:
-        """The tensor arguments of ``prefill`` by name."""
-        return {
-            "q": self.tensor(inputs.q),
-            "k": self.tensor(inputs.k),
-            "v": self.tensor(inputs.v),
-            "cu_seqlens_q": self.integers(inputs.cu_seqlens_q, torch.int32),
-            "cu_seqlens_k": self.integers(inputs.cu_seqlens_k, torch.int32),
-        }
-
-    def prefill(
-        self, inputs: PrefillInputs, tensors: dict[str, torch.Tensor] | None = None
-    ) -> tuple[Result, Result | None]:
-        """(out, lse), lse None where the subject declares none. ``tensors`` replace those built from ``inputs``."""
-        out, lse = self.prefill_raw(inputs, tensors or self.prefill_tensors(inputs))
-        tokens, h = inputs.q.shape[:2]
-        result = self.result(out, "out", (tokens, h, inputs.v.shape[-1]))
-        if not self.supports.lse:
-            return result, None
-        return result, self.result(lse, "lse", (h, tokens), (torch.float32, torch.float64))
-
-    def prefill_raw(self, inputs: PrefillInputs, tensors: dict[str, torch.Tensor]) -> tuple[Any, Any]:
-        """What ``prefill`` returned, unread."""
-        arguments = [tensors[name] for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")]
-        returned = self.guard(
-            lambda: self.subject.prefill(*arguments, softmax_scale=inputs.softmax_scale, causal=inputs.causal)
-        )
-        return _pair(returned, "prefill", "(out, lse)")
-
-    def decode_tensors(self, inputs: DecodeInputs) -> dict[str, torch.Tensor]:
-        """The tensor arguments of ``decode`` by name."""
-        return {
-            "q": self.tensor(inputs.q),
-            "kv_cache": self.tensor(inputs.kv_cache),
-            "block_table": self.integers(inputs.block_table, torch.int32),
-            "cache_seqlens": self.integers(inputs.cache_seqlens, torch.int32),
-        }
-
-    def decode(
-        self, inputs: DecodeInputs, tensors: dict[str, torch.Tensor] | None = None
-    ) -> tuple[Result, Result | None]:
-        """(out, lse), lse None where the subject declares none. ``tensors`` replace those built from ``inputs``."""
-        return self.read_decode(inputs, self.decode_raw(inputs, tensors or self.decode_tensors(inputs)))
-
-    def read_decode(self, inputs: DecodeInputs, returned: Any) -> tuple[Result, Result | None]:
-        """What ``decode`` returned for ``inputs``."""
-        out, lse = _pair(returned, "decode", "(out, lse)")
-        b, s, h = inputs.q.shape[:3]
-        result = self.result(out, "out", (b, s, h, inputs.head_dim_v))
-        if not self.supports.lse:
-            return result, None
-        return result, self.result(lse, "lse", (b, h, s), (torch.float32, torch.float64))
-
-    def decode_raw(self, inputs: DecodeInputs, tensors: dict[str, torch.Tensor]) -> tuple[Any, Any]:
-        """What ``decode`` returned, unread."""
-        returned = self.guard(
-            lambda: self.subject.decode(
-                tensors["q"],
-                tensors["kv_cache"],
-                tensors["block_table"],
-                tensors["cache_seqlens"],
-                head_dim_v=inputs.head_dim_v,
-                softmax_scale=inputs.softmax_scale,
-                causal=inputs.causal,
-            )
-        )
-        return _pair(returned, "decode", "(out, lse)")
-
-    def merge_tensors(self, inputs: MergeInputs) -> dict[str, torch.Tensor]:
-        """The tensor arguments of ``merge`` by name; LSEs of empty parts are what the subject declares."""
-        lses = inputs.lses
-        if self.supports.empty_row == "zero/+inf":
-            lses = np.where(np.isneginf(lses), np.inf, lses)
-        dtype = torch.float64 if self.dtype == "float64" else torch.float32
-        return {"outs": self.tensor(inputs.outs), "lses": torch.from_numpy(lses).to(self.device, dtype)}
-
-    def merge(self, inputs: MergeInputs, tensors: dict[str, torch.Tensor] | None = None) -> tuple[Result, Result]:
-        """(out, lse). ``tensors`` replace those built from ``inputs``."""
-        out, lse = self.merge_raw(tensors or self.merge_tensors(inputs))
-        return (
-            self.result(out, "merged out", inputs.outs.shape[1:]),
-            self.result(lse, "merged lse", inputs.lses.shape[1:], (torch.float32, torch.float64)),
-        )
-
-    def merge_raw(self, tensors: dict[str, torch.Tensor]) -> tuple[Any, Any]:
-        """What ``merge`` returned, unread."""
-        return _pair(self.guard(lambda: self.subject.merge(tensors["outs"], tensors["lses"])), "merge", "(out, lse)")
-
-    def write_tensors(self, inputs: WriteInputs) -> dict[str, torch.Tensor]:
-        """The tensor arguments of ``write_cache`` by name."""
-        return {
-            "latent": self.tensor(inputs.latent),
-            "k_pe": self.tensor(inputs.k_pe),
-            "kv_cache": self.tensor(inputs.kv_cache),
-            "slot_mapping": self.integers(inputs.slot_mapping, torch.int64),
-        }
-
-    def write_cache(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write into ``tensors["kv_cache"]``; Violation when something is returned."""
-        names = ("latent", "k_pe", "kv_cache", "slot_mapping")
-        returned = self.guard(lambda: self.subject.write_cache(*(tensors[name] for name in names)))
-        if returned is not None:
-            raise Violation(f"write_cache must return None, got {type(returned).__name__}")
-
-    def layer(self, weights: dict[str, Array], config: MLAConfig) -> LayerDriver:
-        tensors = {name: self.tensor(w) for name, w in weights.items()}
-        return LayerDriver(self, self.guard(lambda: self.subject.layer(tensors, config)), tensors)
+def _passed(argument: Argument, inputs: Any, tensors: Tensors) -> Any:
+    """What the call gets for an argument; None for an optional one that is absent."""
+    if argument.kind == "config":
+        return getattr(inputs, argument.name)
+    if argument.kind == "codes":
+        return tensors[argument.name].view(torch.float8_e4m3fn)
+    if argument.name in tensors:
+        return tensors[argument.name]
+    if argument.optional:
+        return None
+    prefix = f"{argument.name}."
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
-def _pair(returned: Any, operation: str, names: str) -> tuple[Any, Any]:
-    if not (isinstance(returned, tuple) and len(returned) == 2):
-        raise Violation(f"{operation} must return {names}, got {type(returned).__name__}")
-    return returned
-
-
-class LayerDriver:
-    """One layer object of a subject."""
-
-    def __init__(self, driver: Driver, layer: Any, weights: dict[str, torch.Tensor]) -> None:
-        self.driver = driver
-        self.layer = layer
-        self.weights = weights
-
-    def run(self, method: str, hidden: Array, positions: IntArray) -> Result:
-        """``prefill`` or ``decode`` of hidden [b, s, e] at positions [b, s]."""
-        x, at = self.driver.tensor(hidden), self.driver.integers(positions, torch.int64)
-        out = self.driver.guard(lambda: getattr(self.layer, method)(x, at))
-        return self.driver.result(out, f"{method} output", hidden.shape)
-
-    def reset(self) -> None:
-        self.driver.guard(lambda: self.layer.reset())
-
-    def cache_bytes(self) -> int:
-        count = self.driver.guard(lambda: self.layer.cache_bytes())
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise Violation(f"cache_bytes must return an int, got {type(count).__name__}")
-        return count
+def _parts(operation: Signature, returned: Any) -> dict[str, Any]:
+    """What a call returned, by the names of its outputs; Violation where it is not as many as they are."""
+    names = [output.name for output in operation.returned]
+    if not names and returned is not None:
+        raise Violation(f"{operation.name} must return None, got {type(returned).__name__}")
+    if len(names) == 1:
+        return {names[0]: returned}
+    if names and not (isinstance(returned, tuple) and len(returned) == len(names)):
+        raise Violation(f"{operation.name} must return ({', '.join(names)}), got {type(returned).__name__}")
+    return dict(zip(names, returned or (), strict=True))

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mla_spec.installed import SHIPPED
-from mla_spec.subjects.contract import OPERATIONS, require_subject
+from mla_spec.installed import SHIPPED, operation_names
+from mla_spec.subjects.contract import require_subject
 
 
 class UnknownSubject(Exception):
@@ -62,8 +62,9 @@ def resolve_subject(spec: str, signature: str | None = None) -> Any:
     except Exception as error:
         raise UnknownSubject(f"{spec}: making the object failed with {type(error).__name__}: {error}") from error
     if signature is not None:
-        if signature not in OPERATIONS:
-            raise UnknownSubject(f"unknown operation {signature!r} for --signature; known are {', '.join(OPERATIONS)}")
+        names = operation_names()
+        if signature not in names:
+            raise UnknownSubject(f"unknown operation {signature!r} for --signature; known are {', '.join(names)}")
         if not callable(subject):
             raise UnknownSubject(f"{spec} is not callable, so it cannot implement {signature!r}")
         subject = FunctionSubject(subject, signature)

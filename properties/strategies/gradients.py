@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.all import PrefillBackwardCase, SparseBackwardCase
+from mla_spec.operations.gradients import PrefillBackwardCase, SparseBackwardCase
 from mla_spec.properties.strategies.sizes import SEEDS, large_size
 from mla_spec.properties.strategies.sparse import sparse_prefill_cases
 from mla_spec.reference.formats import format_of

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.all import LayerCase
-from mla_spec.operations.layer import layer_models
+from mla_spec.operations.layer import LayerCase, layer_models
 from mla_spec.properties.strategies.sizes import (
     SEEDS,
     THETAS,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.all import ProjectIndexerCase
+from mla_spec.operations.project_indexer import ProjectIndexerCase
 from mla_spec.properties.strategies.sizes import (
     SEEDS,
     THETAS,

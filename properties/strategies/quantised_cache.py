@@ -15,6 +15,7 @@ from mla_spec.operations.quantised_cache import (
     PagesCase,
     QuantiseCase,
     QuantisedDecodeCase,
+    latent_formats,
 )
 from mla_spec.properties.strategies.sizes import LOGIT_STDS, SEEDS, decode_cases
 from mla_spec.reference.cache_layout import layout_of
@@ -24,11 +25,6 @@ from mla_spec.subjects.supports import Supports
 PAGE_SIZES = (1, 2, 3, 16, 64, 7, 128)
 REGIMES = ("typical", "outlier", "ties", "offset", "sink", "zeros", "rope")
 QUANTISE_REGIMES = ("typical", "zeros", "outlier", "rope", "tiny", "huge", "edges")
-
-
-def latent_formats(supports: Supports) -> list[str]:
-    """The formats of latent caches, without those of an indexer."""
-    return [name for name in supports.cache_formats if name in HEAD_DIM_V]
 
 
 def stores_scales(supports: Supports) -> list[str]:
@@ -78,7 +74,9 @@ def pages_cases(draw: DrawFn, supports: Supports, profile: Profile) -> PagesCase
 
 
 @st.composite
-def quantised_decode_cases(draw: DrawFn, supports: Supports, profile: Profile) -> QuantisedDecodeCase:
+def quantised_decode_cases(
+    draw: DrawFn, supports: Supports, profile: Profile, *, min_batch: int = 1
+) -> QuantisedDecodeCase:
     """Ragged batches over shuffled pages of every format of a latent cache, as ``decode_cases`` draws them."""
     name = draw(st.sampled_from(latent_formats(supports)))
     power_of_two = draw(st.booleans())
@@ -90,7 +88,7 @@ def quantised_decode_cases(draw: DrawFn, supports: Supports, profile: Profile) -
     )
     inexact = layout.scale in ("", "float32") and not (layout.scale and power_of_two)
     stds = _judgeable(profile, layout.width, inexact)
-    case = draw(decode_cases(narrowed, profile, regimes=REGIMES, logit_stds=stds))
+    case = draw(decode_cases(narrowed, profile, min_batch=min_batch, regimes=REGIMES, logit_stds=stds))
     names = {f.name for f in fields(case)} & {f.name for f in fields(QuantisedDecodeCase)}
     shared = {field: getattr(case, field) for field in names}
     return QuantisedDecodeCase(format=name, power_of_two=power_of_two, **shared)

@@ -13,15 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.all import (
-    YARN,
-    DecodeCase,
-    MergeCase,
-    PrefillCase,
-    RopeCase,
-    WriteCase,
-)
-from mla_spec.operations.rope import LONGROPE
+from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.merge import MergeCase
+from mla_spec.operations.prefill import PrefillCase
+from mla_spec.operations.rope import LONGROPE, YARN, RopeCase
+from mla_spec.operations.write_cache import WriteCase
 from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
 

@@ -8,12 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.all import (
-    IndexedAttentionCase,
-    IndexerCase,
-    SparseDecodeCase,
-    SparsePrefillCase,
-)
+from mla_spec.operations.indexer import IndexedAttentionCase, IndexerCase
+from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.properties.strategies.sizes import (
     HEADS,
     LOGIT_STDS,

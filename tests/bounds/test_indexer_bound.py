@@ -13,7 +13,7 @@ from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.bounds.project_indexer import layer_norm_with_bound, project_indexer_with_bound
 from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.bounds.running import Bounded
-from mla_spec.operations.all import ProjectIndexerCase
+from mla_spec.operations.project_indexer import ProjectIndexerCase
 from mla_spec.reference.config import RopeConfig
 from mla_spec.reference.formats import FORMATS, round_to
 from mla_spec.reference.indexer import IndexerConfig, indexer_weight_shapes, layer_norm, project_indexer

@@ -59,7 +59,7 @@ def test_waivers_expect_failure_and_stale_ones_are_reported(project: pytest.Pyte
         waived="""
         # our rotation is fused elsewhere
         test_rope_agrees_with_reference
-        test_rope_of_a_slice[kernels.py:Wrong]
+        test_rope_reads_strides[kernels.py:Wrong]
         test_rope_preserves_norm[kernels.py:Wrong]
         test_rope_at_position_zero_is_identity[kernels.py:Wrong]
         test_rope_takes_positions_in_any_order[kernels.py:Wrong]

@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 
 from mla_spec.golden.corpus import compare
-from mla_spec.operations.all import (
-    IndexerCase,
-    ProjectIndexerCase,
-    SparseDecodeCase,
-    SparsePrefillCase,
-)
+from mla_spec.operations.indexer import IndexerCase
+from mla_spec.operations.project_indexer import ProjectIndexerCase
+from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.reference.config import RopeConfig
 
 pytest.importorskip("flint", reason="ball arithmetic needs python-flint (the extra 'golden')")

@@ -30,9 +30,7 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: ",".join(f"{k}={v}" for k, v in s.items()))
 def test_regenerating_gives_the_same_bytes_under_any_setting(settings: dict[str, str], tmp_path: Path) -> None:
     new = tmp_path / "new"
-    code = (
-        "import sys; from mla_spec.golden.corpus import corpus as c; c.regenerate(sys.argv[1]); print(c.verify(sys.argv[1]))"
-    )
+    code = "import sys; from mla_spec.golden.corpus import corpus as c; c.regenerate(sys.argv[1]); print(c.verify(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(new)]
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

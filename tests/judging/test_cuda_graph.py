@@ -16,10 +16,10 @@ from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options, Run
 from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
-from mla_spec.operations.all import DecodeCase
+from mla_spec.operations.decode import DecodeCase
 from mla_spec.planted_bugs.state import Capturable, LengthsOfFirstCall
 from mla_spec.proof.selftest import BugResult, Matrix
-from mla_spec.properties.test_state import judge_replays
+from mla_spec.properties.test_cuda_graph import judge_replays
 from mla_spec.subjects.supports import Supports
 
 LAW = all_laws()["test_decode_is_replayed_in_a_cuda_graph"]

@@ -15,7 +15,8 @@ from mla_spec.judging.check import find_laws
 from mla_spec.judging.law import Law, Options
 from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record, VacuousCase, merge
-from mla_spec.operations.all import DecodeCase, parse_case
+from mla_spec.operations.all import parse_case
+from mla_spec.operations.decode import DecodeCase
 from mla_spec.properties.strategies.sizes import decode_cases
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
@@ -111,7 +112,7 @@ def test_absent_operations_and_features_are_unsupported_not_passed() -> None:
     assert records["test_rope_preserves_norm"].verdict == "pass"
     assert records["test_decode_agrees_with_reference"].verdict == "unsupported"
     assert records["test_decode_agrees_with_reference"].message == "does not offer decode"
-    lse = run_law(LAWS["test_lse_agrees_with_reference"], TorchSDPA(), FEW)
+    lse = run_law(LAWS["test_decode_lse_agrees_with_reference"], TorchSDPA(), FEW)
     assert (lse.verdict, lse.message) == ("unsupported", "decode returns no LSE")
     no_double = run_law(LAWS["test_rope_preserves_norm"], OnlyRope(), Options(dtypes=()))
     assert no_double.verdict == "unsupported"

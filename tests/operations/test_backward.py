@@ -15,13 +15,10 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
-from mla_spec.operations.all import (
-    Case,
-    PrefillBackwardCase,
-    SparseBackwardCase,
-    parse_case,
-)
-from mla_spec.operations.backward_driver import BackwardDriver
+from mla_spec.operations.all import parse_case
+from mla_spec.operations.case import Case
+from mla_spec.operations.gradients import BackwardDriver, PrefillBackwardCase, SparseBackwardCase
+from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.properties.strategies.gradients import exact_backward_cases, prefill_backward_cases, sparse_backward_cases
 from mla_spec.reference.attention import attention
 from mla_spec.reference.formats import round_to
@@ -201,7 +198,7 @@ def test_gradients_have_the_shape_and_dtype_of_their_tensors() -> None:
     """Autograd itself sees to it for leaves; the driver for whatever else may put a gradient there."""
     driver = BackwardDriver(TorchAbsorbed(), "float32")
     x = CASE.with_gradients()
-    tensors = driver.prefill_tensors(x.forward) | {"out_grad": driver.tensor(x.out_grad)}
+    tensors = driver.tensors(PREFILL, x.forward) | {"out_grad": driver.tensor(x.out_grad)}
     got = driver.prefill_gradients(x.forward, tensors)
     assert {name: result.value.shape for name, result in got.items()} == {
         "q": (2, 2, 4),
@@ -229,8 +226,8 @@ def test_autograd_records_nothing_in_other_laws() -> None:
 
     x = CASE.with_gradients()
     driver = Driver(Watching(), "float32")
-    driver.prefill(x.forward)
+    driver.call(PREFILL, x.forward)
     recording = BackwardDriver.of(driver)
-    tensors = recording.prefill_tensors(x.forward) | {"out_grad": recording.tensor(x.out_grad)}
+    tensors = recording.tensors(PREFILL, x.forward) | {"out_grad": recording.tensor(x.out_grad)}
     recording.prefill_gradients(x.forward, tensors)
     assert Watching.recorded == [False, True]

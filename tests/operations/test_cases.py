@@ -8,16 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.all import (
-    Case,
-    DecodeCase,
-    LayerCase,
-    MergeCase,
-    PrefillCase,
-    RopeCase,
-    WriteCase,
-    parse_case,
-)
+from mla_spec.operations.all import parse_case
+from mla_spec.operations.case import Case
+from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.layer import LayerCase
+from mla_spec.operations.merge import MergeCase
+from mla_spec.operations.prefill import PrefillCase
+from mla_spec.operations.rope import RopeCase
+from mla_spec.operations.write_cache import WriteCase
 from mla_spec.properties.strategies.layer import layer_cases
 from mla_spec.properties.strategies.sizes import (
     decode_cases,

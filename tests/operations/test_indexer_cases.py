@@ -15,12 +15,10 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
-from mla_spec.operations.all import (
-    Case,
-    IndexedAttentionCase,
-    ProjectIndexerCase,
-    parse_case,
-)
+from mla_spec.operations.all import parse_case
+from mla_spec.operations.case import Case
+from mla_spec.operations.indexer import IndexedAttentionCase
+from mla_spec.operations.project_indexer import ProjectIndexerCase
 from mla_spec.properties.strategies.project_indexer import project_indexer_cases
 from mla_spec.properties.strategies.sparse import indexed_attention_cases
 from mla_spec.reference.formats import round_to

@@ -13,7 +13,8 @@ from mla_spec.adapters.pytorch import TorchAbsorbed, TorchLayer
 from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
-from mla_spec.operations.all import LayerGradientCase, parse_case
+from mla_spec.operations.all import parse_case
+from mla_spec.operations.layer_gradients import LayerGradientCase
 from mla_spec.planted_bugs import PLANTED
 from mla_spec.properties.test_layer_gradients import LOOSE, parts
 from mla_spec.reference.config import MLAConfig

@@ -12,9 +12,10 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
-from mla_spec.operations.all import DecodeCase, PrefillCase, parse_case
+from mla_spec.operations.all import parse_case
+from mla_spec.operations.decode import DecodeCase, decode_expected
+from mla_spec.operations.prefill import PrefillCase, prefill_expected
 from mla_spec.operations.shards import ShardedLayerCase
-from mla_spec.properties.expected import decode_expected, prefill_expected
 from mla_spec.properties.ranks import PLACEMENTS, decode_ranks, owners, ring_steps
 from mla_spec.reference.merge import merge
 

@@ -16,13 +16,10 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
-from mla_spec.operations.all import (
-    Case,
-    IndexerCase,
-    SparseDecodeCase,
-    SparsePrefillCase,
-    parse_case,
-)
+from mla_spec.operations.all import parse_case
+from mla_spec.operations.case import Case
+from mla_spec.operations.indexer import IndexerCase
+from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.properties.strategies.sparse import indexer_cases, sparse_decode_cases, sparse_prefill_cases
 from mla_spec.reference.formats import round_to
 from mla_spec.subjects.supports import DTYPES, Supports

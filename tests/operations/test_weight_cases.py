@@ -8,12 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.all import (
-    Case,
-    QuantisedLayerCase,
-    WeightCase,
-    parse_case,
-)
+from mla_spec.operations.all import parse_case
+from mla_spec.operations.case import Case
+from mla_spec.operations.dequantize_weight import QuantisedLayerCase, WeightCase
 from mla_spec.properties.strategies.dequantize_weight import quantised_layer_cases, weight_cases
 from mla_spec.reference.block_scales import CODE, dequantise_weight
 from mla_spec.reference.formats import format_of, round_to

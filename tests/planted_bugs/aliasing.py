@@ -17,7 +17,7 @@ from mla_spec.reference.config import MLAConfig, RopeConfig
     source=("https://github.com/vllm-project/vllm/pull/38719",),
     symptom="gibberish with full graphs only",
     shows_when="slot 0 is in use, or the cache is compared",
-    killed_by=("test_inputs_are_not_modified",),
+    killed_by=("test_decode_does_not_modify_its_inputs",),
 )
 class WarmUpWritesSlot0(TorchAbsorbed):
     """A dummy run before the call writes its token to slot 0 of the cache."""
@@ -61,7 +61,7 @@ class PositionsAdvancedInPlace(TorchAbsorbed):
     "X40",
     symptom="another step that has kept the query sees it scaled",
     shows_when="the caller uses q again",
-    killed_by=("test_inputs_are_not_modified",),
+    killed_by=("test_decode_does_not_modify_its_inputs",),
 )
 class QueryScaledInPlace(TorchAbsorbed):
     """A fused step writes the query in place, which another step has kept."""
@@ -76,7 +76,7 @@ class QueryScaledInPlace(TorchAbsorbed):
     "X5",
     symptom="results change when the next call is made",
     shows_when="an output is kept over a call",
-    killed_by=("test_output_is_not_aliased",),
+    killed_by=("test_decode_output_is_not_aliased",),
 )
 class OutputBufferReused(TorchAbsorbed):
     """Outputs of one shape share one buffer."""
@@ -93,7 +93,7 @@ class OutputBufferReused(TorchAbsorbed):
     "X6",
     symptom="a page loses tokens that another sequence writes to it",
     shows_when="a page is partly filled and the cache is compared",
-    killed_by=("test_inputs_are_not_modified",),
+    killed_by=("test_decode_does_not_modify_its_inputs",),
 )
 class ClearsTailOfPage(TorchExplicit):
     """NaN in the tail of the last page is kept out by clearing it, in the caller's cache."""

@@ -75,7 +75,7 @@ class RankLsesInBase2(ContextParallel):
     "X-ranks-averaged",
     symptom="ranks without keys halve the output",
     shows_when="the ranks' keys have different mass",
-    killed_by=(DECODE, PREFILL, "test_equal_scores_give_the_mean"),
+    killed_by=(DECODE, PREFILL, "test_decode_equal_scores_give_the_mean"),
 )
 class RanksAveraged(ContextParallel):
     """Ranks' outputs are averaged, as those of data parallelism."""

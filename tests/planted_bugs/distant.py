@@ -70,8 +70,8 @@ class FarSlotsReadAsZeros(TorchExplicit):
     symptom="a quantised cache holds less than it has room for",
     shows_when="a page lies beyond 2^31 bytes",
     killed_by=(
-        "test_dequantize_cache_reaches_beyond_2_31_bytes",
-        "test_quantised_decode_reaches_beyond_2_31_bytes",
+        "test_dequantize_cache_reaches_beyond_2_31_elements",
+        "test_decode_quantized_reaches_beyond_2_31_elements",
     ),
 )
 class FarBytesReadAsZeros(TorchAbsorbed):
@@ -85,7 +85,7 @@ class FarBytesReadAsZeros(TorchAbsorbed):
     "X-pool-read-from-start-of-memory",
     symptom="every layer but the first reads the first one's cache",
     shows_when="kv_cache is a view that does not begin where its memory does",
-    killed_by=("test_noncontiguous_inputs",),
+    killed_by=("test_decode_reads_strides",),
 )
 class PoolFromStartOfMemory(TorchAbsorbed):
     """The address of the pool is passed on without the view's offset."""
@@ -98,7 +98,7 @@ class PoolFromStartOfMemory(TorchAbsorbed):
     "X-pages-read-from-start-of-memory",
     symptom="every layer but the first reads the first one's cache",
     shows_when="pages are a view that does not begin where its memory does",
-    killed_by=("test_dequantize_cache_reads_strides", "test_quantised_decode_reads_strides"),
+    killed_by=("test_dequantize_cache_reads_strides", "test_decode_quantized_reads_strides"),
 )
 class PagesFromStartOfMemory(TorchAbsorbed):
     """The address of the pages is passed on without the view's offset."""

@@ -20,7 +20,7 @@ from mla_spec.planted_bugs.registry import planted
     ),
     symptom="crash, or silently wrong merges",
     shows_when="several heads and queries",
-    killed_by=("test_lse_agrees_with_reference",),
+    killed_by=("test_decode_lse_agrees_with_reference",),
 )
 class LseLaidOutByToken(TorchAbsorbed):
     """The LSE is stored [b, s, h] and returned as [b, h, s]."""
@@ -39,7 +39,7 @@ class LseLaidOutByToken(TorchAbsorbed):
     ),
     symptom="context-parallel decode picks other tokens",
     shows_when="parts of different LSEs are merged",
-    killed_by=("test_lse_agrees_with_reference", "test_lse_recombines_disjoint_parts"),
+    killed_by=("test_decode_lse_agrees_with_reference", "test_decode_lse_recombines_disjoint_parts"),
 )
 class LseInBase2(TorchAbsorbed):
     """The LSE is a binary logarithm."""
@@ -58,7 +58,7 @@ class LseInBase2(TorchAbsorbed):
     ),
     symptom="NaN for some lengths",
     shows_when="the last split has fewer keys than there are queries",
-    killed_by=("test_decode_agrees_with_reference", "test_two_equal_maxima_give_their_mean"),
+    killed_by=("test_decode_agrees_with_reference", "test_decode_two_equal_maxima_give_their_mean"),
 )
 class MaskedSplitGivesNaN(TorchExplicit):
     """A split that a query does not see has maximum -inf, and exp(-inf - -inf) is NaN."""
@@ -83,7 +83,7 @@ class MaskedSplitGivesNaN(TorchExplicit):
     source=("https://github.com/flashinfer-ai/flashinfer/pull/4401",),
     symptom="valid rows return 0",
     shows_when="all scores of a row lie below -5e4",
-    killed_by=("test_one_hot_far_below_zero",),
+    killed_by=("test_decode_one_hot_far_below_zero",),
 )
 class FiniteInitialMaximum(TorchAbsorbed):
     """The running maximum starts at -5e4, the value used for masked scores."""

@@ -18,7 +18,7 @@ from mla_spec.planted_bugs.registry import planted
     ),
     symptom="illegal access or wrong rows",
     shows_when="several queries per sequence",
-    killed_by=("test_decode_agrees_with_reference", "test_two_equal_maxima_give_their_mean"),
+    killed_by=("test_decode_agrees_with_reference", "test_decode_two_equal_maxima_give_their_mean"),
 )
 class LengthsByQueryToken(TorchAbsorbed):
     """There is one program per query token, and it takes the length of the sequence with the token's number."""
@@ -90,7 +90,7 @@ class MasksLastTileOnly(TorchAbsorbed):
     source=("https://github.com/flashinfer-ai/flashinfer/pull/348",),
     symptom="every query but the last sees one future key",
     shows_when="several causal queries",
-    killed_by=("test_future_keys_are_ignored",),
+    killed_by=("test_decode_ignores_future_keys",),
 )
 class MaskOffByOne(TorchAbsorbed):
     """Keys are masked where j > length + i - s instead of where j >= that."""
@@ -127,7 +127,7 @@ class BooleanMaskAdded(TorchSDPA):
     shows_when="several causal queries, or a ragged batch",
     killed_by=(
         "test_decode_agrees_with_reference",
-        "test_equal_scores_give_the_mean",
+        "test_decode_equal_scores_give_the_mean",
     ),
 )
 class MaskOfWrongValue(TorchAbsorbed):
@@ -141,7 +141,7 @@ class MaskOfWrongValue(TorchAbsorbed):
     "X1",
     symptom="queries after cached keys see the first keys only",
     shows_when="several causal queries, more keys than queries",
-    killed_by=("test_last_key_matters",),
+    killed_by=("test_decode_last_key_matters",),
 )
 class TopLeftMask(TorchAbsorbed):
     """The causal mask is aligned to the first key: query i sees keys 0 .. i."""
@@ -150,7 +150,9 @@ class TopLeftMask(TorchAbsorbed):
         return super().visible(s, t, seqlens.clamp(max=s) if causal and s > 1 else seqlens, causal)
 
 
-@planted("X2", symptom="the newest token has no weight", shows_when="always", killed_by=("test_last_key_matters",))
+@planted(
+    "X2", symptom="the newest token has no weight", shows_when="always", killed_by=("test_decode_last_key_matters",)
+)
 class LastKeyDropped(TorchAbsorbed):
     """Lengths are taken not to count the new tokens' last."""
 

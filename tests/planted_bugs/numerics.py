@@ -48,7 +48,7 @@ class BatchInvariant(TorchExplicit):
     source=("https://github.com/deepseek-ai/FlashMLA/issues/212",),
     symptom="the last bits change with the other sequences of the batch",
     shows_when="bits are compared",
-    killed_by=("test_ragged_batch_equals_each_sequence_alone",),
+    killed_by=("test_decode_sequences_are_independent",),
 )
 class SplitsByBatchSize(BatchInvariant):
     """Over how many splits the keys are summed depends on the batch."""

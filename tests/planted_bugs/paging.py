@@ -19,7 +19,7 @@ from mla_spec.planted_bugs.registry import planted
     ),
     symptom="NaN everywhere",
     shows_when="a page is partly filled and its tail holds NaN",
-    killed_by=("test_unused_cache_slots_are_ignored",),
+    killed_by=("test_decode_ignores_unused_cache_slots",),
 )
 class ReadsWholePages(TorchExplicit):
     """Keys are bounded by pages: the tail of the last page gets weight 0, and 0 · NaN is NaN."""
@@ -53,7 +53,7 @@ class RowsAt16Bytes(TorchExplicit):
     source=("https://github.com/vllm-project/vllm/pull/49427",),
     symptom="illegal access",
     shows_when="a table entry past a sequence's pages names no page",
-    killed_by=("test_unused_table_entries_are_ignored",),
+    killed_by=("test_decode_ignores_unused_table_entries",),
 )
 class TableReadPastEnd(TorchAbsorbed):
     """The number of a sequence's pages does not bound what is read of its row of the table."""
@@ -73,7 +73,7 @@ class TableReadPastEnd(TorchAbsorbed):
     ),
     symptom="prefill after a cached prefix is wrong",
     shows_when="several sequences, more keys than queries",
-    killed_by=("test_ragged_batch_equals_each_sequence_alone",),
+    killed_by=("test_decode_sequences_are_independent",),
 )
 class KeysStartWithQueries(TorchAbsorbed):
     """In the packed keys a sequence starts at its index among the queries, not after the keys of those before it."""
@@ -95,7 +95,7 @@ class KeysStartWithQueries(TorchAbsorbed):
     shows_when="more than c + r keys",
     killed_by=(
         "test_decode_agrees_with_reference",
-        "test_equal_scores_give_the_mean",
+        "test_decode_equal_scores_give_the_mean",
         "test_absorbed_equals_explicit",
     ),
 )
@@ -129,8 +129,8 @@ class PageOfFirstTile(TorchAbsorbed):
     symptom="right as long as the allocator hands out pages in order",
     shows_when="a sequence's pages do not follow each other in the pool",
     killed_by=(
-        "test_page_relabelling_changes_nothing",
-        "test_one_hot_by_the_latent_part",
+        "test_decode_page_relabelling_changes_nothing",
+        "test_decode_one_hot_by_the_latent_part",
     ),
 )
 class PagesTakenAsRun(TorchAbsorbed):
@@ -145,7 +145,7 @@ class PagesTakenAsRun(TorchAbsorbed):
     "X-keys-in-order-of-memory",
     symptom="a request that is preempted and resumed gets other logits",
     shows_when="a sequence of several full pages that do not lie in order",
-    killed_by=("test_page_relabelling_changes_nothing",),
+    killed_by=("test_decode_page_relabelling_changes_nothing",),
 )
 class KeysInOrderOfMemory(TorchAbsorbed):
     """With one query, full pages are read as they lie in memory, so that the order of the sums depends on the allocator."""

@@ -16,7 +16,7 @@ from mla_spec.planted_bugs.registry import planted
     source=("https://github.com/lightseekorg/tokenspeed/pull/364",),
     symptom="several queries of context-parallel decode miss keys",
     shows_when="several causal queries, keys spread over ranks",
-    killed_by=("test_decode_agrees_with_reference", "test_last_key_matters"),
+    killed_by=("test_decode_agrees_with_reference", "test_decode_last_key_matters"),
 )
 class CausalBoundOfRank(TorchAbsorbed):
     """Two ranks hold every other key, and each aligns the causal mask to the end of its own keys."""
@@ -37,7 +37,7 @@ class CausalBoundOfRank(TorchAbsorbed):
     ),
     symptom="few drafted tokens are accepted",
     shows_when="at least two draft steps",
-    killed_by=("test_future_keys_are_ignored", "test_decode_agrees_with_reference"),
+    killed_by=("test_decode_ignores_future_keys", "test_decode_agrees_with_reference"),
 )
 class DraftStepsShareLengths(TorchAbsorbed):
     """Every step writes its lengths into one buffer, and so all steps have those of the last."""
@@ -58,7 +58,7 @@ class DraftStepsShareLengths(TorchAbsorbed):
     ),
     symptom="out of bounds with tensor parallelism",
     shows_when="a page past the first",
-    killed_by=("test_decode_agrees_with_reference", "test_page_relabelling_changes_nothing"),
+    killed_by=("test_decode_agrees_with_reference", "test_decode_page_relabelling_changes_nothing"),
 )
 class GlobalPagesInShard(TorchAbsorbed):
     """A rank holds every other page, and looks up the pages of the whole pool there; what is past the end is clamped."""
@@ -93,7 +93,7 @@ class TileNeeds16Heads(TorchAbsorbed):
     source=("https://github.com/flashinfer-ai/flashinfer/pull/5170",),
     symptom="a row of very large batches is silently wrong",
     shows_when="more work items than the plan has room for",
-    killed_by=("test_decode_agrees_with_reference", "test_ragged_batch_equals_each_sequence_alone"),
+    killed_by=("test_decode_agrees_with_reference", "test_decode_sequences_are_independent"),
 )
 class PlanOverflows(TorchAbsorbed):
     """The plan has room for 64 rows (16384 in the report), and those beyond are written over the first."""

@@ -18,13 +18,13 @@ from mla_spec.reference.cache_layout import CacheLayout, layout_of
 PRODUCT = "test_dequantised_rows_are_code_times_scale"
 UNUSED = "test_dequantising_ignores_unused_bytes"
 STRIDES = "test_dequantize_cache_reads_strides"
-CALLS = "test_dequantising_calls_are_independent"
+CALLS = "test_dequantize_cache_calls_are_independent"
 DECODE = "test_quantised_decode_agrees_with_reference"
 DECODE_UNUSED = "test_quantised_decode_ignores_unused_bytes"
 DECODE_MOVED = "test_quantised_page_relabelling_changes_nothing"
-DECODE_STRIDES = "test_quantised_decode_reads_strides"
-DECODE_CALLS = "test_quantised_decode_calls_are_independent"
-DECODE_INPUTS = "test_quantised_decode_does_not_modify_its_inputs"
+DECODE_STRIDES = "test_decode_quantized_reads_strides"
+DECODE_CALLS = "test_decode_quantized_calls_are_independent"
+DECODE_INPUTS = "test_decode_quantized_does_not_modify_its_inputs"
 
 Decoded = tuple[Tensor, Tensor | None]
 

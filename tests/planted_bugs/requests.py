@@ -16,7 +16,7 @@ from mla_spec.reference.config import MLAConfig, RopeConfig
     "X-shared-prefix-read-once",
     symptom="the second of two requests with a common prefix writes nonsense, in one batch with the first",
     shows_when="two sequences begin with the same page",
-    killed_by=("test_sequences_share_the_pages_of_a_prefix",),
+    killed_by=("test_decode_sequences_share_the_pages_of_a_prefix",),
 )
 class SharedPrefixReadOnce(TorchAbsorbed):
     """A page that an earlier sequence of the batch has read is not loaded again, and what was loaded is overwritten."""

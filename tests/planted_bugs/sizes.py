@@ -45,7 +45,7 @@ class MaskOfFourthQuery(TorchAbsorbed):
     "X-lengths-of-eight-sequences",
     symptom="only large batches are wrong",
     shows_when="more than eight sequences of different lengths",
-    killed_by=("test_decode_agrees_with_reference", "test_ragged_batch_equals_each_sequence_alone"),
+    killed_by=("test_decode_agrees_with_reference", "test_decode_sequences_are_independent"),
 )
 class LengthsOfEightSequences(TorchAbsorbed):
     """The scheduler holds eight lengths, and sequence i has the one at i modulo 8."""
@@ -251,7 +251,7 @@ class GradientsOfFirstTileOfKeys(TorchAbsorbed):
     "X-keys-numbered-in-16-bits",
     symptom="contexts beyond 65536 tokens begin anew",
     shows_when="more than 65536 keys",
-    killed_by=("test_one_hot_in_a_long_context",),
+    killed_by=("test_decode_one_hot_in_a_long_context",),
 )
 class KeysNumberedIn16Bits(TorchAbsorbed):
     """The number of a key has 16 bits."""
@@ -265,7 +265,7 @@ class KeysNumberedIn16Bits(TorchAbsorbed):
     "X-window-of-4096-keys",
     symptom="the beginning of a long conversation is forgotten",
     shows_when="more than 4096 keys",
-    killed_by=("test_one_hot_in_a_long_context",),
+    killed_by=("test_decode_one_hot_in_a_long_context",),
 )
 class WindowOf4096Keys(TorchAbsorbed):
     """The sliding window of other layers of the model is applied to all."""

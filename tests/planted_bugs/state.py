@@ -29,7 +29,7 @@ class Capturable(TorchAbsorbed):
     source=("https://github.com/sgl-project/sglang/pull/9675",),
     symptom="accuracy falls where graphs are replayed",
     shows_when="an equal shape with a longer context than before",
-    killed_by=("test_calls_are_independent",),
+    killed_by=("test_decode_calls_are_independent",),
 )
 class TableWidthOfFirstCall(TorchAbsorbed):
     """How many keys are read was fixed when a shape was first seen."""
@@ -47,7 +47,7 @@ class TableWidthOfFirstCall(TorchAbsorbed):
     source=("https://github.com/vllm-project/vllm/pull/36611",),
     symptom="stale tile metadata when a graph is replayed",
     shows_when="an equal shape with other lengths than before",
-    killed_by=("test_calls_are_independent", "test_decode_is_replayed_in_a_cuda_graph"),
+    killed_by=("test_decode_calls_are_independent", "test_decode_is_replayed_in_a_cuda_graph"),
 )
 class LengthsOfFirstCall(Capturable):
     """The mask is made from the lengths with which a shape was first seen."""
@@ -65,7 +65,7 @@ class LengthsOfFirstCall(Capturable):
     source=("https://github.com/flashinfer-ai/flashinfer/pull/4014",),
     symptom="the second call uses the scale of the first",
     shows_when="an equal shape with another scale than before",
-    killed_by=("test_calls_are_independent",),
+    killed_by=("test_decode_calls_are_independent",),
 )
 class ScaleOfFirstCall(TorchAbsorbed):
     """The key under which a compiled graph is kept lacks the scale."""
@@ -85,7 +85,7 @@ class ScaleOfFirstCall(TorchAbsorbed):
     ),
     symptom="perplexity in the thousands",
     shows_when="a second layer or call uses the mask",
-    killed_by=("test_page_relabelling_changes_nothing",),
+    killed_by=("test_decode_page_relabelling_changes_nothing",),
 )
 class ScoresAddedToMask(TorchAbsorbed):
     """Scores are added in place to a mask that all layers share."""

@@ -27,7 +27,7 @@ def _narrow(**changes: Any) -> dict[str, Profile]:
     "X50",
     symptom="the model's activations shrink a little in every layer",
     shows_when="16-bit outputs",
-    killed_by=("test_output_is_unbiased",),
+    killed_by=("test_decode_output_is_unbiased",),
 )
 class TruncatesOutput(EmulatedKernel):
     """The output is cut off to its format, where rounding to nearest is declared."""
@@ -40,7 +40,7 @@ class TruncatesOutput(EmulatedKernel):
     "X51",
     symptom="outputs are too small by a fraction of a percent",
     shows_when="P narrower than float32, and the row sum of unrounded weights",
-    killed_by=("test_output_is_unbiased", "test_roundings_do_not_add_up"),
+    killed_by=("test_decode_output_is_unbiased", "test_decode_roundings_do_not_add_up"),
 )
 class TruncatesP(EmulatedKernel):
     """P is cut off to its format, as by dropping the lower half of a float32 register."""
@@ -53,7 +53,7 @@ class TruncatesP(EmulatedKernel):
     "X52",
     symptom="outputs are noisier than they need be, the more the longer the sequence",
     shows_when="many keys",
-    killed_by=("test_error_is_as_small_as_declared",),
+    killed_by=("test_decode_error_is_as_small_as_declared",),
 )
 class AccumulatesInBfloat16(EmulatedKernel):
     """P·V is summed in bfloat16."""
@@ -66,7 +66,7 @@ class AccumulatesInBfloat16(EmulatedKernel):
     "X53",
     symptom="outputs are noisier than they need be",
     shows_when="always, where P narrower than float32 is declared at all",
-    killed_by=("test_error_is_as_small_as_declared",),
+    killed_by=("test_decode_error_is_as_small_as_declared",),
 )
 class RoundsPToFloat8(EmulatedKernel):
     """P is rounded to float8 before P·V, where the tensors' 16-bit format is declared."""
@@ -88,7 +88,7 @@ class Bfloat16(EmulatedKernel):
     "X54",
     symptom="probabilities are a little too flat",
     shows_when="many rows",
-    killed_by=("test_output_is_unbiased",),
+    killed_by=("test_decode_output_is_unbiased",),
 )
 class ShortLog2e(Bfloat16):
     """log₂ e is written as 1.442, which makes softmax_scale 0.05 % too small."""
@@ -102,7 +102,7 @@ class ShortLog2e(Bfloat16):
     "X55",
     symptom="the newest token is forgotten in long conversations",
     shows_when="more than 2048 keys",
-    killed_by=("test_lse_is_unbiased",),
+    killed_by=("test_decode_lse_is_unbiased",),
 )
 class LosesLastKeyOfLongSequence(EmulatedKernel):
     """Beyond 2048 keys another kernel runs, whose loop ends one key too early."""
@@ -117,7 +117,7 @@ class LosesLastKeyOfLongSequence(EmulatedKernel):
     "X56",
     symptom="one head is slightly too quiet",
     shows_when="at least four heads, and many rows of each",
-    killed_by=("test_output_is_unbiased",),
+    killed_by=("test_decode_output_is_unbiased",),
 )
 class TruncatesPOfOneHead(EmulatedKernel):
     """P of head 3 is cut off to its format."""
@@ -144,7 +144,7 @@ class MergesParts(EmulatedKernel):
     "X58",
     symptom="outputs are noisier the longer the sequence",
     shows_when="many parts, in bfloat16",
-    killed_by=("test_error_is_as_small_as_declared",),
+    killed_by=("test_decode_error_is_as_small_as_declared",),
 )
 class StoresPartsInBfloat16(MergesParts):
     """The running result is kept in bfloat16 between the parts."""
@@ -166,7 +166,7 @@ class RowSumOfRounded(EmulatedKernel):
     "X57",
     symptom="parts merged by their LSEs do not give the whole, which looks right itself",
     shows_when="P narrower than float32, and scores that differ",
-    killed_by=("test_lse_is_unbiased",),
+    killed_by=("test_decode_lse_is_unbiased",),
 )
 class SumsTruncatedP(RowSumOfRounded):
     """P is cut off to its format, and so is the row sum: the output hides it, the LSE does not."""

@@ -23,7 +23,7 @@ def as_if_contiguous(x: Tensor) -> Tensor:
     symptom="queries of MLA are rotated wrongly",
     shows_when="q_pe is a slice of q",
     killed_by=(
-        "test_rope_of_a_slice",
+        "test_rope_reads_strides",
         "test_layer_prefill_agrees_with_reference",
     ),
 )
@@ -39,7 +39,7 @@ class RopeIgnoresStrides(TorchAbsorbed):
     source=("https://github.com/ROCm/aiter/pull/3841",),
     symptom="every head but the first is wrong",
     shows_when="q is the transposed output of a batched product",
-    killed_by=("test_noncontiguous_inputs",),
+    killed_by=("test_decode_reads_strides",),
 )
 class QueryIgnoresStrides(TorchAbsorbed):
     """decode takes q to be contiguous."""
@@ -53,7 +53,7 @@ class QueryIgnoresStrides(TorchAbsorbed):
     source=("https://github.com/vllm-project/vllm/pull/55109",),
     symptom="every request but the first reads the wrong pages",
     shows_when="the block table is a view of a wider one",
-    killed_by=("test_noncontiguous_inputs",),
+    killed_by=("test_decode_reads_strides",),
 )
 class TableIgnoresStrides(TorchAbsorbed):
     """The step from row to row of the block table is its width."""

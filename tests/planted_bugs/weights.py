@@ -121,7 +121,7 @@ class AbsorbedOncePerShape(TorchAbsorbed):
     source=("https://github.com/NVIDIA/Megatron-LM/pull/5412",),
     symptom="wrong weight gradients",
     shows_when="the caller uses the weight again",
-    killed_by=("test_absorb_does_not_modify_its_input",),
+    killed_by=("test_absorb_does_not_modify_its_inputs",),
 )
 class AbsorbsInPlace(TorchAbsorbed):
     """The key rows are scaled in place once they were copied, although another step has kept them."""
@@ -137,7 +137,7 @@ class AbsorbsInPlace(TorchAbsorbed):
     "X8",
     symptom="long contexts degrade: scores carry no position",
     shows_when="the model has rope dimensions",
-    killed_by=("test_one_hot_by_the_rope_part", "test_decode_agrees_with_reference"),
+    killed_by=("test_decode_one_hot_by_the_rope_part", "test_decode_agrees_with_reference"),
 )
 class RopePartDropped(TorchAbsorbed):
     """Scores are products of the latent part alone."""

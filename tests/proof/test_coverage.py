@@ -12,13 +12,10 @@ from mla_spec.front.cli import main
 from mla_spec.installed import all_laws
 from mla_spec.judging.law import EVERY_REGIME, Options, Reason
 from mla_spec.judging.verdict import Record
-from mla_spec.operations.all import (
-    KINDS,
-    DecodeCase,
-    MergeCase,
-    PrefillCase,
-)
-from mla_spec.operations.regimes import REGIMES, regimes_of
+from mla_spec.operations.all import KINDS, REGIMES, regimes_of
+from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.merge import MergeCase
+from mla_spec.operations.prefill import PrefillCase
 from mla_spec.proof.coverage import Coverage, measure_coverage, report
 from mla_spec.properties.coverage_reasons import REASONS
 from mla_spec.subjects.supports import DTYPES

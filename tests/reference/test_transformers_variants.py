@@ -12,8 +12,7 @@ import torch
 
 from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.all import LayerCase
-from mla_spec.operations.layer import LayerInputs, layer_models
+from mla_spec.operations.layer import LayerCase, LayerInputs, layer_models
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.typing import Array
 

@@ -1,4 +1,4 @@
-"""Parts of one attention, as a subject computed and merges them."""
+"""What must hold of attention: results against the exact ones, and parts that a subject computed and merges."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ import numpy as np
 from mla_spec.bounds.attention import BoundedAttention
 from mla_spec.bounds.merge import BoundedMerge, merge_with_bound
 from mla_spec.judging.law import Run
-from mla_spec.operations.all import MergeInputs
-from mla_spec.properties.expected import declared_lse
+from mla_spec.operations.decode import declared_lse
+from mla_spec.operations.merge import OPERATION as MERGE
+from mla_spec.operations.merge import MergeInputs
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.driver import Result
+
+
+def judge_attention(run: Run, got: tuple[Result, Result | None], want: BoundedAttention) -> None:
+    """Judge out of decode or prefill, and the LSE where the subject returns one, against the exact result."""
+    run.within(got[0], want.out, want.out_error)
+    if got[1] is not None:
+        run.within(got[1], declared_lse(want.lse, run.supports), want.lse_error, gate=False)
+
 
 Expected = BoundedMerge | BoundedAttention
 
@@ -35,7 +44,7 @@ def judge_merged_results(run: Run, got: Sequence[tuple[Result, Result]], want: S
     )
     outs, lses = (np.stack([part[i].value for part in got]) for i in (0, 1))
     lses = np.where(np.isposinf(lses), -np.inf, lses) if run.supports.empty_row == "zero/+inf" else lses
-    judge_merge(run, run.driver.merge(MergeInputs(outs=outs, lses=lses)), whole)
+    judge_merge(run, run.call(MERGE, MergeInputs(outs=outs, lses=lses)), whole)
 
 
 def _conversion_error(run: Run, lse: Array) -> Array:

@@ -1,0 +1,80 @@
+"""Memory as laws want it: filled where nothing was written, ending where a tensor ends, shared or not."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64
+"""Bytes to which torch aligns its own tensors on a CPU, and which vectorized kernels rely on."""
+
+_PROT_NONE = 0
+
+
+@contextmanager
+def filled_memory(device: str) -> Iterator[None]:
+    """On the CPU, have ``torch.empty`` and its like give NaN, or the largest integer, instead of what was there.
+
+    Torch can do it in its deterministic mode only. On other devices that mode changes algorithms, so it stays off there.
+    """
+    if torch.device(device).type != "cpu":
+        yield
+        return
+    with _deterministic(True):
+        yield
+
+
+@contextmanager
+def ordinary_memory() -> Iterator[None]:
+    """Torch's algorithms as users have them, inside ``filled_memory``."""
+    with _deterministic(False):
+        yield
+
+
+@contextmanager
+def _deterministic(mode: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(mode, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def share_memory(x: Any, y: Any) -> bool:
+    """Whether two tensors are views of one memory; False where one is no tensor, or has no elements."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or not x.numel() or not y.numel():
+        return False
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+def at_the_end(x: Tensor, *, guarded: bool) -> Tensor:
+    """The same elements, in memory that ends with them, up to alignment.
+
+    Args:
+        x: a tensor; on other devices than the CPU a copy of exactly its size stands for the end of memory.
+        guarded: whether to read beyond the end ends the process. Otherwise NaN, or 0 in integers, lies there.
+    """
+    if x.device.type != "cpu" or not x.numel():
+        return x.clone()
+    if not guarded:
+        flat = torch.full((x.numel() + mmap.PAGESIZE,), float("nan") if x.is_floating_point() else 0, dtype=x.dtype)
+        return flat[: x.numel()].view(x.shape).copy_(x)
+    count = -(-x.numel() * x.element_size() // ALIGNMENT) * ALIGNMENT
+    pages = -(-count // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(address + pages * mmap.PAGESIZE), mmap.PAGESIZE, _PROT_NONE):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    raw = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=pages * mmap.PAGESIZE - count)
+    raw.fill_(0xFF)  # NaN in every format of numbers
+    used = raw[: x.numel() * x.element_size()]
+    return used.view(x.dtype).view(x.shape).copy_(x)

@@ -1,0 +1,224 @@
+"""Hazards: what can go wrong with any call, whatever it computes. Each is stated once, for every operation.
+
+``LAWS`` is the product of the hazards and the operations. What is left out of it stands in ``EXCEPTIONS``, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from mla_spec.judging.law import CaseSource, Law, Run
+from mla_spec.operations.all import CALLED
+from mla_spec.operations.operation import Operation
+from mla_spec.properties.far import far_apart
+from mla_spec.properties.strategies.all import STRATEGIES
+from mla_spec.properties.strategies.sizes import narrowed
+from mla_spec.subjects.driver import Results, Tensors, tensor_bits
+from mla_spec.subjects.memory import at_the_end, ordinary_memory, share_memory
+from mla_spec.subjects.violation import Violation
+
+REPETITIONS = 4
+"""Calls whose bits must agree."""
+
+
+def leaves_its_arguments_alone(operation: Operation, run: Run, case: Any) -> None:
+    """No argument has changed when the call returns, but those that it is there to write."""
+    inputs = operation.build(case)
+    tensors = run.driver.tensors(operation, inputs)
+    kept = {name: x for name, x in tensors.items() if name not in operation.written}
+    require_unmodified(run, operation.name, kept, lambda: run.driver.raw(operation, inputs, tensors))
+
+
+def require_unmodified(run: Run, operation: str, tensors: Tensors, call: Callable[[], Any]) -> None:
+    """Raise Violation if ``call`` changes one of ``tensors``."""
+    before = {name: tensor_bits(x) for name, x in tensors.items()}
+    call()
+    for name, x in tensors.items():
+        changed = int((tensor_bits(x) != before[name]).sum())
+        run.require(changed == 0, f"{operation} changed {changed} of {x.numel()} elements of its argument {name}")
+
+
+def owns_its_outputs(operation: Operation, run: Run, case: Any) -> None:
+    """Outputs share no memory with arguments, and the next calls leave them as they are."""
+    first, others = operation.build(case), operation.others(case)
+    calls = [(inputs, run.driver.tensors(operation, inputs)) for inputs in (first, *others, first)]
+    returned = [run.driver.raw(operation, inputs, tensors) for inputs, tensors in calls[:1]]
+    bits = [tensor_bits(x) if isinstance(x, Tensor) else None for x in returned[0]]
+    returned += [run.driver.raw(operation, inputs, tensors) for inputs, tensors in calls[1:]]
+    for i, output in enumerate(operation.outputs):
+        x = returned[0][i]
+        if not isinstance(x, Tensor) or output.name in operation.written:
+            continue
+        what = output.what or output.name
+        for name, y in calls[0][1].items():
+            run.require(output.view or not share_memory(x, y), f"{what} shares memory with argument {name}")
+        for later in returned[1:]:
+            shared = share_memory(x, later[i]) and not output.view
+            run.require(not shared, f"{what} shares memory with {what} of a later call")
+        changed = int((tensor_bits(x) != bits[i]).sum())
+        run.require(changed == 0, f"later calls changed {changed} of {x.numel()} elements of {what}")
+
+
+def starts_anew(operation: Operation, run: Run, case: Any) -> None:
+    """Nothing of a call (lengths, tables, values, scales) lives on in the next one with the same shapes."""
+    first, (other, *rest) = operation.build(case), operation.others(case)
+    for inputs in (other, first, *rest):
+        run.agrees(operation, inputs, run.call(operation, inputs))
+
+
+def reads_its_tensors_anew(operation: Operation, run: Run, case: Any) -> None:
+    """Other contents in the same tensors, written as kernels write, give what they should."""
+    first = operation.build(case)
+    tensors = run.driver.tensors(operation, first)
+    run.driver.raw(operation, first, tensors)
+    for inputs in (*operation.others(case), first):
+        overwrite(tensors, run.driver.tensors(operation, inputs))
+        run.agrees(operation, inputs, run.call(operation, inputs, tensors))
+
+
+def overwrite(tensors: Tensors, contents: Tensors) -> None:
+    """Other contents for the same tensors. Autograd's version counters do not see it, as they do not see a kernel."""
+    for name, x in tensors.items():
+        x.data.copy_(contents[name])
+
+
+def reads_strides(operation: Operation, run: Run, case: Any) -> None:
+    """Views of larger or transposed tensors are read by their strides."""
+    inputs = operation.build(case)
+    for name, view in operation.views.items():
+        with Told(f"with {name}"):
+            got = run.call(operation, inputs, view(run.driver.tensors(operation, inputs)))
+            run.agrees(operation, inputs, got)
+
+
+def reaches_far(operation: Operation, run: Run, case: Any) -> None:
+    """Arguments whose offsets exceed 2^31, and 2^32, elements are read as any other."""
+    inputs = operation.distant(case)
+    for argument in operation.arguments:
+        tensors = run.driver.tensors(operation, inputs)
+        if argument.far and tensors[argument.name][0].numel():
+            with Told(f"with elements of the first axis of {argument.name} more than 2^31 elements apart"):
+                got = run.call(operation, inputs, tensors | {argument.name: far_apart(tensors[argument.name])})
+                run.agrees(operation, inputs, got)
+
+
+def writes_all_of_its_outputs(operation: Operation, run: Run, case: Any) -> None:
+    """Every element of every output is written: memory that torch hands out uninitialized holds NaN."""
+    inputs = operation.build(case)
+    run.agrees(operation, inputs, run.call(operation, inputs))
+
+
+def gives_the_same_bits_again(operation: Operation, run: Run, case: Any) -> None:
+    """The same call, many times, gives the same bits, unless the profile says that it is not deterministic."""
+    inputs = operation.build(case)
+    with ordinary_memory():
+        results = [_fresh(run, operation, inputs) for _ in range(REPETITIONS)]
+    for i, got in enumerate(results[1:], 2):
+        if run.profile.deterministic:
+            run.same(got, results[0], f"the same call was made again, for the {i}. time")
+        else:
+            run.agrees(operation, inputs, got)
+
+
+def _fresh(run: Run, operation: Operation, inputs: Any) -> Results:
+    return run.call(operation, inputs)
+
+
+def stays_within_memory(operation: Operation, run: Run, case: Any) -> None:
+    """Arguments without a spare page or column, which end where memory ends, are read to their end and no further."""
+    inputs = operation.tight(operation.build(case))
+    tensors = {name: at_the_end(x, guarded=run.isolated) for name, x in run.driver.tensors(operation, inputs).items()}
+    run.agrees(operation, inputs, run.call(operation, inputs, tensors))
+
+
+class Told:
+    """A context in which a violation is told with the circumstances."""
+
+    def __init__(self, circumstances: str) -> None:
+        self.circumstances = circumstances
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Violation):
+            raise Violation(f"{self.circumstances}:\n{error}") from None
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """One thing that can go wrong with any call.
+
+    Attributes:
+        name: what the names of its laws end with, after the operation.
+        check: (operation, run, case) -> None; raises Violation. Its docstring is the statement.
+        cost: as of a law.
+        several: whether cases should have two sequences or more, so that lengths can be permuted.
+    """
+
+    name: str
+    check: Callable[[Operation, Run, Any], None]
+    cost: int
+    several: bool = False
+
+
+HAZARDS = (
+    Hazard("does_not_modify_its_inputs", leaves_its_arguments_alone, 2),
+    Hazard("output_is_not_aliased", owns_its_outputs, 4),
+    Hazard("calls_are_independent", starts_anew, 4, several=True),
+    Hazard("reads_its_tensors_anew", reads_its_tensors_anew, 4, several=True),
+    Hazard("reads_strides", reads_strides, 4),
+    Hazard("reaches_beyond_2_31_elements", reaches_far, 8),
+    Hazard("writes_all_of_its_outputs", writes_all_of_its_outputs, 4),
+    Hazard("gives_the_same_bits_again", gives_the_same_bits_again, 4),
+    Hazard("stays_within_memory", stays_within_memory, 4),
+)
+
+SEVERAL: dict[str, dict[str, Any]] = {
+    "prefill": {"min_batch": 2},
+    "decode": {"min_batch": 2},
+    "decode_quantized": {"min_batch": 2},
+    "indexer": {"min_batch": 2},
+}
+"""What makes the strategy of an operation draw several sequences."""
+
+STATED_ELSEWHERE = {
+    ("write_cache", "calls_are_independent"): "test_write_cache.py writes into one pool twice, and looks at all of it",
+    ("write_cache", "reads_strides"): "test_write_cache.py also looks at what lies between the rows of the pool",
+    ("write_cache", "reaches_beyond_2_31_elements"): "test_write_cache.py also looks at the rest of the distant pool",
+    ("merge", "calls_are_independent"): "test_merge.py also merges fewer parts",
+}
+"""Cells whose law is written by hand, because it asks for more than the hazard does."""
+
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("write_cache", "output_is_not_aliased"): "it returns nothing",
+    ("write_cache", "writes_all_of_its_outputs"): "it returns nothing; which slots it writes has laws of its own",
+}
+"""Cells without a law, and why there can be none."""
+
+
+def hazard_law(operation: Operation, hazard: Hazard) -> Law:
+    """The law that an operation is free of a hazard."""
+    check = partial(hazard.check, operation)
+    check.__doc__ = hazard.check.__doc__
+    strategy = STRATEGIES[operation.name]
+    cases: CaseSource = (
+        narrowed(strategy, **SEVERAL[operation.name]) if (hazard.several and operation.name in SEVERAL) else strategy
+    )
+    name = f"test_{operation.name}_{hazard.name}"
+    return Law(name, (operation.name,), cases, check, operation.missing, cost=hazard.cost)
+
+
+def _laws() -> Iterator[Law]:
+    for hazard in HAZARDS:
+        for operation in CALLED:
+            if (operation.name, hazard.name) not in STATED_ELSEWHERE | EXCEPTIONS:
+                yield hazard_law(operation, hazard)
+
+
+LAWS = tuple(_laws())
