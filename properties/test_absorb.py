@@ -11,7 +11,8 @@ from mla_spec.operations.absorb import OPERATION as ABSORB
 from mla_spec.operations.absorb import AbsorbInputs
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, decode_expected
-from mla_spec.properties.strategies.sizes import decode_cases, narrowed
+from mla_spec.properties.strategies.decode import decode_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.formats import format_of, round_to
 from mla_spec.reference.mla import absorb, explicit

@@ -17,7 +17,9 @@ from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase, PrefillInputs, prefill_expected
 from mla_spec.properties.attention import judge_merged_results
 from mla_spec.properties.ranks import PLACEMENTS, RingStep, decode_ranks, ring_steps
-from mla_spec.properties.strategies.sizes import decode_cases, narrowed, prefill_cases
+from mla_spec.properties.strategies.decode import decode_cases
+from mla_spec.properties.strategies.prefill import prefill_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.driver import Result, computed
 from mla_spec.subjects.supports import Supports

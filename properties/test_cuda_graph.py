@@ -11,7 +11,7 @@ from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, shortened
 from mla_spec.properties.hazards import overwrite
-from mla_spec.properties.strategies.sizes import decode_cases
+from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.subjects.supports import Supports
 
 

@@ -13,7 +13,8 @@ from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs, declared_lse, decode_expected
 from mla_spec.properties.attention import judge_attention
-from mla_spec.properties.strategies.sizes import decode_cases, narrowed
+from mla_spec.properties.strategies.decode import decode_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import BoolArray, IntArray
 from mla_spec.subjects.driver import computed
 from mla_spec.subjects.supports import Supports

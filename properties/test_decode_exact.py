@@ -14,7 +14,8 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs, decode_expected
-from mla_spec.properties.strategies.sizes import decode_cases, narrowed
+from mla_spec.properties.strategies.decode import decode_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of, round_to
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Result

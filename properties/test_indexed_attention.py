@@ -13,8 +13,8 @@ from mla_spec.operations.indexer import OPERATION as INDEXER
 from mla_spec.operations.indexer import IndexedAttentionCase, IndexerInputs
 from mla_spec.operations.prefill import PrefillInputs, prefill_expected
 from mla_spec.operations.sparse import SPARSE_PREFILL, SparseInputs, sparse_expected
+from mla_spec.properties.strategies.indexer import indexed_attention_cases
 from mla_spec.properties.strategies.sizes import narrowed
-from mla_spec.properties.strategies.sparse import indexed_attention_cases
 from mla_spec.reference.typing import IntArray
 from mla_spec.subjects.driver import Results
 from mla_spec.subjects.supports import Supports

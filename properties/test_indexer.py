@@ -13,8 +13,8 @@ from mla_spec.operations.indexer import OPERATION as INDEXER
 from mla_spec.operations.indexer import IndexerCase, IndexerInputs, Selection, indexer_expected, visible_keys
 from mla_spec.operations.rope import OPERATION as ROPE
 from mla_spec.operations.rope import RopeInputs
+from mla_spec.properties.strategies.indexer import indexer_cases
 from mla_spec.properties.strategies.sizes import narrowed
-from mla_spec.properties.strategies.sparse import indexer_cases
 from mla_spec.reference.config import RopeConfig
 from mla_spec.reference.sparse import indexer_logits, select_top_k
 from mla_spec.reference.typing import Array, BoolArray, IntArray

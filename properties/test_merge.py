@@ -12,7 +12,9 @@ from mla_spec.operations.decode import DecodeCase, DecodeInputs, declared_lse, d
 from mla_spec.operations.merge import OPERATION as MERGE
 from mla_spec.operations.merge import MergeCase, MergeInputs, merge_expected
 from mla_spec.properties.attention import judge_merged_results
-from mla_spec.properties.strategies.sizes import decode_cases, merge_cases, narrowed
+from mla_spec.properties.strategies.decode import decode_cases
+from mla_spec.properties.strategies.merge import merge_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import IntArray
 from mla_spec.subjects.supports import Supports
 

@@ -13,7 +13,9 @@ from mla_spec.operations.decode import DecodeCase, declared_lse, decode_expected
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase, PrefillInputs, prefill_expected
 from mla_spec.properties.attention import judge_attention, judge_merged_results
-from mla_spec.properties.strategies.sizes import decode_cases, narrowed, prefill_cases
+from mla_spec.properties.strategies.decode import decode_cases
+from mla_spec.properties.strategies.prefill import prefill_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Result

@@ -11,7 +11,7 @@ from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.rope import OPERATION as ROPE
 from mla_spec.operations.rope import RopeCase, RopeInputs
-from mla_spec.properties.strategies.sizes import rope_cases
+from mla_spec.properties.strategies.rope import rope_cases
 from mla_spec.reference.rope import half_from_interleaved
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Result, computed

@@ -27,7 +27,8 @@ from mla_spec.operations.sparse import (
     SparsePrefillCase,
     sparse_expected,
 )
-from mla_spec.properties.strategies.sizes import decode_cases, narrowed
+from mla_spec.properties.strategies.decode import decode_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.properties.strategies.sparse import sparse_decode_cases, sparse_prefill_cases
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import BoolArray, IntArray

@@ -13,7 +13,9 @@ from mla_spec.operations.write_cache import OPERATION as WRITE
 from mla_spec.operations.write_cache import WriteCase, WriteInputs
 from mla_spec.properties.attention import judge_attention
 from mla_spec.properties.far import far_zeros
-from mla_spec.properties.strategies.sizes import decode_cases, narrowed, write_cases
+from mla_spec.properties.strategies.decode import decode_cases
+from mla_spec.properties.strategies.sizes import narrowed
+from mla_spec.properties.strategies.write_cache import write_cases
 from mla_spec.reference.cache import slot_mapping
 from mla_spec.reference.typing import IntArray
 from mla_spec.subjects.driver import Tensors, tensor_bits

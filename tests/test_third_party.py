@@ -47,7 +47,7 @@ def test_transformers_attention_conforms(name: str) -> None:
 def test_transformers_indexers_conform_and_have_the_layout_of_their_model(name: str) -> None:
     require(name)
     records = by_law(name, examples=60, seed=7)
-    assert len(records) == 8
+    assert {name for name, law in all_laws().items() if law.needs == ("project_indexer",)} <= set(records)
     assert not [record.text() for record in records.values() if record.verdict != "pass"]
     other = resolve_subject(name)
     layouts = tuple({"half", "interleaved"} - set(other.supports.indexer_rope_layouts))

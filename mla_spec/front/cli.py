@@ -110,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     laws = commands.add_parser("laws", help="list the laws")
     laws.set_defaults(run=_laws)
 
+    contract = commands.add_parser("contract", help="print how an operation is called, and what it must give")
+    contract.set_defaults(run=_contract)
+    contract.add_argument("operation", nargs="?", metavar="OPERATION", help="default: the calls of all")
+
     models = commands.add_parser("models", help="list the published MLA models")
     models.set_defaults(run=_models)
 
@@ -205,10 +209,19 @@ def _coverage(options: argparse.Namespace) -> int:
 
 
 def _laws(options: argparse.Namespace) -> int:
+    from mla_spec.front.laws_report import hazard_exceptions
     from mla_spec.installed import all_laws
     from mla_spec.text.table import format_table
 
     print(format_table((made.name, ", ".join(made.needs), made.statement) for made in all_laws().values()))
+    print(f"\n{hazard_exceptions()}")
+    return 0
+
+
+def _contract(options: argparse.Namespace) -> int:
+    from mla_spec.front.contract_command import contract
+
+    print(contract(options.operation))
     return 0
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from mla_spec.judging.law import CaseSource
+from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.dequantize_weight import weight_cases
+from mla_spec.properties.strategies.indexer import indexer_cases
+from mla_spec.properties.strategies.merge import merge_cases
+from mla_spec.properties.strategies.prefill import prefill_cases
 from mla_spec.properties.strategies.project_indexer import project_indexer_cases
 from mla_spec.properties.strategies.quantised_cache import pages_cases, quantise_cases, quantised_decode_cases
-from mla_spec.properties.strategies.sizes import decode_cases, merge_cases, prefill_cases, rope_cases, write_cases
-from mla_spec.properties.strategies.sparse import indexer_cases, sparse_decode_cases, sparse_prefill_cases
+from mla_spec.properties.strategies.rope import rope_cases
+from mla_spec.properties.strategies.sparse import sparse_decode_cases, sparse_prefill_cases
+from mla_spec.properties.strategies.write_cache import write_cases
 
 STRATEGIES: dict[str, CaseSource] = {
     "rope": rope_cases,

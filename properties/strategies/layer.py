@@ -10,13 +10,8 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.layer import LayerCase, layer_models
-from mla_spec.properties.strategies.sizes import (
-    SEEDS,
-    THETAS,
-    large_size,
-    layouts,
-    scalings,
-)
+from mla_spec.properties.strategies.rope import THETAS, layouts, scalings
+from mla_spec.properties.strategies.sizes import SEEDS, large_size
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.published import PublishedModel
 from mla_spec.subjects.supports import Supports

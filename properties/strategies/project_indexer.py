@@ -7,12 +7,8 @@ from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.project_indexer import ProjectIndexerCase
-from mla_spec.properties.strategies.sizes import (
-    SEEDS,
-    THETAS,
-    large_size,
-    scalings,
-)
+from mla_spec.properties.strategies.rope import THETAS, scalings
+from mla_spec.properties.strategies.sizes import SEEDS, large_size
 from mla_spec.subjects.supports import Supports
 
 

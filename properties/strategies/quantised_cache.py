@@ -17,7 +17,8 @@ from mla_spec.operations.quantised_cache import (
     QuantisedDecodeCase,
     latent_formats,
 )
-from mla_spec.properties.strategies.sizes import LOGIT_STDS, SEEDS, decode_cases
+from mla_spec.properties.strategies.decode import decode_cases
+from mla_spec.properties.strategies.sizes import LOGIT_STDS, SEEDS
 from mla_spec.reference.cache_layout import layout_of
 from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports

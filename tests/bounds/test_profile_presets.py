@@ -34,6 +34,7 @@ PLAIN = {  # float32 arithmetic with one softmax over all keys, for inputs, P an
     "rope": dict.fromkeys(("frequency", "angle", "table", "rotation"), "float32"),
     "cache_dequantised": None,
     "batch_invariant": False,
+    "deterministic": True,
 }
 FLASH = {"tile": 64}
 HOPPER = {"score": TENSOR_CORE, "value": TENSOR_CORE, "tile": 64, "splits": 32}

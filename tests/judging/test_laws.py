@@ -17,7 +17,7 @@ from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record, VacuousCase, merge
 from mla_spec.operations.all import parse_case
 from mla_spec.operations.decode import DecodeCase
-from mla_spec.properties.strategies.sizes import decode_cases
+from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
 

@@ -16,14 +16,12 @@ from mla_spec.operations.merge import MergeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.write_cache import WriteCase
+from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.layer import layer_cases
-from mla_spec.properties.strategies.sizes import (
-    decode_cases,
-    merge_cases,
-    prefill_cases,
-    rope_cases,
-    write_cases,
-)
+from mla_spec.properties.strategies.merge import merge_cases
+from mla_spec.properties.strategies.prefill import prefill_cases
+from mla_spec.properties.strategies.rope import rope_cases
+from mla_spec.properties.strategies.write_cache import write_cases
 from mla_spec.reference.formats import round_to
 from mla_spec.subjects.supports import DTYPES, Supports
 
@@ -120,7 +118,7 @@ def test_seeds_give_different_values() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "unknown kind ''; known are rope, prefill, "),
+        ("", "unknown kind ''; known are rope, decode, "),
         ("attend:s=1", "unknown kind 'attend'"),
         ("prefill:seqlens_q=1+x", "seqlens_q cannot be '1\\+x'"),
         ("merge:lse_mean=much", "lse_mean cannot be 'much'"),

@@ -20,7 +20,8 @@ from mla_spec.operations.all import parse_case
 from mla_spec.operations.case import Case
 from mla_spec.operations.indexer import IndexerCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
-from mla_spec.properties.strategies.sparse import indexer_cases, sparse_decode_cases, sparse_prefill_cases
+from mla_spec.properties.strategies.indexer import indexer_cases
+from mla_spec.properties.strategies.sparse import sparse_decode_cases, sparse_prefill_cases
 from mla_spec.reference.formats import round_to
 from mla_spec.subjects.supports import DTYPES, Supports
 
