@@ -17,6 +17,7 @@ from mla_spec.operations.all import CALLED
 from mla_spec.operations.operation import Operation
 from mla_spec.properties.far import far_apart
 from mla_spec.properties.strategies.all import STRATEGIES
+from mla_spec.properties.strategies.ordinary import ORDINARY
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.subjects.driver import Results, Tensors, tensor_bits
 from mla_spec.subjects.memory import at_the_end, ordinary_memory, share_memory
@@ -211,7 +212,9 @@ def hazard_law(operation: Operation, hazard: Hazard) -> Law:
         narrowed(strategy, **SEVERAL[operation.name]) if (hazard.several and operation.name in SEVERAL) else strategy
     )
     name = f"test_{operation.name}_{hazard.name}"
-    return Law(name, (operation.name,), cases, check, operation.missing, cost=hazard.cost)
+    return Law(
+        name, (operation.name,), cases, check, operation.missing, cost=hazard.cost, first=ORDINARY[operation.name]
+    )
 
 
 def _laws() -> Iterator[Law]:

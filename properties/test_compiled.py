@@ -15,40 +15,8 @@ from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.rope import OPERATION as ROPE
 from mla_spec.operations.rope import RopeCase
+from mla_spec.properties.strategies import ordinary
 from mla_spec.subjects.supports import Supports
-
-
-def _decode_cases(supports: Supports, profile: Profile) -> list[DecodeCase]:
-    """Several ragged sequences, and several queries if they are supported."""
-    c, r = (supports.latent_dims or ((24, 8),))[0]
-    return [
-        DecodeCase(
-            dtype=profile.dtype,
-            seqlens=(5, 37, 20),
-            s=min(2, supports.max_s or 2),
-            num_heads=(supports.num_heads or (3,))[0],
-            kv_lora_rank=c,
-            qk_rope_head_dim=r,
-            page_size=(supports.page_sizes or (16,))[0],
-            causal=supports.causal[0],
-        )
-    ]
-
-
-def _prefill_cases(supports: Supports, profile: Profile) -> list[PrefillCase]:
-    """Two packed sequences, one of them with more keys than queries."""
-    d, v = (supports.prefill_dims or ((24, 16),))[0]
-    return [
-        PrefillCase(
-            dtype=profile.dtype,
-            seqlens_q=(5, 9),
-            seqlens_k=(20, 9),
-            num_heads=(supports.num_heads or (3,))[0],
-            qk_head_dim=d,
-            v_head_dim=v,
-            causal=supports.causal[0],
-        )
-    ]
 
 
 def _rope_cases(supports: Supports, profile: Profile) -> list[RopeCase]:
@@ -59,7 +27,7 @@ def _rope_cases(supports: Supports, profile: Profile) -> list[RopeCase]:
     ]
 
 
-@law(needs=DECODE, cases=_decode_cases, unavailable=needs_compiler)
+@law(needs=DECODE, cases=ordinary.decode, unavailable=needs_compiler)
 def test_compiled_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     """Compiled once, decode is within the bound of its profile for longer and for shorter sequences."""
     driver, inputs = compiled(run, "decode"), case.build()
@@ -68,7 +36,7 @@ def test_compiled_decode_agrees_with_reference(run: Run, case: DecodeCase) -> No
         run.agrees(DECODE, this, driver.call(DECODE, this))
 
 
-@law(needs=PREFILL, cases=_prefill_cases, unavailable=needs_compiler)
+@law(needs=PREFILL, cases=ordinary.prefill, unavailable=needs_compiler)
 def test_compiled_prefill_agrees_with_reference(run: Run, case: PrefillCase) -> None:
     """Compiled once, prefill is within the bound of its profile for longer and for shorter sequences."""
     driver = compiled(run, "prefill")

@@ -101,6 +101,7 @@ class Law:
         missing: from what the subject supports, why the law does not apply, or "".
         unavailable: from how laws are run, why this one cannot be, or "".
         cost: one case of it runs for every so many examples that were asked for.
+        first: from the same as ``cases``, cases that run before any of them, whatever number of examples is asked for.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Law:
     missing: Callable[[Supports], str] = field(repr=False)
     unavailable: Callable[[Options], str] = field(default=lambda _: "", repr=False)
     cost: int = 1
+    first: Callable[[Supports, Profile], list[Any]] = field(default=lambda *_: [], repr=False)
 
     @property
     def statement(self) -> str:
@@ -128,11 +130,12 @@ def law(
     missing: Callable[[Supports], str] = lambda _: "",
     unavailable: Callable[[Options], str] = lambda _: "",
     cost: int = 1,
+    first: Callable[[Supports, Profile], list[Any]] = lambda *_: [],
 ) -> Callable[[Callable[[Run, Any], None]], Callable[[Any], None]]:
     """Make a law of a function (run, case); what remains is a pytest test that takes the fixture ``mla_check``."""
 
     def decorate(check: Callable[[Run, Any], None]) -> Callable[[Any], None]:
-        made = Law(check.__name__, _names(needs), cases, check, missing, unavailable, cost)
+        made = Law(check.__name__, _names(needs), cases, check, missing, unavailable, cost, first)
         return as_test(made, check.__module__)
 
     return decorate

@@ -139,7 +139,9 @@ def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: O
 
 
 def _generate(made: Law, run: Run, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
-    """Draw cases with Hypothesis, and on a failure minimise; the last call of ``attempt`` is the smallest failure."""
+    """Run the law's first cases, and then what Hypothesis draws; the last call of ``attempt`` is the smallest failure."""
+    for case in made.first(run.supports, run.profile):
+        attempt(case)
     cases = made.cases(run.supports, run.profile)
     if isinstance(cases, list):
         for case in cases:
