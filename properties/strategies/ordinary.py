@@ -134,7 +134,7 @@ def decode_quantized(supports: Supports, profile: Profile) -> list[QuantisedDeco
             s=min(2, supports.max_s or 2),
             num_heads=_first(supports.num_heads, 3),
             causal=supports.causal[0],
-            logit_std=0.25,  # what rounding dequantised rows to 16 bits leaves a meaning
+            logit_std=0.1,  # what rounding dequantised rows to 16 bits leaves a meaning
             power_of_two=True,
         )
         for name in latent_formats(supports)[:1]
