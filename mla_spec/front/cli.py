@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 from mla_spec import __version__, installed
 from mla_spec.text.terminal import UsageError, show_progress, write_json
 
+Commands = Any
+"""What ``add_subparsers`` returns; argparse keeps its class to itself."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -35,108 +38,144 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mla-spec", description="Conformance suite for Multi-head Latent Attention.")
     parser.add_argument("--version", action="version", version=f"mla-spec {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    for add in _COMMANDS:
+        add(commands)
+    return parser
 
-    check = commands.add_parser("check", help="run the laws on implementations")
-    check.set_defaults(run=_check)
-    check.add_argument(
+
+def _add_check(commands: Commands) -> None:
+    parser = commands.add_parser("check", help="run the laws on implementations")
+    parser.set_defaults(run=_check)
+    parser.add_argument(
         "subjects",
         nargs="*",
         metavar="SUBJECT",
         help="a shipped name, package.module:object or file.py:object; default: all that can run here",
     )
-    check.add_argument("--signature", metavar="OPERATION", help="the operation a bare function implements")
-    check.add_argument("--law", action="append", default=[], metavar="NAME", help="only this law; repeatable")
-    check.add_argument("--case", metavar="ID", help="run this one case (with one --law)")
-    check.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
-    check.add_argument("--device", default="cpu", help="torch device (cpu)")
-    check.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (1)")
-    check.add_argument(
+    parser.add_argument("--signature", metavar="OPERATION", help="the operation a bare function implements")
+    parser.add_argument("--law", action="append", default=[], metavar="NAME", help="only this law; repeatable")
+    parser.add_argument("--case", metavar="ID", help="run this one case (with one --law)")
+    parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
+    parser.add_argument("--device", default="cpu", help="torch device (cpu)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (1)")
+    parser.add_argument(
         "--compile", metavar="BACKEND", help="also check what torch.compile makes with it, e.g. inductor"
     )
-    check.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
-    check.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
-    check.add_argument("--jobs", type=int, metavar="N", help="worker processes (CPU: 2, else 1)")
-    check.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
-    check.add_argument("--in-process", action="store_true", help="no worker processes, for debuggers")
-    check.add_argument("--json", metavar="FILE", help="also write the records to FILE")
+    parser.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (CPU: 2, else 1)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
+    parser.add_argument("--in-process", action="store_true", help="no worker processes, for debuggers")
+    parser.add_argument("--json", metavar="FILE", help="also write the records to FILE")
 
-    soundness = commands.add_parser("soundness", help="hold emulated honest kernels against the bounds")
-    soundness.set_defaults(run=_soundness)
-    soundness.add_argument("--cases", type=int, default=1000, metavar="N", help="emulated kernels (1000)")
-    soundness.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
-    soundness.add_argument("--first", type=int, default=0, metavar="N", help="number of the first case (0)")
-    soundness.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
 
-    sensitivity = commands.add_parser("sensitivity", help="the smallest faults that the laws would detect in a subject")
-    sensitivity.set_defaults(run=_sensitivity)
-    sensitivity.add_argument("subject", metavar="SUBJECT", help="as for check")
-    sensitivity.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
-    sensitivity.add_argument("--cases", type=int, default=20, metavar="N", help="cases per law and fault (20)")
-    sensitivity.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
-    sensitivity.add_argument("--json", metavar="FILE", help="also write the card to FILE")
+def _add_soundness(commands: Commands) -> None:
+    parser = commands.add_parser("soundness", help="hold emulated honest kernels against the bounds")
+    parser.set_defaults(run=_soundness)
+    parser.add_argument("--cases", type=int, default=1000, metavar="N", help="emulated kernels (1000)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first case (0)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
 
-    selftest = commands.add_parser("selftest", help="run the suite on the planted bugs")
-    selftest.set_defaults(run=_selftest)
-    selftest.add_argument("--bug", action="append", default=[], metavar="ID", help="only this bug; repeatable")
-    selftest.add_argument("--quick", action="store_true", help="stop at the first law that kills a bug")
-    selftest.add_argument("--peers", action="store_true", help="also under the inputs and criteria of other projects")
-    selftest.add_argument("--catalogue", action="store_true", help="only list the reported faults, planted or not")
-    selftest.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
-    selftest.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
-    selftest.add_argument("--device", default="cpu", help="torch device of the laws (cpu)")
-    selftest.add_argument("--jobs", type=int, default=2, metavar="N", help="bugs at once (2)")
-    selftest.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
-    selftest.add_argument("--json", metavar="FILE", help="also write all records to FILE")
-    selftest.add_argument(
+
+def _add_sensitivity(commands: Commands) -> None:
+    parser = commands.add_parser("sensitivity", help="the smallest faults that the laws would detect in a subject")
+    parser.set_defaults(run=_sensitivity)
+    parser.add_argument("subject", metavar="SUBJECT", help="as for check")
+    parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
+    parser.add_argument("--cases", type=int, default=20, metavar="N", help="cases per law and fault (20)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
+    parser.add_argument("--json", metavar="FILE", help="also write the card to FILE")
+
+
+def _add_selftest(commands: Commands) -> None:
+    parser = commands.add_parser("selftest", help="run the suite on the planted bugs")
+    parser.set_defaults(run=_selftest)
+    parser.add_argument("--bug", action="append", default=[], metavar="ID", help="only this bug; repeatable")
+    parser.add_argument("--quick", action="store_true", help="stop at the first law that kills a bug")
+    parser.add_argument("--peers", action="store_true", help="also under the inputs and criteria of other projects")
+    parser.add_argument("--catalogue", action="store_true", help="only list the reported faults, planted or not")
+    parser.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
+    parser.add_argument("--device", default="cpu", help="torch device of the laws (cpu)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="bugs at once (2)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
+    parser.add_argument("--json", metavar="FILE", help="also write all records to FILE")
+    parser.add_argument(
         "--markdown",
         action="append",
         default=[],
         metavar="FILE",
         help="also write the matrix to FILE, or the score between its marks; repeatable",
     )
-    selftest.add_argument("--read", metavar="FILE", help="a matrix that --json wrote, instead of running the laws")
+    parser.add_argument("--read", metavar="FILE", help="a matrix that --json wrote, instead of running the laws")
 
-    coverage = commands.add_parser("coverage", help="cases and killed bugs by law, regime and dtype")
-    coverage.set_defaults(run=_coverage)
-    coverage.add_argument(
+
+def _add_coverage(commands: Commands) -> None:
+    parser = commands.add_parser("coverage", help="cases and killed bugs by law, regime and dtype")
+    parser.set_defaults(run=_coverage)
+    parser.add_argument(
         "subjects", nargs="*", default=["torch-absorbed"], metavar="SUBJECT", help="as for check (torch-absorbed)"
     )
-    coverage.add_argument("--selftest", metavar="FILE", help="a kill matrix; default: the first kills, found anew")
-    coverage.add_argument("--examples", type=int, default=400, metavar="N", help="generated cases per law (400)")
-    coverage.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
-    coverage.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (2)")
-    coverage.add_argument("--json", metavar="FILE", help="also write all cells to FILE")
+    parser.add_argument("--selftest", metavar="FILE", help="a kill matrix; default: the first kills, found anew")
+    parser.add_argument("--examples", type=int, default=400, metavar="N", help="generated cases per law (400)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (2)")
+    parser.add_argument("--json", metavar="FILE", help="also write all cells to FILE")
 
-    laws = commands.add_parser("laws", help="list the laws")
-    laws.set_defaults(run=_laws)
 
-    contract = commands.add_parser("contract", help="print how an operation is called, and what it must give")
-    contract.set_defaults(run=_contract)
-    contract.add_argument("operation", nargs="?", metavar="OPERATION", help="default: the calls of all")
+def _add_laws(commands: Commands) -> None:
+    parser = commands.add_parser("laws", help="list the laws")
+    parser.set_defaults(run=_laws)
 
-    models = commands.add_parser("models", help="list the published MLA models")
-    models.set_defaults(run=_models)
 
-    cache = commands.add_parser("cache", help="exact cache sizes of a published model")
-    cache.set_defaults(run=_cache)
-    cache.add_argument("model")
-    cache.add_argument("--dtype", default="bfloat16", help="of the cache (bfloat16)")
-    cache.add_argument("--tokens", type=int, default=1, metavar="N", help="tokens per sequence (1)")
-    cache.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (1)")
-    cache.add_argument("--page-size", type=int, default=1, metavar="N", help="tokens per page (1)")
-    cache.add_argument("--tp", type=int, default=1, metavar="N", help="ranks of tensor parallelism (1)")
-    cache.add_argument("--layout", metavar="NAME", help="also in this quantised layout, e.g. fp8_ds_mla")
-    cache.add_argument("--training", action="store_true", help="what a training step keeps of activations instead")
+def _add_contract(commands: Commands) -> None:
+    parser = commands.add_parser("contract", help="print how an operation is called, and what it must give")
+    parser.set_defaults(run=_contract)
+    parser.add_argument("operation", nargs="?", metavar="OPERATION", help="default: the calls of all")
 
-    golden = commands.add_parser(
+
+def _add_models(commands: Commands) -> None:
+    parser = commands.add_parser("models", help="list the published MLA models")
+    parser.set_defaults(run=_models)
+
+
+def _add_cache(commands: Commands) -> None:
+    parser = commands.add_parser("cache", help="exact cache sizes of a published model")
+    parser.set_defaults(run=_cache)
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="bfloat16", help="of the cache (bfloat16)")
+    parser.add_argument("--tokens", type=int, default=1, metavar="N", help="tokens per sequence (1)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (1)")
+    parser.add_argument("--page-size", type=int, default=1, metavar="N", help="tokens per page (1)")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks of tensor parallelism (1)")
+    parser.add_argument("--layout", metavar="NAME", help="also in this quantised layout, e.g. fp8_ds_mla")
+    parser.add_argument("--training", action="store_true", help="what a training step keeps of activations instead")
+
+
+def _add_golden(commands: Commands) -> None:
+    parser = commands.add_parser(
         "golden", help="verify or regenerate the golden files, or certify the reference in ball arithmetic"
     )
-    golden.set_defaults(run=_golden)
-    golden.add_argument("action", choices=("verify", "regenerate", "certify"))
-    golden.add_argument("--dir", metavar="DIR", help="the corpus to verify or regenerate (default: the installed one)")
-    golden.add_argument("--cases", type=int, default=240, metavar="N", help="cases to certify (240)")
-    golden.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases to certify (0)")
-    return parser
+    parser.set_defaults(run=_golden)
+    parser.add_argument("action", choices=("verify", "regenerate", "certify"))
+    parser.add_argument("--dir", metavar="DIR", help="the corpus to verify or regenerate (default: the installed one)")
+    parser.add_argument("--cases", type=int, default=240, metavar="N", help="cases to certify (240)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases to certify (0)")
+
+
+_COMMANDS = (
+    _add_check,
+    _add_soundness,
+    _add_sensitivity,
+    _add_selftest,
+    _add_coverage,
+    _add_laws,
+    _add_contract,
+    _add_models,
+    _add_cache,
+    _add_golden,
+)
 
 
 def _check(options: argparse.Namespace) -> int:
