@@ -5,7 +5,7 @@ from __future__ import annotations
 from mla_spec.judging.law import EVERY_REGIME, Reason
 
 LARGE = ("peaked scores", "huge scores")
-OTHER_NUMBERS = ("outlier", "ties", "offset", "sink", "cancelling", "flat scores", *LARGE)
+OTHER_NUMBERS = ("outlier", "ties", "offset", "sink", "cancelling", "negative", "flat scores", *LARGE)
 STATISTICS = (
     "test_decode_output_is_unbiased",
     "test_decode_lse_is_unbiased",
@@ -146,7 +146,7 @@ GRADIENTS: tuple[Reason, ...] = (
     ),
     Reason(
         ("test_prefill_gradients_*", "test_prefill_backward_*", "test_sparse_prefill_gradients_*"),
-        ("typical", "outlier"),
+        ("typical", "outlier", "negative"),
         "the worst case of 16 bits says something for values of one size only",
         dtypes=("float16", "bfloat16"),
     ),

@@ -88,6 +88,7 @@ def test_indexer_scores_depend_on_relative_position_only(run: Run, case: Project
         q_error = q_error + own * q_size
         errors.append(np.einsum("shd,td->sht", q_error, k_size) + np.einsum("shd,td->sht", q_size, k_error))
     difference, allowed = np.abs(products[1] - products[0]), errors[0] + errors[1]
+    run.bounded(np.zeros_like(allowed), allowed)
     worst = np.unravel_index(np.argmax(difference - allowed), difference.shape)
     s, h, t = (int(i) for i in worst)
     run.require(

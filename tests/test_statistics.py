@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from mla_spec.bounds.bias import spread_error
+from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.bounds.profile_presets import preset
 from mla_spec.bounds.statistics import FAMILY_ALPHA, bias_p_value, excess_p_value
+from mla_spec.installed import all_laws
 from mla_spec.judging.law import Law, Options
 from mla_spec.judging.run import run_law
 from mla_spec.operations.decode import OPERATION as DECODE
@@ -74,8 +76,24 @@ def test_results_that_are_no_numbers_are_no_evidence_for_a_subject() -> None:
     for bad in (np.nan, np.inf):
         assert bias_p_value(np.array([bad, 0.0]), np.zeros(2)) == 0.0
         assert excess_p_value(np.array([bad, 0.0])) == 0.0
-    assert bias_p_value(np.ones(100), np.full(100, np.inf)) == 1.0
-    assert bias_p_value(np.ones(100), np.full(100, np.nan)) == 1.0
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan, -1e-3])
+def test_an_allowance_that_is_no_size_judges_nothing(bad: float) -> None:
+    allowance = np.full(100, 0.5)
+    allowance[3] = bad
+    with pytest.raises(InvalidBound, match="in 1 of 100 rows, so any error would pass"):
+        bias_p_value(np.ones(100), allowance)
+    assert bias_p_value(np.full(100, np.nan), allowance) == 0.0
+
+
+@pytest.mark.parametrize("law", laws.LAWS)
+def test_a_profile_that_allows_any_bias_leaves_statistics_incomplete(law: str) -> None:
+    """With exponentials off by the whole weight no output says anything of the kernel."""
+    hopeless = {"bfloat16": Profile.default("bfloat16", exp_error=2.0**24)}
+    record = run_law(all_laws()[law], EmulatedKernel(hopeless), Options(dtypes=("bfloat16",)))
+    assert record.verdict == "incomplete"
+    assert "any error would pass" in record.message
 
 
 def test_level_is_split_over_all_tests_of_a_run() -> None:
@@ -129,7 +147,8 @@ def test_honest_kernels_pass(name: str, dtype: str, exp_bias: float) -> None:
     """With every exp off by all that the profile grants, in one direction."""
     profile = Profile.default(dtype, **HONEST[name])
     kernel = EmulatedKernel({dtype: profile}, Schedule(exp_bias=exp_bias, exp2=exp_bias > 0))
-    for design in SMALL:
+    # Rows of float8 move larger scores by more than any allowance can hold.
+    for design in SMALL[1:2] if name == "rounded cache" else SMALL:
         found = p_values(kernel, dtype, design)
         assert min(found.values()) > 1e-3, found
 

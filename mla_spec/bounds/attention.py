@@ -2,7 +2,7 @@
 
 Per row and value dim, with σ the softmax scale, s_j = σ q·k_j, m = max s, p = softmax(s), o = Σ p_j v_j, all exact:
 
-    G_j = σ Σ_i |q_i| |k_ji|                                gauge of a score
+    G_j = |σ| Σ_i |q_i| |k_ji|                              gauge of a score
     Δ_j = Γ_QK G_j + κ |s_j| + u (m − s_j) + inherited      error of a score
     η_j = expm1(Δ_j)(1 + ε) + ε                             relative error of a weight exp(s_j − m)
     N   = Σ p_j η_j |v_j − o| · (1 + Σ p_j expm1(Δ_j))/(1 − ε)
@@ -27,7 +27,7 @@ import numpy as np
 
 from mla_spec.bounds.attention_moments import Moments, Rates, finite
 from mla_spec.bounds.attention_sums import BoundSums, bound_sums
-from mla_spec.bounds.error_bound import ErrorBound, half_ulp
+from mla_spec.bounds.error_bound import ErrorBound, half_ulp, overflowed
 from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.bounds.weight_rounding import Likely, rounded_p
 from mla_spec.reference.attention import (
@@ -171,10 +171,11 @@ def _score_error(
     """Δ without its part u·m that all keys of a row share."""
     groups = k.shape[-2]
     q_size = np.abs(q) if inherited is None else np.abs(q) + inherited.q
-    q_rows = heads_to_rows(q_size * softmax_scale, groups)  # [..., g, rows, d]
+    size = abs(softmax_scale)  # a scale may be negative
+    q_rows = heads_to_rows(q_size * size, groups)  # [..., g, rows, d]
     if inherited is not None:
-        # σ (e_q·(|k| + e_k) + |q|·e_k) as one product of twice the width
-        q_pair = np.concatenate([inherited.q, np.abs(q)], axis=-1) * softmax_scale
+        # |σ| (e_q·(|k| + e_k) + |q|·e_k) as one product of twice the width
+        q_pair = np.concatenate([inherited.q, np.abs(q)], axis=-1) * size
         pair_rows = heads_to_rows(q_pair, groups)
 
     def error(block: SoftmaxBlock) -> Array:
@@ -244,7 +245,7 @@ def _out_error(moments: Moments, rates: Rates, rounding: Array, sink: _Sink) -> 
         "attention sink": sunk,
         "the reference's own float64": rates.reference * moments.moved + gamma(rates.t + 16, _U64) * moments.gauge,
     }
-    scaled = ErrorBound({name: sink.share * term for name, term in terms.items()})
+    scaled = ErrorBound({name: overflowed(sink.share * term) for name, term in terms.items()})
     return scaled.plus(f"rounding of the output to {profile.output}", stored)
 
 
@@ -256,11 +257,10 @@ def _lse_error(sums: BoundSums, moments: Moments, rates: Rates, rounded_sum: Arr
     log_total = log_total - np.log1p(-np.minimum(rounded_sum[..., 0], 1.0))
     u = max(rates.u, format_of(profile.lse).unit_roundoff)
     size = 3 * np.abs(finite(sums.lse)) + 2 * np.abs(finite(sums.max_score)) + 2
-    return ErrorBound(
-        {
-            "error of the scores": log_total,
-            "row sum": np.full_like(log_total, -np.log(max(1 - rates.rho, 0.0))),
-            "logarithm and its rounding": u * size,
-            "the reference's own float64": rates.reference * log_total + gamma(rates.t + 16, _U64) * size,
-        }
-    )
+    terms = {
+        "error of the scores": log_total,
+        "row sum": np.full_like(log_total, -np.log(max(1 - rates.rho, 0.0))),
+        "logarithm and its rounding": u * size,
+        "the reference's own float64": rates.reference * log_total + gamma(rates.t + 16, _U64) * size,
+    }
+    return ErrorBound({name: overflowed(term) for name, term in terms.items()})

@@ -24,25 +24,42 @@ def half_ulp(size: Array, name: str) -> Array:
     return np.where(np.isfinite(size), np.ldexp(fmt.unit_roundoff, binade), np.inf)
 
 
+class InvalidBound(ValueError):
+    """A contribution to an error is no magnitude: an error of the suite, never of a subject."""
+
+
+def overflowed(term: Array) -> Array:
+    """``term`` with inf where its arithmetic overflowed to NaN, as inf - inf and 0 · inf do."""
+    return np.where(np.isnan(term), np.inf, term)
+
+
 @dataclass(frozen=True)
 class ErrorBound:
     """Largest deviation of each element of a computed result from the exact one.
 
     Attributes:
-        terms: contributions by name, all of the result's shape and none negative; the bound is their sum.
+        terms: contributions by name, all of the result's shape; the bound is their sum, inf where one overflowed.
+
+    Raises:
+        InvalidBound: a contribution is negative or NaN somewhere.
     """
 
     terms: dict[str, Array]
 
+    def __post_init__(self) -> None:
+        for name, term in self.terms.items():
+            wrong = ~(np.asarray(term) >= 0)
+            if wrong.any():
+                raise InvalidBound(f"{name!r} must be 0 or more, got {float(np.asarray(term)[wrong].flat[0])!r}")
+
     @cached_property
     def total(self) -> Array:
-        """The bound; inf where a contribution overflowed."""
-        total = sum(self.terms.values(), np.zeros(()))
-        return np.where(np.isnan(total), np.inf, total)
+        """The bound."""
+        return np.asarray(sum(self.terms.values(), np.zeros(())))
 
     def main_term(self, index: tuple[int, ...]) -> str:
         """The name of the largest contribution at ``index``."""
-        return max(self.terms, key=lambda name: np.nan_to_num(self.terms[name][index], nan=np.inf))
+        return max(self.terms, key=lambda name: float(self.terms[name][index]))
 
     def __getitem__(self, index: Any) -> ErrorBound:
         """The bound of some elements."""

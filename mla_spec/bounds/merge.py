@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mla_spec.bounds.error_bound import ErrorBound, half_ulp
+from mla_spec.bounds.error_bound import ErrorBound, half_ulp, overflowed
 from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.reference.formats import FORMATS, format_of
 from mla_spec.reference.merge import merge, merge_weights, part_columns
@@ -133,7 +133,9 @@ def _declared(
         f"rounding of the LSE to {profile.lse}": lse_fmt.unit_roundoff * (size.lse + log + returned),
         "the reference's own float64": own_lse,
     }
-    return ErrorBound(out_error), ErrorBound(lse_error)
+    both = ({name: overflowed(term) for name, term in terms.items()} for terms in (out_error, lse_error))
+    of_out, of_lse = (ErrorBound(terms) for terms in both)
+    return of_out, of_lse
 
 
 def _arithmetic(size: _Parts, softmax: str, exp_error: float) -> tuple[Array, Array, Array]:

@@ -86,7 +86,7 @@ def max_logits_with_bound(
     largest = _largest(scores, visible)
     some = ~np.isneginf(largest)
     m = np.where(some, largest, 0.0)
-    moved = _largest(scores + delta, visible) - m
+    moved = np.where(some, _largest(scores + delta, visible), 0.0) - m
     # Kernels multiply by log2(e) and back.
     stored = (2 * rates.u + format_of(profile.lse).unit_roundoff) * (np.abs(m) + moved)
     own = gamma(q.shape[-1] + 2, _U64) * gauge.max(axis=-1, initial=0.0)

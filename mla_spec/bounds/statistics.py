@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 
+from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.reference.typing import Array
 
 FAMILY_ALPHA = 1e-6
@@ -20,6 +21,15 @@ FAMILY_ALPHA = 1e-6
 
 STAKES = np.linspace(0.02, 0.98, 25)
 """Shares of the capital that ``excess_p_value`` bets on each unit."""
+
+
+def require_allowance(allowance: Array) -> None:
+    """Raise InvalidBound unless every element is finite and 0 or more."""
+    wrong = ~(np.isfinite(allowance) & (allowance >= 0))
+    if wrong.any():
+        raise InvalidBound(
+            f"what the profile allows is no finite number in {int(wrong.sum())} of {wrong.size} rows, so any error would pass"
+        )
 
 
 def bias_p_value(errors: Array, allowance: Array) -> float:
@@ -33,10 +43,14 @@ def bias_p_value(errors: Array, allowance: Array) -> float:
         allowance: of the same shape, what a bias of each may be; not negative.
 
     Returns:
-        An upper bound of the two-sided p-value; 0 where an error is not finite, else 1 where an allowance is not.
+        An upper bound of the two-sided p-value; 0 where an error is not finite.
+
+    Raises:
+        InvalidBound: an allowance is negative, infinite or NaN, by which no error could be judged.
     """
     if not np.isfinite(errors).all():
         return 0.0
+    require_allowance(allowance)
     surplus = np.abs(np.sum(errors)) - np.sum(allowance)
     if not surplus > 0:
         return 1.0

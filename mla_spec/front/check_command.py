@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from mla_spec.front.report import describe_subject, exit_code, report_of
+from mla_spec.front.report import exit_code, report_of
 from mla_spec.judging.check import check_subject, find_laws
 from mla_spec.judging.compiled import compiler_missing
 from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Options
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import parse_case
-from mla_spec.subjects.contract import subject_name
+from mla_spec.subjects.description import describe
 from mla_spec.subjects.find import UnknownSubject, available_subjects, resolve_subject
 from mla_spec.subjects.supports import DTYPES
 from mla_spec.text.terminal import UsageError, show_progress, write_json
@@ -29,39 +29,54 @@ def check(options: argparse.Namespace) -> int:
         laws = [made.name for made in find_laws(options.law)]
         made = _law_options(options)
         specs = options.subjects or available_subjects()
-        subjects = [(spec, resolve_subject(spec, options.signature)) for spec in specs]
-    except (ValueError, UnknownSubject) as error:
+        signature = () if options.signature is None else ("--signature", options.signature)
+    except ValueError as error:
         raise UsageError(str(error)) from error
+    settings = [Options(**made, spec=(spec, *signature)) for spec in specs]
     everything: list[Record] = []
-    for subject, records in _records(subjects, laws, made, options):
-        show_progress("")
-        print(f"{describe_subject(subject)}\n{report_of(records)}\n", flush=True)
-        everything += records
+    try:
+        for text, records in (_in_process if options.in_process else _in_workers)(settings, laws, options):
+            show_progress("")
+            print(f"{text}\n{report_of(records)}\n", flush=True)
+            everything += records
+    except UnknownSubject as error:
+        raise UsageError(str(error)) from error
     if options.json is not None:
         write_json(options.json, [record.as_dict() for record in everything])
     return exit_code(everything)
 
 
-def _records(
-    subjects: list[tuple[str, object]], laws: list[str], made: dict[str, Any], options: argparse.Namespace
-) -> Iterator[tuple[object, list[Record]]]:
-    """Each subject with the records of its laws, in order; worker processes are busy with the subjects that follow."""
-    signature = () if options.signature is None else ("--signature", options.signature)
-    settings = [Options(**made, spec=(spec, *signature)) for spec, _ in subjects]
-    progress = _Progress(len(laws) * len(subjects))
-    if options.in_process:
-        for (_, subject), options_of_one in zip(subjects, settings, strict=True):
-            yield subject, check_subject(subject, laws=laws, options=options_of_one, progress=progress)
-        return
+def _in_process(
+    settings: list[Options], laws: list[str], options: argparse.Namespace
+) -> Iterator[tuple[str, list[Record]]]:
+    """What each subject declares, and the records of its laws, in order."""
+    progress = _Progress(len(laws) * len(settings))
+    subjects = [resolve_subject(_spec(each), options.signature) for each in settings]
+    for subject, each in zip(subjects, settings, strict=True):
+        yield describe(subject).text, check_subject(subject, laws=laws, options=each, progress=progress)
+
+
+def _in_workers(
+    settings: list[Options], laws: list[str], options: argparse.Namespace
+) -> Iterator[tuple[str, list[Record]]]:
+    """The same of subjects that are never in this process; workers are busy with the subjects that follow."""
+    progress = _Progress(len(laws) * len(settings))
     with WorkerPool(options.jobs or (2 if options.device == "cpu" else 1), options.timeout) as pool:
+        asked = [pool.describe(each, options.signature) for each in settings]
+        declared = [future.result() for future in asked]
         pending = [
-            [pool.submit(law, subject_name(subject), options_of_one, options.signature) for law in laws]
-            for (_, subject), options_of_one in zip(subjects, settings, strict=True)
+            [pool.submit(law, subject.name, each, options.signature) for law in laws]
+            for subject, each in zip(declared, settings, strict=True)
         ]
         for future in (future for futures in pending for future in futures):
             future.add_done_callback(progress.of_future)
-        for (_, subject), futures in zip(subjects, pending, strict=True):
-            yield subject, [future.result() for future in futures]
+        for subject, futures in zip(declared, pending, strict=True):
+            yield subject.text, [future.result() for future in futures]
+
+
+def _spec(options: Options) -> str:
+    assert options.spec is not None
+    return options.spec[0]
 
 
 class _Progress:

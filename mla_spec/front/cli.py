@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mla_spec import __version__, installed
+from mla_spec.subjects.exits import INCOMPLETE, loud_exits
 from mla_spec.text.terminal import UsageError, show_progress, write_json
 
 Commands = Any
@@ -24,14 +25,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
         options = _parser().parse_args(arguments)
-        run: Any = options.run
-        return int(run(options))
+        return _run(options)
     except UsageError as error:
         print(f"mla-spec: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run what was parsed; a subject that asks to end the process ends it as incomplete."""
+    run: Any = options.run
+    try:
+        with loud_exits():
+            return int(run(options))
+    except SystemExit as error:
+        print(f"mla-spec: SystemExit: {error} was raised before there was a report", file=sys.stderr)
+        return INCOMPLETE
 
 
 def _parser() -> argparse.ArgumentParser:

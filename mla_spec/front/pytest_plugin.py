@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mla_spec.subjects.exits import loud_exits
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator, Iterator
 
     from mla_spec.judging.law import Law
 
@@ -45,6 +48,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--mla-examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
     group.addoption("--mla-seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
+    group.addoption("--mla-timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
+    group.addoption("--mla-in-process", action="store_true", help="no worker process, for debuggers")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None]:
+    """From here on modules of the user are imported, and may import a subject that ends the process."""
+    watch = ExitStack()
+    watch.enter_context(loud_exits())
+    early_config.add_cleanup(watch.close)
+    yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -64,9 +78,10 @@ def _subject_specs(config: pytest.Config) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def mla_check(request: pytest.FixtureRequest) -> Callable[[Law], None]:
-    """Runs a law on the subject of this test and makes its record the outcome."""
+def mla_check(request: pytest.FixtureRequest) -> Iterator[Callable[[Law], None]]:
+    """Runs a law on the subject of this test, in a worker process, and makes its record the outcome."""
     from mla_spec.front.parametrize import report_to_pytest
+    from mla_spec.judging.isolation import WorkerPool
     from mla_spec.judging.law import Options
     from mla_spec.judging.run import run_law
     from mla_spec.subjects.find import UnknownSubject, resolve_subject
@@ -81,10 +96,15 @@ def mla_check(request: pytest.FixtureRequest) -> Callable[[Law], None]:
         spec=(request.param,),
     )
     try:
-        subject: Any = resolve_subject(request.param)
+        if config.getoption("--mla-in-process"):
+            subject: Any = resolve_subject(request.param)
+            yield lambda law: report_to_pytest(run_law(law, subject, options))
+            return
+        with WorkerPool(timeout=config.getoption("--mla-timeout")) as pool:
+            name = pool.describe(options).result().name
+            yield lambda law: report_to_pytest(pool.submit(law.name, name, options).result())
     except UnknownSubject as error:
         raise pytest.UsageError(str(error)) from error
-    return lambda law: report_to_pytest(run_law(law, subject, options))
 
 
 def read_xfails(path: str) -> list[str]:

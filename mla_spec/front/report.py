@@ -6,13 +6,6 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mla_spec.judging.verdict import Record
-from mla_spec.operations.all import OPERATIONS
-from mla_spec.subjects.contract import (
-    offers,
-    profile_of,
-    subject_name,
-    supports_of,
-)
 from mla_spec.text.table import format_table
 
 HEADER = ("law", "verdict", "cases", "error/bound", "worst case")
@@ -27,19 +20,6 @@ def record_row(record: Record) -> tuple[str, ...]:
     if record.verdict != "pass":
         detail = "see below"
     return record.law, record.verdict, str(record.cases), worst, detail
-
-
-def describe_subject(subject: object) -> str:
-    """What is declared: operations, restrictions, and the profile of each dtype where it is not the default."""
-    supports = supports_of(subject)
-    offered = [operation for operation in OPERATIONS if offers(subject, operation)]
-    lines = [f"{subject_name(subject)}: offers {', '.join(offered)}"]
-    restrictions = supports.restrictions()
-    if restrictions:
-        lines.append(f"  supports {restrictions}")
-    for dtype in supports.dtypes:
-        lines.append(f"  profile {profile_of(subject, dtype).describe()}")
-    return "\n".join(lines)
 
 
 def report_of(records: list[Record]) -> str:

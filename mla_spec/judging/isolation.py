@@ -1,4 +1,7 @@
-"""Runs laws in a worker process: a subject that kills its process, or never returns, costs one law and not the report."""
+"""Runs laws in a worker process: a subject that kills its process, or never returns, costs one law and not the report.
+
+A subject that ends its process while it is imported or made is described by nobody, and that is said.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import replay_command, run_law
 from mla_spec.judging.verdict import Record
-from mla_spec.subjects.find import resolve_subject
+from mla_spec.subjects.description import Description, describe
+from mla_spec.subjects.find import UnknownSubject, resolve_subject
 
 _CONTEXT = multiprocessing.get_context("spawn")  # a forked child could not use CUDA
 
@@ -39,13 +43,24 @@ class WorkerPool:
         assert options.spec is not None
         return self._threads.submit(self._run, law, subject_name, options, signature)
 
+    def describe(self, options: Options, signature: str | None = None) -> Future[Description]:
+        """What the subject that ``options.spec`` names declares.
+
+        The future raises ``UnknownSubject`` where it cannot be imported or made, or its process does not live to tell.
+        """
+        return self._threads.submit(lambda: self._worker(options, signature).describe(self.timeout))
+
     def _run(self, law: str, subject_name: str, options: Options, signature: str | None) -> Record:
+        return self._worker(options, signature).run(law, subject_name, self.timeout)
+
+    def _worker(self, options: Options, signature: str | None) -> _Worker:
+        """The worker of this thread, turned to a subject."""
         worker: _Worker | None = getattr(self._own, "worker", None)
         if worker is None:
             worker = self._own.worker = _Worker(options, signature)
             self._workers.append(worker)
         worker.serve(options, signature, share=self.share)
-        return worker.run(law, subject_name, self.timeout)
+        return worker
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -70,6 +85,24 @@ class _Worker:
             if not share:
                 self.stop()
 
+    def describe(self, timeout: float | None) -> Description:
+        """What the subject declares."""
+        assert self.options.spec is not None
+        try:
+            if self.process is None:
+                self._start()
+            self.connection.send((None, self.options, self.signature))
+            if self.connection.poll(timeout):
+                message = self.connection.recv()
+                if isinstance(message, Description):
+                    return message
+                raise UnknownSubject(message)
+            reason = f"did not end within {timeout:g} s"
+        except (EOFError, ConnectionError):
+            reason = f"failed: the process {self._end()}"
+        self.stop()
+        raise UnknownSubject(f"{self.options.spec[0]}: importing and making it {reason}")
+
     def run(self, law: str, subject_name: str, timeout: float | None) -> Record:
         start, cases, last = time.perf_counter(), 0, None
         try:
@@ -87,7 +120,7 @@ class _Worker:
                     return message
                 cases, last = cases + 1, message
         except (EOFError, ConnectionError):
-            reason = self._cause_of_death()
+            reason = f"the process {self._end()}; such cases are not made smaller"
         self.stop()
         return Record(
             law,
@@ -107,12 +140,12 @@ class _Worker:
         theirs.close()
         self.connection.recv()  # until its imports are done, for which the timeout is not meant
 
-    def _cause_of_death(self) -> str:
+    def _end(self) -> str:
+        """How the process ended."""
         assert self.process is not None
         self.process.join()
         code = self.process.exitcode or 0
-        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return f"the process {end}; such cases are not made smaller"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def stop(self) -> None:
         if self.process is not None:
@@ -123,12 +156,24 @@ class _Worker:
 
 
 def _serve(connection: Connection) -> None:
-    """Send None when ready; then run the laws that arrive, and send each case before it runs, and the record."""
+    """Send None when ready; then run the laws that arrive, and send each case before it runs, and the record.
+
+    Without a law the subject is described, or why there is none.
+    """
     laws = all_laws()
     connection.send(None)
     subject, spec = None, None
     while True:
         law, options, signature = connection.recv()
         if options.spec != spec:
-            subject, spec = resolve_subject(options.spec[0], signature), options.spec
+            try:
+                subject, spec = resolve_subject(options.spec[0], signature), options.spec
+            except UnknownSubject as error:
+                if law is not None:
+                    raise
+                connection.send(str(error))
+                continue
+        if law is None:
+            connection.send(describe(subject))
+            continue
         connection.send(run_law(laws[law], subject, replace(options, announce=connection.send, isolated=True)))

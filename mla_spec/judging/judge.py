@@ -17,33 +17,35 @@ VACUITY = 0.05
 def judge_within(got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> float:
     """Largest |got − want| / bound over all elements; every one must be at most 1.
 
-    Where ``want`` is infinite, ``got`` must be the same infinity; elsewhere it must be finite.
+    Where ``want`` is infinite or NaN, ``got`` must be the same; elsewhere it must be finite.
 
     Args:
         gate: whether a bound that is loose against ``want`` is refused. False where ``want`` may lie near 0.
 
     Raises:
         Violation: an element lies outside its bound.
-        VacuousCase: the bound is too loose to mean anything.
+        VacuousCase: the bound is too loose to mean anything, or no finite number for some element that has one.
     """
     total = np.broadcast_to(bound.total, want.shape)
     if gate:
         require_meaningful(want, total)
+    same = (got.value == want) | (np.isnan(got.value) & np.isnan(want))
+    finite = np.isfinite(want) & np.isfinite(got.value)
     with np.errstate(all="ignore"):  # a subject may return anything
-        error = np.abs(got.value - want)
-        ratio = error / total
-    ratio = np.where(got.value == want, 0.0, np.where(np.isinf(want) | np.isnan(got.value), np.inf, ratio))
+        ratio = np.where(finite, np.abs(got.value - want) / total, np.inf)
+    ratio = np.where(same, 0.0, np.where(np.isnan(ratio), np.inf, ratio))
     if ratio.size == 0:
         return 0.0
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
-    if ratio[index] > 1:
+    if not ratio[index] <= 1:
         raise Violation(_describe(got, want, total, bound, index, int((ratio > 1).sum())))
+    require_bounded(want, total)
     return float(ratio[index])
 
 
 def require_meaningful(want: Array, total: Array) -> None:
     """Raise VacuousCase unless the median bound is at most 5 % of the rms of the expected values that are not exact."""
-    inexact = np.isfinite(want) & (total > 0)
+    inexact = np.isfinite(want) & (total != 0)
     if not inexact.any():
         return
     rms = float(np.sqrt(np.mean(want[inexact] ** 2)))
@@ -52,6 +54,15 @@ def require_meaningful(want: Array, total: Array) -> None:
         raise VacuousCase(
             f"the bound is too loose to judge this case: median bound {median:.3g} exceeds {VACUITY} × rms of the "
             f"expected values {rms:.3g}"
+        )
+
+
+def require_bounded(want: Array, total: Array) -> None:
+    """Raise VacuousCase unless every finite number of ``want`` has a finite bound, 0 or more; equal shapes."""
+    unjudged = int((np.isfinite(want) & ~(np.isfinite(total) & (total >= 0))).sum())
+    if unjudged:
+        raise VacuousCase(
+            f"the bound of {unjudged} of {want.size} elements is no finite number, so anything would pass"
         )
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
-from mla_spec.judging.judge import judge_same_bits, judge_within, require_meaningful
+from mla_spec.judging.judge import judge_same_bits, judge_within, require_bounded, require_meaningful
 from mla_spec.operations.case import Case
 from mla_spec.operations.operation import Operation
 from mla_spec.reference.typing import Array
@@ -63,12 +65,17 @@ class Run:
         """``require_meaningful`` for a case whose results are judged in parts."""
         require_meaningful(want, bound.total)
 
+    def bounded(self, want: Array, total: Array) -> None:
+        """``require_bounded`` for results that a law compares itself."""
+        require_bounded(want, total)
+
     def same_bits(self, got: Result, want: Result, why: str) -> None:
         """``judge_same_bits``."""
         judge_same_bits(got, want, why)
 
     def same_function(self, got: Result, want: Result, bound: ErrorBound, why: str) -> None:
-        """Two results of the subject for the same exact value, each within ``bound`` of it."""
+        """Two results of the subject for the same exact value, each within ``bound`` of it; NaN is no result."""
+        self.require(not np.isnan(want.value).any(), f"{want.what} has NaN: {why}")
         twice = bound.map(lambda term: 2 * term)
         try:
             self.within(got, want.value, twice, gate=False)

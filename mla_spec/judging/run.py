@@ -14,6 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis.errors import Flaky
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
+from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.judging.law import Law, Options, Run
 from mla_spec.judging.verdict import (
     Record,
@@ -30,7 +31,7 @@ from mla_spec.subjects.contract import (
 )
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.memory import filled_memory
-from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation
+from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation, raised, subject_code
 
 
 class Provider(HypothesisProvider):
@@ -50,9 +51,13 @@ AVAILABLE_PROVIDERS[BACKEND] = f"{__name__}.{Provider.__name__}"
 
 def run_law(made: Law, subject: object, options: Options = Options()) -> Record:
     """Run a law on a subject, dtype after dtype until one fails, and say what came of it."""
-    supports = supports_of(subject)
-    name = subject_name(subject)
-    absent = [operation for operation in made.needs if not offers(subject, operation)]
+    try:
+        with subject_code():
+            supports, name = supports_of(subject), subject_name(subject)
+            absent = [operation for operation in made.needs if not offers(subject, operation)]
+    except SubjectCrashed as error:
+        message = f"what it declares cannot be read: {error}"
+        return Record(made.name, type(subject).__name__, "crashed", message=message)
     reason = f"does not offer {', '.join(absent)}" if absent else made.unavailable(options) or made.missing(supports)
     dtypes = [d for d in supports.dtypes if options.dtypes is None or d in options.dtypes]
     if options.case is not None:
@@ -88,54 +93,107 @@ def replay_command(law: str, case: Case, options: Options) -> str:
     return shlex.join(["mla-spec", "check", *options.spec, "--law", law, "--case", case.id, *device])
 
 
-_VERDICTS: dict[type[Exception], Verdict] = {Violation: "fail", SubjectCrashed: "crashed", VacuousCase: "incomplete"}
+_VERDICTS: dict[type[Exception], Verdict] = {
+    Violation: "fail",
+    SubjectCrashed: "crashed",
+    VacuousCase: "incomplete",
+    InvalidBound: "incomplete",
+}
+
+_FAILURES = (Violation, SubjectCrashed, VacuousCase, InvalidBound, NotOffered)
+
+REPETITIONS = 5
+"""How often the case of a failure that did not come back is run again, to say how often it does."""
 
 
-_FLAKY = "the same inputs gave a violation once and none when repeated: the subject is not deterministic"
+class _Attempts:
+    """Runs cases of one law in one dtype, and keeps what the record says of them.
+
+    Attributes:
+        cases: how many ran up to the first failure, and with it.
+        last: the case that ran last.
+        failure: the first failure, and its case.
+    """
+
+    def __init__(self, made: Law, run: Run, options: Options) -> None:
+        self.made, self.law_run, self.options = made, run, options
+        self.cases = 0
+        self.last: Case | None = None
+        self.failure: tuple[Exception, Case] | None = None
+
+    def __call__(self, case: Case) -> None:
+        self.cases += self.failure is None
+        self.last, self.law_run.case_id = case, case.id
+        if self.options.announce is not None:
+            self.options.announce(case)
+        try:
+            self._check(case)
+        except _FAILURES as error:
+            self.failure = self.failure or (error, case)
+            raise
+
+    def _check(self, case: Case) -> None:
+        try:
+            self.made.check(self.law_run, case)
+        except SystemExit as error:  # no law asks for it: it comes of what a subject computes when it is read
+            raise SubjectCrashed(raised(error)) from error
+
+    def flaky(self) -> tuple[Exception, Case, str]:
+        """The first failure and its case, where its inputs gave none when they were repeated, and how often they do."""
+        assert self.failure is not None
+        error, case = self.failure
+        count = sum(self._fails(case) for _ in range(REPETITIONS))
+        often = f"this came back in {count} of {REPETITIONS} repetitions of the same inputs: the subject is not deterministic"
+        return error, case, f"{error}\n{often}"
+
+    def _fails(self, case: Case) -> bool:
+        try:
+            self(case)
+        except _FAILURES:
+            return True
+        return False
 
 
 def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: Options) -> Record:
-    driver = Driver(subject, dtype, options.device)
-    profile, supports = profile_of(subject, dtype), supports_of(subject)
-    run = Run(driver, profile, supports, compile=options.compile, isolated=options.isolated)
-    cases = 0
-    failed = False
-    last: Case | None = None
-
-    def attempt(case: Case) -> None:
-        nonlocal cases, failed, last
-        cases += not failed
-        last, run.case_id = case, case.id
-        if options.announce is not None:
-            options.announce(case)
-        try:
-            made.check(run, case)
-        except (Violation, SubjectCrashed, VacuousCase, NotOffered):
-            failed = True
-            raise
-
-    name = subject_name(subject)
     start = time.perf_counter()
+
+    def record(verdict: Verdict, message: str, cases: int = 0, case: Case | None = None) -> Record:
+        return Record(
+            made.name,
+            name,
+            verdict,
+            cases=cases,
+            message=message,
+            case="" if case is None else case.id,
+            replay="" if case is None else replay_command(made.name, case, options),
+            seconds=time.perf_counter() - start,
+        )
+
+    name = type(subject).__name__
+    try:
+        with subject_code():
+            name = subject_name(subject)
+            driver = Driver(subject, dtype, options.device)
+            run = Run(
+                driver, profile_of(subject, dtype), driver.supports, compile=options.compile, isolated=options.isolated
+            )
+    except SubjectCrashed as error:
+        return record("crashed", f"what it declares cannot be read: {error}")
+    attempt = _Attempts(made, run, options)
     try:
         if options.case is not None:
             attempt(options.case)
         else:
             _generate(made, run, examples, options, attempt)
     except NotOffered as error:
-        return Record(made.name, name, "unsupported", message=str(error), seconds=time.perf_counter() - start)
-    except (Violation, SubjectCrashed, VacuousCase, Flaky) as error:
-        assert last is not None
-        return Record(
-            made.name,
-            name,
-            _VERDICTS.get(type(error), "fail"),
-            cases=cases,
-            message=_FLAKY if isinstance(error, Flaky) else str(error),
-            case=last.id,
-            replay=replay_command(made.name, last, options),
-            seconds=time.perf_counter() - start,
-        )
-    return Record(made.name, name, "pass", cases, run.worst, run.worst_case, seconds=time.perf_counter() - start)
+        return record("unsupported", str(error))
+    except Flaky:
+        first, case, message = attempt.flaky()
+        return record(_VERDICTS.get(type(first), "fail"), message, attempt.cases, case)
+    except _FAILURES as error:
+        return record(_VERDICTS[type(error)], str(error), attempt.cases, attempt.last)
+    seconds = time.perf_counter() - start
+    return Record(made.name, name, "pass", attempt.cases, run.worst, run.worst_case, seconds=seconds)
 
 
 def _generate(made: Law, run: Run, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:

@@ -54,7 +54,7 @@ class DecodeCase(Case):
 
     ``logit_std`` is the standard deviation of the logits, reached through softmax_scale. ``regime``: "typical"; "outlier"
     has latent channels 30 times the rest; "ties" repeats keys; "offset" has values far from 0; "sink" gives the first key
-    much of the weight; in "cancelling" scores are small sums of large products. Latents have a mean, as real ones do, so
+    much of the weight; in "cancelling" scores are small sums of large products; in "negative" softmax_scale is. Latents have a mean, as real ones do, so
     outputs do not average out to 0. ``qk_nope_head_dim`` and ``v_head_dim`` are those of the explicit form.
     """
 
@@ -92,6 +92,8 @@ class DecodeCase(Case):
             q[..., 1:c:2] = q[..., 0 : c - 1 : 2]
             q[..., c:] /= CANCELLATION
             scale *= CANCELLATION
+        if self.regime == "negative":
+            scale = -scale
         if self.regime == "sink":
             for i in range(b):
                 cache[table[i, 0], 0, 0] = np.abs(cache[table[i, 0], 0, 0]) * np.sign(q[i].sum(axis=(0, 1)))
@@ -258,7 +260,7 @@ OPERATION = Operation(
     expected=lambda inputs, profile, supports: attention_expected(decode_expected(inputs, profile), supports),
     views=TABLE_VIEWS | POOL_VIEWS,
     regimes=(
-        *values("regime", "typical", "outlier", "ties", "offset", "sink", "cancelling"),
+        *values("regime", "typical", "outlier", "ties", "offset", "sink", "cancelling", "negative"),
         *SCORES,
         *QUERIES,
         ("no keys", lambda case: 0 in case.seqlens),

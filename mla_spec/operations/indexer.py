@@ -158,6 +158,7 @@ class Selection:
             judge.require(bool(inside.all()), f"{at}: entry {chosen[~inside].tolist()} is no key that it sees")
             judge.require(len(np.unique(chosen)) == len(chosen), f"{at}: a key is named twice")
             named[i, chosen] = True
+        judge.bounded(np.where(visible, self.logits, -np.inf), self.error)
         shortfall = selection_shortfall(self.logits, self.error, named, visible)
         worst = int(np.argmax(shortfall))
         judge.require(

@@ -32,6 +32,9 @@ class Judge(Protocol):
     def within(self, got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> None:
         """Raise Violation unless every element is within its bound."""
 
+    def bounded(self, want: Array, total: Array) -> None:
+        """Raise VacuousCase unless every finite number of ``want`` has a finite bound."""
+
     def require(self, condition: bool, message: str) -> None:
         """Raise Violation with ``message`` unless ``condition``."""
 

@@ -43,7 +43,7 @@ class PrefillInputs:
     causal: bool
 
 
-REGIMES: tuple[Regime, ...] = (*values("regime", "typical", "outlier", "ties"), *SCORES, *PACKED)
+REGIMES: tuple[Regime, ...] = (*values("regime", "typical", "outlier", "ties", "negative"), *SCORES, *PACKED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ class PrefillCase(Case):
     """Packed sequences with their own numbers of queries and keys.
 
     ``logit_std`` is the standard deviation of the logits, reached through softmax_scale. ``regime``: "typical"; "outlier" has
-    value channels 30 times the rest; "ties" repeats keys. Values have a mean, so that outputs do not average out to 0.
+    value channels 30 times the rest; "ties" repeats keys; in "negative" softmax_scale is.
+    Values have a mean, so that outputs do not average out to 0.
     """
 
     kind = "prefill"
@@ -77,13 +78,14 @@ class PrefillCase(Case):
         v = rng.choice([-1.0, 1.0], self.v_head_dim) + spread * rng.standard_normal((len(k), h, self.v_head_dim))
         if self.regime == "ties":
             k[1::2] = k[: len(k) // 2]
+        scale = float(self.logit_std / np.sqrt(d))
         return PrefillInputs(
             q=round_to(q, self.dtype),
             k=round_to(k, self.dtype),
             v=round_to(v, self.dtype),
             cu_seqlens_q=offsets_q,
             cu_seqlens_k=offsets_k,
-            softmax_scale=float(self.logit_std / np.sqrt(d)),
+            softmax_scale=-scale if self.regime == "negative" else scale,
             causal=self.causal,
         )
 

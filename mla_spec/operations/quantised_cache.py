@@ -429,7 +429,7 @@ DECODE_QUANTIZED = Operation(
     expected=lambda inputs, profile, supports: attention_expected(quantised_decode_expected(inputs, profile), supports),
     views=TABLE_VIEWS | PAGES_VIEWS,
     regimes=(
-        *values("regime", "typical", "outlier", "ties", "offset", "sink", "zeros", "rope"),
+        *values("regime", "typical", "outlier", "ties", "offset", "sink", "zeros", "rope", "negative"),
         *SCORES,
         *QUERIES,
         ("no keys", lambda case: 0 in case.seqlens),

@@ -67,7 +67,7 @@ class SparseInputs:
 
 
 REGIMES: tuple[Regime, ...] = (
-    *values("regime", "typical", "outlier", "ties"),
+    *values("regime", "typical", "outlier", "ties", "negative"),
     *SCORES,
     ("all entries valid", lambda case: case.invalid == 0),
     ("invalid entries", lambda case: case.invalid > 0),
@@ -110,6 +110,8 @@ class SparseCase(Case):
         c, d = self.kv_lora_rank, self.kv_lora_rank + self.qk_rope_head_dim
         q, rows = (round_to(x, self.dtype) for x in self.operands(rng, lead, pool))
         scale = float(self.logit_std / np.sqrt(c / 4 + self.qk_rope_head_dim))
+        if self.regime == "negative":
+            scale = -scale
         indices = self._indices(rng, lead, int(np.prod(pool)))
         length = rng.integers(0 if self.empty_rows else 1, self.topk + 1, lengths).astype(np.int32)
         topk_length = length if self.with_length else None

@@ -154,8 +154,8 @@ class EmulatedAttention:
         if self.schedule.exp2:
             factor = self.softmax(factor * self.softmax(math.log2(math.e)))
         if profile.operand_roundings:
-            root = self.softmax(math.sqrt(factor))
-            q, k, factor = self.softmax(q * root), self.softmax(k * root), np.ones(())
+            root = self.softmax(math.sqrt(abs(factor)))
+            q, k, factor = self.softmax(q * root), self.softmax(k * root), np.sign(factor)
         zero = np.zeros((*q.shape[:-1], k.shape[-2]))
         dot = multiply_add(zero, q, np.swapaxes(k, -1, -2), profile.score, stepwise=self.schedule.stepwise)
         if profile.score_roundings == 2:

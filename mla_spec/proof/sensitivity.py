@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis
 from hypothesis import Phase, given, settings
 
+from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.check import find_laws
 from mla_spec.judging.law import Law, Options, Run
@@ -74,7 +75,7 @@ class Detector:
             run.case_id = case.id
             try:
                 self.law.check(run, case)
-            except VacuousCase:
+            except (VacuousCase, InvalidBound):
                 continue
             except (Violation, SubjectCrashed):
                 return count, case

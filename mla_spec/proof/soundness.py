@@ -28,7 +28,7 @@ from mla_spec.reference.typing import Array
 from mla_spec.text.table import format_table
 
 LOGIT_STDS = (0.01, 0.1, 1.0, 4.0, 16.0, 64.0, 256.0, 1e3, 1e4)
-REGIMES = ("typical", "outlier", "ties", "offset", "sink")
+REGIMES = ("typical", "outlier", "ties", "offset", "sink", "negative")
 SIZES = {
     # name: (share, most latent dims, most rope dims, most heads, most queries, most sequences, longest sequence)
     "small": (0.9, 32, 8, 4, 3, 2, 96),

@@ -14,6 +14,7 @@ Conventions that all operations share:
 * Arguments are read by their strides, and none is changed but one that the operation is there to write.
 * Outputs are memory of the caller's: they share none with arguments, and later calls leave them alone.
 * Nothing of a call lives on in the next: what a tensor holds may change without a trace between two calls.
+* softmax_scale is any finite number, a negative one too unless ``supports.negative_scale`` is False.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Mapping
 from mla_spec.bounds.profile import Profile
 from mla_spec.installed import operation_names
 from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.violation import raised
 
 
 def subject_name(subject: object) -> str:
@@ -68,7 +70,14 @@ def profile_of(subject: object, dtype: str) -> Profile:
 def require_subject(subject: object) -> None:
     """Raise TypeError, in one sentence, unless ``subject`` offers an operation and declares itself consistently."""
     names = operation_names()
-    if not any(offers(subject, operation) for operation in names):
-        raise TypeError(f"{subject_name(subject)} is not a subject: it has none of the methods {', '.join(names)}")
-    for dtype in supports_of(subject).dtypes:
-        profile_of(subject, dtype)
+    try:
+        name = subject_name(subject)
+        offered = any(offers(subject, operation) for operation in names)
+        for dtype in supports_of(subject).dtypes:
+            profile_of(subject, dtype)
+    except (TypeError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise TypeError(f"what {type(subject).__name__} declares cannot be read: {raised(error)}") from error
+    if not offered:
+        raise TypeError(f"{name} is not a subject: it has none of the methods {', '.join(names)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from mla_spec.reference.formats import encode
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.contract import supports_of
 from mla_spec.subjects.signature import Argument, Output, Signature
-from mla_spec.subjects.violation import SubjectCrashed, Violation
+from mla_spec.subjects.violation import Violation, subject_code
 
 Tensors = dict[str, torch.Tensor]
 """Tensor arguments by name; those of a dict are called "argument.key"."""
@@ -189,15 +188,8 @@ class Driver:
 
     def guard(self, call: Callable[[], Any]) -> Any:
         """Run a call into the subject."""
-        try:
-            with torch.set_grad_enabled(self.recording):
-                return call()
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            text = str(error).strip().splitlines()
-            raise SubjectCrashed(
-                f"{type(error).__name__}: {text[0] if text else ''} ({frame.filename}:{frame.lineno})"
-            ) from error
+        with subject_code(), torch.set_grad_enabled(self.recording):
+            return call()
 
     def result(
         self, x: Any, what: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] | None = None

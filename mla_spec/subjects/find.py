@@ -59,7 +59,9 @@ def resolve_subject(spec: str, signature: str | None = None) -> Any:
         found = _user_attribute(spec)
     try:
         subject = found() if inspect.isclass(found) else found
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise UnknownSubject(f"{spec}: making the object failed with {type(error).__name__}: {error}") from error
     if signature is not None:
         names = operation_names()
@@ -85,9 +87,9 @@ def _user_attribute(spec: str) -> Any:
         raise UnknownSubject(f"unknown subject {spec!r}; {hint} Own ones are package.module:object or file.py:object")
     try:
         return _attribute(spec)
-    except UnknownSubject:
+    except (UnknownSubject, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: a file that ends the process has not been judged
         raise UnknownSubject(f"{spec}: importing {module} failed with {type(error).__name__}: {error}") from error
 
 

@@ -42,6 +42,8 @@ class Supports:
         backward: operations that autograd differentiates, of "prefill", "sparse_prefill" and "layer"; where None, those
             whose outputs require a gradient when their arguments do.
         lse_backward: whether gradients come through the LSE too.
+        negative_scale: whether softmax_scale may be negative: a kernel that subtracts the largest product q·k before it
+            scales cannot take one.
         causal: the values of ``causal`` that ``decode`` and ``prefill`` accept.
         empty_row: what a row without keys gives, as "out/lse"; "unsupported" where such rows may not occur.
         rope_layouts: pair layouts, of "interleaved" and "half".
@@ -83,6 +85,7 @@ class Supports:
     lse: bool = True
     backward: tuple[str, ...] | None = None
     lse_backward: bool = True
+    negative_scale: bool = True
     causal: tuple[bool, ...] = (True, False)
     empty_row: Literal["zero/-inf", "zero/+inf", "unsupported"] = "zero/-inf"
     rope_layouts: tuple[str, ...] = ("interleaved", "half")

@@ -17,13 +17,14 @@ from mla_spec.properties.strategies.sizes import (
     cycled,
     judgeable_stds,
     large_size,
+    supported,
 )
 from mla_spec.subjects.supports import Supports
 
 DECODE_SIZES = ("heads", "batch", "keys", "queries")
 
 
-DECODE_REGIMES = ("typical", "outlier", "ties", "offset", "sink", "cancelling")
+DECODE_REGIMES = ("typical", "outlier", "ties", "offset", "sink", "cancelling", "negative")
 
 
 @st.composite
@@ -70,7 +71,7 @@ def decode_cases(
     else:
         c = draw(st.integers(1, 24) | st.sampled_from((32, 48, 512)))
         r = 2 * draw(st.integers(min_rope // 2, 6) | st.sampled_from((8, 32)))
-    regime = draw(st.sampled_from(regimes))
+    regime = draw(st.sampled_from(supported(regimes, supports)))
     stds = [std for std in judgeable_stds(logit_stds, profile, c + r) if std <= 4 or regime != "cancelling"]
     seqlens = draw(st.lists(lengths, min_size=min_batch, max_size=max(min_batch, 4)))
     if size == "batch":

@@ -13,7 +13,7 @@ from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.gradients import PrefillBackwardCase, SparseBackwardCase
-from mla_spec.properties.strategies.sizes import SEEDS, large_size
+from mla_spec.properties.strategies.sizes import SEEDS, large_size, supported
 from mla_spec.properties.strategies.sparse import sparse_prefill_cases
 from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
@@ -22,13 +22,14 @@ ALIGNED_STDS = (0.25, 0.1)
 """Of the logits where keys are two opposite rows, which a large one would leave to one of them."""
 
 
-def judgeable_regimes(profile: Profile, width: int) -> tuple[str, ...]:
+def judgeable_regimes(supports: Supports, profile: Profile, width: int) -> tuple[str, ...]:
     """Those in which the profile's roundings leave the bound a meaning, for rows of ``width`` elements."""
     if min(format_of(name).bits for name in (profile.probabilities, profile.score_format)) <= 16:
         return ("aligned",)
     if format_of(profile.dtype).bits <= 16:
         return ("aligned", "outlier") if width <= 24 else ("aligned",)
-    return ("aligned", "outlier", "typical")
+    regimes: tuple[str, ...] = supported(("aligned", "outlier", "typical", "negative"), supports)
+    return regimes
 
 
 @st.composite
@@ -66,7 +67,7 @@ def prefill_backward_cases(
         else st.tuples(st.integers(1, 24), st.integers(1, 16)) | st.sampled_from([(192, 128), (40, 40), (24, 48)])
     )
     heads = draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4, 8, 20)))
-    regime = draw(st.sampled_from(judgeable_regimes(profile, max(d, v))))
+    regime = draw(st.sampled_from(judgeable_regimes(supports, profile, max(d, v))))
     return PrefillBackwardCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
@@ -119,7 +120,7 @@ def sparse_backward_cases(draw: DrawFn, /, supports: Supports, profile: Profile,
     case = draw(sparse_prefill_cases(supports, profile, **{"min_queries": 2, "min_topk": 4} | keywords))
     c = case.kv_lora_rank if supports.latent_dims is not None else min(case.kv_lora_rank, 128)
     narrow = format_of(profile.dtype).bits <= 16
-    regimes = ("aligned",) if narrow or c > 24 else judgeable_regimes(profile, c)
+    regimes = ("aligned",) if narrow or c > 24 else judgeable_regimes(supports, profile, c)
     regime = draw(st.sampled_from(regimes))
     changes = {
         "s_q": min(case.s_q, 3) if c > 24 else case.s_q,

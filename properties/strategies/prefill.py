@@ -12,10 +12,12 @@ from mla_spec.properties.strategies.sizes import (
     LOGIT_STDS,
     MANY_HEADS,
     MANY_SEQUENCES,
+    PREFILL_REGIMES,
     SEEDS,
     cycled,
     judgeable_stds,
     large_size,
+    supported,
 )
 from mla_spec.subjects.supports import Supports
 
@@ -75,5 +77,5 @@ def prefill_cases(
         v_head_dim=v,
         causal=is_causal,
         logit_std=draw(st.sampled_from(judgeable_stds(logit_stds, profile, d))),
-        regime=draw(st.sampled_from(("typical", "outlier", "ties"))),
+        regime=draw(st.sampled_from(supported(PREFILL_REGIMES, supports))),
     )

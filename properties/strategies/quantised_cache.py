@@ -24,7 +24,7 @@ from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
 
 PAGE_SIZES = (1, 2, 3, 16, 64, 7, 128)
-REGIMES = ("typical", "outlier", "ties", "offset", "sink", "zeros", "rope")
+REGIMES = ("typical", "outlier", "ties", "offset", "sink", "zeros", "rope", "negative")
 QUANTISE_REGIMES = ("typical", "zeros", "outlier", "rope", "tiny", "huge", "edges")
 
 

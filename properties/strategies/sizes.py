@@ -15,6 +15,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.reference.formats import format_of
+from mla_spec.subjects.supports import Supports
 
 SEEDS = st.integers(0, 2**32 - 1)
 PAGE_SIZES = (1, 2, 3, 16, 64, 7, 128)
@@ -23,6 +24,7 @@ MANY_HEADS = (72, 128)
 """More than a tile of 64, and in the first no whole number of tiles."""
 
 MANY_SEQUENCES = (9, 17, 33, 65)
+PREFILL_REGIMES = ("typical", "outlier", "ties", "negative")
 LOGIT_STDS = (1.0, 4.0, 0.1, 16.0, 64.0, 0.01, 256.0, 1e3, 1e4, 1e5)
 """The last puts whole rows of scores beyond -5e4, which some kernels use for -inf."""
 
@@ -35,6 +37,11 @@ def large_size(draw: DrawFn, sizes: tuple[str, ...]) -> str:
 def cycled(items: list[int], count: int) -> list[int]:
     """``count`` items: the same over and over. Of five items none comes again after a power of two."""
     return [items[i % len(items)] for i in range(count)]
+
+
+def supported(regimes: tuple[str, ...], supports: Supports) -> tuple[str, ...]:
+    """Those of ``regimes`` that the subject can be given."""
+    return tuple(regime for regime in regimes if supports.negative_scale or regime != "negative")
 
 
 def judgeable_stds(logit_stds: tuple[float, ...], profile: Profile, head_dim: int) -> tuple[float, ...]:

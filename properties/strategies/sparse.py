@@ -14,9 +14,11 @@ from mla_spec.properties.strategies.sizes import (
     LOGIT_STDS,
     MANY_HEADS,
     PAGE_SIZES,
+    PREFILL_REGIMES,
     SEEDS,
     judgeable_stds,
     large_size,
+    supported,
 )
 from mla_spec.subjects.supports import Supports
 
@@ -66,7 +68,7 @@ def _shared(
         "with_length": draw(lengths) and supports.topk_length,
         "sink": sink,
         "logit_std": draw(st.sampled_from(stds)),
-        "regime": draw(st.sampled_from(("typical", "outlier", "ties"))),
+        "regime": draw(st.sampled_from(supported(PREFILL_REGIMES, supports))),
     }
 
 

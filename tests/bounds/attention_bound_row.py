@@ -11,8 +11,6 @@ from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.reference.formats import format_of
 
 U64 = 2.0**-53
-SCALE = 0.3
-"""The softmax scale."""
 
 
 def unit(name: str) -> float:
@@ -62,6 +60,7 @@ class Row:
     e_k: list[list[float]]
     e_v: list[list[float]]
     seen: int
+    scale: float  # σ
     sink: float
     outputs: int  # of the whole call
 
@@ -71,7 +70,7 @@ class Row:
 
     @cached_property
     def s(self) -> list[float]:
-        return [SCALE * math.fsum(a * b for a, b in zip(self.q, key, strict=True)) for key in self.k[: self.seen]]
+        return [self.scale * math.fsum(a * b for a, b in zip(self.q, key, strict=True)) for key in self.k[: self.seen]]
 
     @cached_property
     def m(self) -> float:
@@ -153,8 +152,8 @@ class Row:
         for s, key, e_key in zip(self.s, self.k, self.e_k, strict=False):
             gauge = inherited = 0.0
             for a, b, e_a, e_b in zip(self.q, key, self.e_q, e_key, strict=True):
-                gauge += SCALE * (abs(a) + e_a) * (abs(b) + e_b)
-                inherited += SCALE * (e_a * (abs(b) + e_b) + abs(a) * e_b)
+                gauge += abs(self.scale) * (abs(a) + e_a) * (abs(b) + e_b)
+                inherited += abs(self.scale) * (e_a * (abs(b) + e_b) + abs(a) * e_b)
             of_score = (1 + self.kappa) * (self.gamma_qk * gauge + inherited) + self.kappa * abs(s)
             found.append(of_score + self.u * (self.m - s) + self.split)
         return found

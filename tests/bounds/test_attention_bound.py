@@ -402,7 +402,7 @@ def test_map_reaches_all_that_is_bounded() -> None:
 
 
 def test_error_bound_sums_and_names_its_terms() -> None:
-    bound = ErrorBound({"a": np.array([1.0, np.nan, 0.0]), "b": np.array([2.0, 1.0, 5.0])})
+    bound = ErrorBound({"a": np.array([1.0, np.inf, 0.0]), "b": np.array([2.0, 1.0, 5.0])})
     assert bound.total.tolist() == [3.0, np.inf, 5.0]
     assert [bound.main_term((i,)) for i in range(3)] == ["b", "a", "b"]
     assert bound.plus("c", np.array([3.0, 0.0, 0.0])).total[0] == 6.0

@@ -17,7 +17,7 @@ from mla_spec.bounds.attention import BoundedAttention, InheritedError, attentio
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.reference.typing import Array, IntArray
-from tests.bounds.attention_bound_row import SCALE, Row, dequantised
+from tests.bounds.attention_bound_row import Row, dequantised
 
 PROFILES = [
     Profile.default("float32"),
@@ -49,6 +49,9 @@ PROFILES = [
 ]
 
 
+SCALES = (0.3, -0.3)
+
+
 @dataclass(frozen=True)
 class Call:
     """Two sequences of three queries, four heads that share keys in two groups; the second sees one key with its last query."""
@@ -59,13 +62,14 @@ class Call:
     inherited: InheritedError | None
     attn_sink: Array | None  # [h]
     seqlens: IntArray  # [b]
+    scale: float
 
     def bounded(self, profile: Profile, **options: Any) -> BoundedAttention:
         return attention_with_bound(
             self.q,
             self.k,
             self.v,
-            softmax_scale=SCALE,
+            softmax_scale=self.scale,
             profile=profile,
             cache_seqlens=self.seqlens,
             inherited=self.inherited,
@@ -93,12 +97,13 @@ class Call:
             e_k=with_cache(k, errors.k[b, :, group]),
             e_v=with_cache(v, errors.v[b, :, group]),
             seen=max(int(self.seqlens[b]) - s + 1 + i, 0),
+            scale=self.scale,
             sink=-math.inf if self.attn_sink is None else float(self.attn_sink[head]),
             outputs=self.q[..., 0].size * self.v.shape[-1],
         )
 
 
-def call(inherited: bool, sink: bool, t: int = 7, logit_std: float = 2.0) -> Call:
+def call(inherited: bool, sink: bool, scale: float, t: int = 7, logit_std: float = 2.0) -> Call:
     """Scores of either sign; in the second sequence all keys but a few are numbers of any narrow format."""
     rng = np.random.default_rng(5)
     q, k, v = (rng.standard_normal(shape) for shape in ((2, 3, 4, 6), (2, t, 2, 6), (2, t, 2, 3)))
@@ -106,9 +111,8 @@ def call(inherited: bool, sink: bool, t: int = 7, logit_std: float = 2.0) -> Cal
     k[1, ::2], v[1, 1::2] = np.round(2 * k[1, ::2]) / 2, np.round(2 * v[1, 1::2]) / 2
     errors = InheritedError(*(rng.uniform(0, 2e-3, x.shape) for x in (q, k, v)))
     sinks = np.array([0.7, -np.inf, -1.5, np.inf])
-    return Call(
-        logit_std * 6**-0.5 / SCALE * q, k, v, errors if inherited else None, sinks if sink else None, np.array([t, 1])
-    )
+    q *= logit_std * 6**-0.5 / abs(scale)
+    return Call(q, k, v, errors if inherited else None, sinks if sink else None, np.array([t, 1]), scale)
 
 
 def check(got: ErrorBound, index: tuple[int, ...], want: dict[str, float]) -> None:
@@ -118,11 +122,12 @@ def check(got: ErrorBound, index: tuple[int, ...], want: dict[str, float]) -> No
         assert math.isclose(got.terms[name][index], term, rel_tol=1e-10), (name, got.terms[name][index], term)
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
 @pytest.mark.parametrize("inherited", [False, True], ids=["exact", "inherited"])
 @pytest.mark.parametrize("profile", PROFILES, ids=Profile.describe)
-def test_terms_are_those_written_out(profile: Profile, inherited: bool, sink: bool) -> None:
-    case = call(inherited, sink)
+def test_terms_are_those_written_out(profile: Profile, inherited: bool, sink: bool, scale: float) -> None:
+    case = call(inherited, sink, scale)
     bounded = case.bounded(profile, block_size=3)
     for b, i, head, d in np.ndindex(bounded.out.shape):
         row = case.row(profile, b, i, head)
@@ -139,16 +144,17 @@ def test_terms_are_those_written_out(profile: Profile, inherited: bool, sink: bo
         check(bounded.out_error, (b, i, head, d), out_terms)
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
 @pytest.mark.parametrize("inherited", [False, True], ids=["exact", "inherited"])
 @pytest.mark.parametrize("row_sum", ["rounded", "unrounded"])
 @pytest.mark.parametrize("probabilities", ["bfloat16", "float16"])
 def test_terms_of_the_probable_bound_are_those_written_out(
-    probabilities: str, row_sum: Any, inherited: bool, sink: bool
+    probabilities: str, row_sum: Any, inherited: bool, sink: bool, scale: float
 ) -> None:
     """1000 keys, two of them equal, have independent roundings; a single key has not, and keeps the worst case."""
     profile = Profile.default("bfloat16", probabilities=probabilities, row_sum=row_sum)
-    case = call(inherited, sink, t=1000, logit_std=0.5)
+    case = call(inherited, sink, scale, t=1000, logit_std=0.5)
     case.k[0, 7] = case.k[0, 950]
     bounded = case.bounded(profile, probable=True)
     unless_asked_for = case.bounded(profile)

@@ -116,7 +116,7 @@ class Row:
         products = [dot(self.q, key, gamma_qk) for key in self.keys]
         scale = self.case.scale
         return [
-            (scale * value, (1 + self.kappa) * scale * error + self.kappa * abs(scale * value))
+            (scale * value, (1 + self.kappa) * abs(scale) * error + self.kappa * abs(scale * value))
             for value, error in products
         ]
 
@@ -336,6 +336,8 @@ CASES = {
     "one group": case(h=2, g=1),
     "rows without keys": case(seen=[0, 0, 1]),
     "errors of operands": case(error=2.0**-9, lse_grad=LSE_GRAD),
+    "negative scale": case(scale=-0.4, error=2.0**-9, lse_grad=LSE_GRAD),
+    "negative scale and sink": case(scale=-0.4, sink=np.array([0.5, 3.0]), causal=False),
     "sink": case(sink=np.array([0.5, 3.0]), causal=False),
     "infinite sinks": case(sink=np.array([np.inf, -np.inf]), causal=False, lse_grad=LSE_GRAD),
     "sink of shared heads": case(h=4, g=2, sink=np.array([0.5, -3.0, 2.0, 9.0]), causal=False),

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mla_spec.bounds.error_bound import ErrorBound, half_ulp
+from mla_spec.bounds.error_bound import ErrorBound, InvalidBound, half_ulp
 from mla_spec.reference.formats import format_of, round_to
 
 
@@ -29,8 +29,19 @@ def test_half_an_ulp_of_the_extremes() -> None:
 
 
 def test_total_of_a_contribution_that_overflowed_is_infinite() -> None:
-    bound = ErrorBound({"a": np.array([1.0, np.nan, 2.0]), "b": np.array([2.0, 1.0, np.inf])})
+    bound = ErrorBound({"a": np.array([1.0, np.inf, 2.0]), "b": np.array([2.0, 1.0, np.inf])})
     np.testing.assert_array_equal(bound.total, [3.0, np.inf, np.inf])
     np.testing.assert_array_equal(bound[1:].total, [np.inf, np.inf])
     assert bound.main_term((0,)) == "b"
     assert bound.main_term((1,)) == "a"
+
+
+@pytest.mark.parametrize("bad", [-1e-300, -np.inf, np.nan])
+def test_a_contribution_that_is_no_magnitude_is_refused_by_name(bad: float) -> None:
+    with pytest.raises(ValueError, match=f"'second' must be 0 or more, got {bad!r}"):
+        ErrorBound({"first": np.ones(3), "second": np.array([1.0, bad, 0.0])})
+    good = ErrorBound({"first": np.ones(3)})
+    with pytest.raises(InvalidBound):
+        good.plus("more", np.array([0.0, 0.0, bad]))
+    with pytest.raises(InvalidBound):
+        good.map(lambda term: bad * term)

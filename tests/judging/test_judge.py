@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mla_spec.bounds.error_bound import ErrorBound
-from mla_spec.judging.judge import VACUITY, judge_same_bits, judge_within
+from mla_spec.judging.judge import VACUITY, judge_same_bits, judge_within, require_bounded, require_meaningful
 from mla_spec.judging.verdict import VacuousCase
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.driver import Result
@@ -100,9 +100,52 @@ def test_a_loose_bound_is_an_error_of_the_suite_even_for_a_perfect_result() -> N
     judge_within(result(WANT), WANT, bound(np.full((2, 2), VACUITY * rms)))
     with pytest.raises(VacuousCase, match="too loose"):
         judge_within(result(WANT), WANT, bound(np.full((2, 2), 1.01 * VACUITY * rms)))
-    for useless in (np.inf, np.nan):
+    with pytest.raises(VacuousCase):
+        judge_within(result(WANT), WANT, bound(np.full((2, 2), np.inf)))
+
+
+def test_an_expected_nan_must_meet_a_nan_and_excuses_nothing_else() -> None:
+    want = np.array([np.nan, 1.0, 2.0])
+    exact = ErrorBound({"bound": np.array([0.0, 0.01, 0.01])})
+    assert judge_within(result(np.array([np.nan, 1.0, 2.005])), want, exact) == pytest.approx(0.5)
+    for wrong in (0.0, np.inf, -np.inf):
+        with pytest.raises(Violation, match=r"out\[0\]: got .*, want nan"):
+            judge_within(result(np.array([wrong, 1.0, 2.0])), want, exact)
+    with pytest.raises(Violation, match=r"out\[2\]: got 3\.0, want 2\.0[\s\S]*1 of 3 elements do"):
+        judge_within(result(np.array([np.nan, 1.0, 3.0])), want, exact)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_an_infinite_bound_judges_nothing(gate: bool) -> None:
+    """One element without a bound leaves the case open, be all others right; but a violation elsewhere is one."""
+    loose = WIDE.copy()
+    loose[1, 1] = np.inf
+    for value in (4.0, 1e30):
+        got = WANT.copy()
+        got[1, 1] = value
+        with pytest.raises(VacuousCase, match="the bound of 1 of 4 elements is no finite number"):
+            judge_within(result(got), WANT, bound(loose), gate=gate)
+    got = WANT.copy()
+    got[0, 0] += 1
+    with pytest.raises(Violation, match=r"out\[0, 0\]"):
+        judge_within(result(got), WANT, bound(loose), gate=gate)
+
+
+def test_no_bound_is_asked_of_what_is_exact_because_it_is_no_finite_number() -> None:
+    want = np.array([-np.inf, np.nan, 1.0])
+    open_ended = ErrorBound({"bound": np.array([np.inf, np.inf, 0.01])})
+    assert judge_within(result(want), want, open_ended) == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -1e-3])
+def test_what_is_no_bound_is_never_one(bad: float) -> None:
+    total = np.array([0.01, bad])
+    for want in (np.array([1.0, 1.0]), np.array([1.0, 0.0])):
         with pytest.raises(VacuousCase):
-            judge_within(result(WANT), WANT, bound(np.full((2, 2), useless)))
+            require_bounded(want, total)
+    with pytest.raises(VacuousCase):
+        require_meaningful(np.array([1.0, 1.0, 1.0]), np.array([0.01, np.nan, np.nan]))
+    require_bounded(np.array([1.0, -np.inf]), total)
 
 
 def test_same_bits() -> None:

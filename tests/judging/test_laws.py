@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mla_spec import check_subject
 from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit, TorchSDPA
+from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.installed import all_laws
 from mla_spec.judging.check import find_laws
@@ -18,6 +20,7 @@ from mla_spec.judging.verdict import Record, VacuousCase, merge
 from mla_spec.operations.all import parse_case
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.properties.strategies.decode import decode_cases
+from mla_spec.subjects.driver import computed
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
 
@@ -49,6 +52,10 @@ class Bad(TorchAbsorbed):
 
 def crash(out: torch.Tensor, lse: torch.Tensor) -> Any:
     raise RuntimeError("illegal memory access\nsecond line")
+
+
+def halve(out: torch.Tensor, lse: torch.Tensor) -> Any:
+    return out / 2, lse
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,84 @@ def test_an_answer_that_changes_between_calls_is_a_violation() -> None:
 
     record = run_law(LAWS["test_decode_agrees_with_reference"], Moody(), FEW)
     assert record.verdict == "fail"
-    assert "not deterministic" in record.message
+    *figures, often = record.message.splitlines()
+    assert often == ("this came back in 0 of 5 repetitions of the same inputs: the subject is not deterministic")
+    assert figures[0].startswith("out[")
+    assert "exceeds the bound" in figures[1]
+    assert figures[2].startswith("main term of the bound: ")
+    again = run_law(LAWS["test_decode_agrees_with_reference"], TorchAbsorbed(), Options(case=parse_case(record.case)))
+    assert again.verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "verdict", "text"), [(crash, "crashed", "RuntimeError: illegal"), (halve, "fail", "got ")]
+)
+def test_how_often_the_first_failure_comes_back_is_counted(spoil: Any, verdict: str, text: str) -> None:
+    """Wrong once, right until the failure is shrunk or replayed, then wrong in the second and fourth repetition."""
+
+    class Rarely(TorchAbsorbed):
+        seen: dict[bytes, int] = {}
+        first = b""
+
+        def decode(self, q: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+            out, lse = super().decode(q, *arguments, **keywords)
+            key = q.view(torch.uint8).numpy().tobytes()
+            self.first = self.first or (key if out.any() else b"")
+            self.seen[key] = count = self.seen.get(key, 0) + 1
+            return spoil(out, lse) if key == self.first and count in (1, 4, 6) else (out, lse)
+
+    options = Options(examples=4, dtypes=("float32",), minimise=False)
+    record = run_law(LAWS["test_decode_agrees_with_reference"], Rarely(), options)
+    assert record.verdict == verdict
+    assert record.message.startswith(text) or text in record.message
+    assert record.message.endswith(
+        "this came back in 2 of 5 repetitions of the same inputs: the subject is not deterministic"
+    )
+    assert record.case
+
+
+@pytest.mark.parametrize("end", [SystemExit(0), GeneratorExit(), BaseException("over"), pytest.skip.Exception("no")])
+def test_a_call_that_raises_what_is_no_exception_crashed(end: BaseException) -> None:
+    class Ends(TorchAbsorbed):
+        def decode(self, *arguments: Any, **keywords: Any) -> Any:
+            raise end
+
+    record = run_law(LAWS["test_decode_agrees_with_reference"], Ends(), FEW)
+    assert (record.verdict, record.cases) == ("crashed", 1)
+    assert record.message.startswith(f"{type(end).__name__}: {end}")
+    assert record.replay == ""
+
+
+def test_a_declaration_that_ends_the_process_crashed() -> None:
+    class Later(TorchAbsorbed):
+        reads = 0
+
+        @property
+        def supports(self) -> Supports:  # type: ignore[override]
+            Later.reads += 1
+            if Later.reads > 1:
+                raise SystemExit(0)
+            return Supports()
+
+    later = Later()
+    first, second = (run_law(LAWS["test_decode_agrees_with_reference"], later, FEW) for _ in range(2))
+    for record in (first, second):
+        assert (record.verdict, record.cases) == ("crashed", 0)
+        assert record.message.startswith("what it declares cannot be read: SystemExit: 0 (")
+    with pytest.raises(TypeError, match="what Later declares cannot be read: SystemExit: 0"):
+        check_subject(later)
+
+
+def test_a_result_that_ends_the_process_when_it_is_read_crashed() -> None:
+    class Tensor(torch.Tensor):
+        def detach(self) -> Any:
+            raise SystemExit(0)
+
+    record = run_law(
+        LAWS["test_decode_agrees_with_reference"], Bad(lambda out, lse: (out.as_subclass(Tensor), lse)), FEW
+    )
+    assert record.verdict == "crashed"
+    assert record.message.startswith("SystemExit: 0 (")
 
 
 def test_a_failure_is_minimised_and_replays() -> None:
@@ -128,6 +212,23 @@ def test_a_vacuous_case_is_incomplete() -> None:
 
     record = run_law(make_law(check), TorchAbsorbed(), FEW)
     assert (record.verdict, record.message) == ("incomplete", "the bound is too loose")
+
+
+def test_a_bound_that_is_none_is_incomplete() -> None:
+    def check(run: Any, case: Any) -> None:
+        ErrorBound({"slip": np.array([-1.0])})
+
+    record = run_law(make_law(check), TorchAbsorbed(), FEW)
+    assert (record.verdict, record.message) == ("incomplete", "'slip' must be 0 or more, got -1.0")
+
+
+def test_two_results_that_are_nan_are_not_the_same_function() -> None:
+    def check(run: Any, case: Any) -> None:
+        nan = computed(np.array([np.nan]), "out")
+        run.same_function(nan, nan, ErrorBound({"bound": np.ones(1)}), "called twice")
+
+    record = run_law(make_law(check), TorchAbsorbed(), FEW)
+    assert (record.verdict, record.message) == ("fail", "out has NaN: called twice")
 
 
 def test_an_error_of_the_suite_itself_is_not_blamed_on_the_subject() -> None:

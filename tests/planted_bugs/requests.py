@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,3 +109,18 @@ class BatchOfFirstUse(TorchAbsorbed):
 
     def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
         return _KeepsFirstBatch(self, weights, config)
+
+
+@planted(
+    "X-exits-on-many-new-tokens",
+    symptom="a job with speculative decoding ends at once and counts as done",
+    shows_when="more than four queries of a sequence",
+    killed_by=("test_decode_agrees_with_reference",),
+)
+class ExitsOnManyQueries(TorchAbsorbed):
+    """What was a script leaves with exit code 0 where it has no kernel for the number of queries."""
+
+    def decode(self, q: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        if q.shape[1] > 4:
+            sys.exit(0)
+        return super().decode(q, *arguments, **options)

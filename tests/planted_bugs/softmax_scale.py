@@ -136,3 +136,42 @@ class RoundsUnscaledScores(TorchAbsorbed):
         dtype = wide(q.dtype)
         product = q.to(dtype) @ k.to(dtype).transpose(-1, -2)
         return product.to(q.dtype).to(dtype) * torch.tensor(softmax_scale, dtype=dtype)
+
+
+@planted(
+    "X-root-of-the-scale-on-both-operands",
+    symptom="a model with a negative softmax scale attends to what it should ignore",
+    shows_when="softmax_scale is negative",
+    killed_by=(
+        "test_decode_agrees_with_reference",
+        "test_prefill_agrees_with_reference",
+        "test_sparse_prefill_agrees_with_reference",
+        "test_sparse_decode_agrees_with_reference",
+    ),
+)
+class ScaleWithoutSign(TorchAbsorbed):
+    """Query and key are each multiplied by the root of |softmax_scale|, and neither by its sign."""
+
+    def scores(self, q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
+        return super().scores(q, k, abs(softmax_scale))
+
+
+@planted(
+    "X-largest-product-before-the-scale",
+    symptom="NaN in every row of a model with a negative softmax scale",
+    shows_when="softmax_scale is negative",
+    killed_by=("test_decode_agrees_with_reference", "test_prefill_agrees_with_reference"),
+)
+class LargestProductSubtracted(TorchAbsorbed):
+    """As flash kernels do, the largest product q·k is subtracted before the scale, whose sign makes it the smallest score."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+        if k.shape[-2] == 0:
+            return super().attend(q, k, v, visible, softmax_scale)
+        products = self.masked(self.scores(q, k, 1.0), visible)  # [b, h, s, t]
+        largest = products.amax(dim=-1, keepdim=True)
+        largest = largest.masked_fill(largest == -torch.inf, 0.0)
+        weights = torch.exp((products - largest) * softmax_scale)
+        total = weights.sum(dim=-1, keepdim=True)
+        lse = (largest * softmax_scale + total.log()).squeeze(-1)
+        return self.weighted_values(weights / total.masked_fill(total == 0, 1.0), v).to(q.dtype), lse
