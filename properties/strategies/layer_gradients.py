@@ -57,3 +57,28 @@ def layer_gradient_cases(
         gain=0.125 if coarse else 0.5,
         hidden_scale=1.0 if aligned else draw(st.sampled_from((1.0, 2.0**-10))),
     )
+
+
+def scaled_rope(supports: Supports, profile: Profile) -> list[LayerGradientCase]:
+    """A layer whose rotary embedding has a factor on cos and sin, where the subject knows one."""
+    options = {"yarn": "ratio"} if supports.yarn and supports.yarn_mscale_rule == "any" else {"longrope": "long"}
+    if "longrope" in options and not supports.longrope:
+        return []
+    narrow, coarse = (format_of(profile.dtype).precision <= bits for bits in (11, 8))
+    multiple = supports.layer_dim_multiple
+    return [
+        LayerGradientCase(
+            dtype=profile.dtype,
+            prompt=3,
+            hidden_size=5,
+            kv_lora_rank=multiple * -(-3 // multiple),
+            qk_nope_head_dim=multiple * -(-2 // multiple),
+            qk_rope_head_dim=4,
+            v_head_dim=2,
+            layout=supports.rope_layouts[0],
+            latent_norm_eps=supports.latent_norm_eps or 1e-6,
+            weights="aligned" if narrow else "dense",
+            gain=0.125 if coarse else 0.5,
+            **options,
+        )
+    ]

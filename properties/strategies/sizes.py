@@ -48,7 +48,14 @@ def judgeable_stds(logit_stds: tuple[float, ...], profile: Profile, head_dim: in
     """Those that leave the scores an error below about 0.4, and so the bound a meaning."""
     rounding = profile.score_roundings * format_of(profile.score_format).unit_roundoff
     gamma = profile.score.relative_error(head_dim + profile.operand_roundings)
-    return tuple(std for std in logit_stds if std <= 64 or std * (head_dim**0.5 * gamma + rounding) < 0.4)
+    # Merging parts by LSEs takes two roundings of numbers as large as the largest score, and each moves out by as much.
+    u_lse = max(format_of(name).unit_roundoff for name in (profile.softmax, profile.lse))
+    merging = 8 * profile.merges(1) * u_lse
+
+    def judgeable(std: float) -> bool:
+        return std * (head_dim**0.5 * gamma + rounding) < 0.4 and std * merging < 0.02
+
+    return tuple(std for std in logit_stds if std <= 64 or judgeable(std))
 
 
 def narrowed(strategy: Callable[..., SearchStrategy[Any]], **keywords: Any) -> Callable[..., SearchStrategy[Any]]:
