@@ -106,7 +106,7 @@ class _Parts:
         self.lse[columns], self.exact_lse[columns], self.lse_error[columns] = by_token
 
     def got(self) -> list[tuple[Result, Result]]:
-        """Out and LSE for each rank's keys."""
+        """out and LSE for each rank's keys."""
         return [(computed(out, "out"), computed(lse, "lse")) for out, lse in zip(self.out, self.lse, strict=True)]
 
     def want(self) -> list[BoundedMerge]:

@@ -50,7 +50,7 @@ def _used_entries(inputs: DecodeInputs) -> BoolArray:
 
 @law(needs=DECODE, cases=decode_cases)
 def test_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
-    """Out = softmax(scale · q · rowsᵀ) · latents, within the worst-case bound of the profile."""
+    """out = softmax(scale · q · rowsᵀ) · latents, within the worst-case bound of the profile."""
     inputs = case.build()
     want = decode_expected(inputs, run.profile)
     run.within(run.call(DECODE, inputs)[0], want.out, want.out_error)
@@ -58,7 +58,7 @@ def test_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
 
 @law(needs=DECODE, cases=decode_cases, missing=_needs_lse)
 def test_decode_lse_agrees_with_reference(run: Run, case: DecodeCase) -> None:
-    """Lse = log Σ exp(scale · q · rowsᵀ), natural, laid out [b, h, s], the declared value where there is no key."""
+    """lse = log Σ exp(scale · q · rowsᵀ), natural, laid out [b, h, s], the declared value where there is no key."""
     inputs = case.build()
     want = decode_expected(inputs, run.profile)
     lse = run.call(DECODE, inputs)[1]

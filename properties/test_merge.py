@@ -29,7 +29,7 @@ def _needs_lse(supports: Supports) -> str:
 
 @law(needs=MERGE, cases=merge_cases)
 def test_merge_agrees_with_reference(run: Run, case: MergeCase) -> None:
-    """Out = Σ exp(lse_i - lse) · out_i, within the worst-case bound of the profile, and 0 where no part has keys."""
+    """out = Σ exp(lse_i - lse) · out_i, within the worst-case bound of the profile, and 0 where no part has keys."""
     inputs = case.build()
     want = merge_expected(inputs, run.profile)
     run.within(run.call(MERGE, inputs)[0], want.out, want.out_error)
@@ -37,7 +37,7 @@ def test_merge_agrees_with_reference(run: Run, case: MergeCase) -> None:
 
 @law(needs=MERGE, cases=merge_cases)
 def test_merge_lse_agrees_with_reference(run: Run, case: MergeCase) -> None:
-    """Lse = log Σ exp(lse_i), natural, laid out like each part's, the declared value where no part has keys."""
+    """lse = log Σ exp(lse_i), natural, laid out like each part's, the declared value where no part has keys."""
     inputs = case.build()
     want = merge_expected(inputs, run.profile)
     run.within(run.call(MERGE, inputs)[1], declared_lse(want.lse, run.supports), want.lse_error, gate=False)

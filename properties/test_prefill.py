@@ -79,7 +79,7 @@ def _spans(cu_seqlens: IntArray) -> IntArray:
 
 @law(needs=PREFILL, cases=prefill_cases)
 def test_prefill_agrees_with_reference(run: Run, case: PrefillCase) -> None:
-    """Out = softmax(scale · q · kᵀ) · v of each sequence, within the worst-case bound of the profile."""
+    """out = softmax(scale · q · kᵀ) · v of each sequence, within the worst-case bound of the profile."""
     inputs = case.build()
     want = prefill_expected(inputs, run.profile)
     run.within(run.call(PREFILL, inputs)[0], want.out, want.out_error)
@@ -87,7 +87,7 @@ def test_prefill_agrees_with_reference(run: Run, case: PrefillCase) -> None:
 
 @law(needs=PREFILL, cases=prefill_cases, missing=_needs_lse)
 def test_prefill_lse_agrees_with_reference(run: Run, case: PrefillCase) -> None:
-    """Lse = log Σ exp(scale · q · kᵀ), natural, laid out [h, tokens], the declared value where there is no key."""
+    """lse = log Σ exp(scale · q · kᵀ), natural, laid out [h, tokens], the declared value where there is no key."""
     inputs = case.build()
     want = prefill_expected(inputs, run.profile)
     lse = run.call(PREFILL, inputs)[1]
@@ -110,7 +110,7 @@ def test_prefill_sequences_are_independent(run: Run, case: PrefillCase) -> None:
 
 
 def _rows(results: tuple[Result, Result | None], tokens: slice | IntArray) -> tuple[Result, Result | None]:
-    """Out and LSE of some tokens."""
+    """out and LSE of some tokens."""
     out, lse = results
     return out[tokens], None if lse is None else lse[:, tokens]
 
@@ -189,7 +189,7 @@ def test_chunked_prefill_merges_to_the_whole(run: Run, case: PrefillCase) -> Non
 
 @law(needs=PREFILL, cases=prefill_cases, missing=_needs_equal_dims, cost=2)
 def test_prefill_of_padded_values(run: Run, case: PrefillCase) -> None:
-    """V padded with zeros to the width of QK gives the same, and exactly 0 in the padding."""
+    """v padded with zeros to the width of QK gives the same, and exactly 0 in the padding."""
     dims = run.supports.prefill_dims
     width = case.qk_head_dim if dims is None else next(d for d, v in dims if d == v)
     narrow = replace(case, qk_head_dim=width, v_head_dim=min(case.v_head_dim, width))

@@ -32,7 +32,7 @@ def _used(case: QuantisedDecodeCase, inputs: QuantisedDecodeInputs) -> BoolArray
 
 @law(needs=DECODE, cases=quantised_decode_cases, missing=no_latent_format)
 def test_quantised_decode_agrees_with_reference(run: Run, case: QuantisedDecodeCase) -> None:
-    """Out and LSE are those of the exact dequantised rows, within the bound of the profile."""
+    """out and LSE are those of the exact dequantised rows, within the bound of the profile."""
     inputs = case.build()
     run.agrees(DECODE, inputs, run.call(DECODE, inputs))
 

@@ -22,7 +22,7 @@ def _expected(run: Run, x: Array, positions: IntArray, case: RopeCase) -> tuple[
 
 
 def _rotated(run: Run, x: Array, positions: IntArray, case: RopeCase) -> Result:
-    """X as the subject rotates it."""
+    """x as the subject rotates it."""
     got: Result = run.call(ROPE, RopeInputs(x, positions, case.rope)).out
     return got
 

@@ -97,7 +97,7 @@ def _both(
 
 @_both("agrees_with_reference")
 def _output_agrees(operation: Operation, run: Run, case: Any) -> None:
-    """Out is attention over the selected keys alone, within the worst-case bound of the profile."""
+    """out is attention over the selected keys alone, within the worst-case bound of the profile."""
     inputs = case.build()
     want = sparse_expected(inputs, run.profile)
     run.within(run.call(operation, inputs).out, want.out, want.out_error)

@@ -24,7 +24,7 @@ class TorchLayerSteps(TorchRope, TorchAttention):
         return TorchLayer(self, weights, config)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """X Wᵀ, rounded to the dtype of x."""
+        """x Wᵀ, rounded to the dtype of x."""
         dtype = wide(x.dtype)
         return (x.to(dtype) @ weight.to(dtype).transpose(-1, -2)).to(x.dtype)
 

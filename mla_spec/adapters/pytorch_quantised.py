@@ -57,7 +57,7 @@ class TorchQuantisedCache:
         return groups / scales[..., None]
 
     def cast(self, x: Tensor, name: str) -> Tensor:
-        """X in a format that torch casts to, saturating."""
+        """x in a format that torch casts to, saturating."""
         largest = format_of(name).max_finite
         return x.clamp(-largest, largest).to(CASTS[name])
 

@@ -99,7 +99,7 @@ class DeepseekV32:
         return self.laid_out(q, config), self.laid_out(k, config), head_weights[0, :, 0] * config.index_head_dim**-0.5
 
     def laid_out(self, x: Tensor, config: IndexerConfig) -> Tensor:
-        """X [..., d] with its pairs as the configuration lays them out."""
+        """x [..., d] with its pairs as the configuration lays them out."""
         return x
 
 

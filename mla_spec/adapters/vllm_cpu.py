@@ -83,7 +83,7 @@ class VllmCpu:
         softmax_scale: float,
         causal: bool,
     ) -> tuple[Tensor, None]:
-        """Q [b, 1, h, 576] and pages [pages, 16, 1, 576]; causal or not is the same for one query."""
+        """q [b, 1, h, 576] and pages [pages, 16, 1, 576]; causal or not is the same for one query."""
         out = q.new_empty(q.shape[0], q.shape[2], head_dim_v)
         self.kernel(out, q[:, 0], kv_cache[:, :, 0], softmax_scale, block_table, cache_seqlens)
         return out[:, None], None

@@ -289,5 +289,5 @@ def _transposed(x: Bounded) -> Bounded:
 
 
 def _masked(x: Bounded, seen: BoolArray) -> Bounded:
-    """X where something is seen, else exactly 0."""
+    """x where something is seen, else exactly 0."""
     return Bounded(np.where(seen, x.value, 0.0), np.where(seen, x.error, 0.0))

@@ -105,5 +105,5 @@ def _split_error(sums: BoundSums, rates: Rates) -> Array:
 
 
 def finite(x: Array) -> Array:
-    """X with the -inf of rows without keys replaced by 0."""
+    """x with the -inf of rows without keys replaced by 0."""
     return np.where(np.isneginf(x), 0.0, x)

@@ -120,7 +120,7 @@ def _query(x: Bounded, weights: Weights, config: MLAConfig, profile: Profile) ->
 
 
 def repeated(x: Bounded, heads: int) -> Bounded:
-    """X [..., 1, i] for each of ``heads`` heads."""
+    """x [..., 1, i] for each of ``heads`` heads."""
     return Bounded(*(np.repeat(a, heads, axis=-2) for a in (x.value, x.error)))
 
 

@@ -91,7 +91,7 @@ def sparse_prefill_backward_with_bound(
 
 
 def _either_way(store: Callable[[Bounded, str, Rounding], Bounded], x: Bounded, profile: Profile) -> Bounded:
-    """X stored by the subject, or by automatic differentiation around it, which rounds to nearest."""
+    """x stored by the subject, or by automatic differentiation around it, which rounds to nearest."""
     roundings: tuple[Rounding, Rounding] = ("nearest", profile.output_rounding)
     return Bounded(x.value, np.maximum(*(store(x, profile.dtype, rounding).error for rounding in roundings)))
 

@@ -40,12 +40,12 @@ def concatenated(*parts: Bounded) -> Bounded:
 
 
 def rounded(x: Bounded, dtype: str) -> Bounded:
-    """X stored in format ``dtype``."""
+    """x stored in format ``dtype``."""
     return Bounded(x.value, x.error + half_ulp(np.abs(x.value) + x.error, dtype))
 
 
 def stored(x: Bounded, dtype: str, rounding: Rounding = "nearest") -> Bounded:
-    """X after it was rounded to format ``dtype``, once: as rounding is monotone, the ends of its interval say how far it gets.
+    """x after it was rounded to format ``dtype``, once: as rounding is monotone, the ends of its interval say how far it gets.
 
     A number of the format that was known to less than half the distance to its neighbours is exact again.
     """
@@ -54,19 +54,19 @@ def stored(x: Bounded, dtype: str, rounding: Rounding = "nearest") -> Bounded:
 
 
 def perhaps_stored(x: Bounded, dtype: str, rounding: Rounding = "nearest") -> Bounded:
-    """X that may or may not have been rounded to format ``dtype``."""
+    """x that may or may not have been rounded to format ``dtype``."""
     return Bounded(x.value, np.maximum(x.error, stored(x, dtype, rounding).error))
 
 
 def matmul(a: Bounded, b: Bounded, rate: float) -> Bounded:
-    """A [..., m, n] @ b [..., n, p], summed with the error ``rate`` of the sum of the magnitudes."""
+    """a [..., m, n] @ b [..., n, p], summed with the error ``rate`` of the sum of the magnitudes."""
     size, own = np.abs(b.value), gamma(a.value.shape[-1] + 8, _U64)
     error = (np.abs(a.value) + a.error) @ (b.error + (rate + own) * (size + b.error)) + a.error @ size
     return Bounded(a.value @ b.value, error)
 
 
 def multiply(a: Bounded, b: Bounded, rate: float) -> Bounded:
-    """A · b, elementwise, with the relative error ``rate``."""
+    """a · b, elementwise, with the relative error ``rate``."""
     value, size = a.value * b.value, np.abs(b.value) + b.error
     error = np.abs(a.value) * b.error + a.error * size
     return Bounded(value, error + (rate + _U64) * (np.abs(value) + error))

@@ -71,7 +71,7 @@ def foldable(x: Bounded, factor: float, dtype: str) -> Bounded:
 
 
 def scaled(x: Bounded, factor: Array | float, relative: float, dtype: str) -> Bounded:
-    """X times a factor that is computed to the error ``relative``; a factor of 1 rounds nothing."""
+    """x times a factor that is computed to the error ``relative``; a factor of 1 rounds nothing."""
     value, error = factor * x.value, factor * x.error
     error = error + relative * (np.abs(value) + error)
     stored = rounded(Bounded(value, error), dtype)
@@ -80,7 +80,7 @@ def scaled(x: Bounded, factor: Array | float, relative: float, dtype: str) -> Bo
 
 
 def scaled_by_config(x: Bounded, factor: float, profile: Profile) -> Bounded:
-    """X times a factor that the configuration states, rounded as it is stated and as it multiplies."""
+    """x times a factor that the configuration states, rounded as it is stated and as it multiplies."""
     return scaled(x, factor, 2 * format_of(profile.norm).unit_roundoff + 3 * _U64, profile.dtype)
 
 

@@ -168,7 +168,7 @@ def declared_lse(lse: Array, supports: Supports) -> Array:
 
 
 def attention_expected(want: BoundedAttention | BoundedMerge, supports: Supports) -> tuple[Expected | None, ...]:
-    """Out and LSE of an attention."""
+    """out and LSE of an attention."""
     return Within(want.out, want.out_error, gate=True), Within(declared_lse(want.lse, supports), want.lse_error)
 
 

@@ -103,7 +103,7 @@ def _others(case: PrefillCase) -> tuple[PrefillInputs, ...]:
 
 
 def _keys_and_values_together(t: Tensors) -> Tensors:
-    """K and v as slices of one row per head, as kv_b_proj returns them."""
+    """k and v as slices of one row per head, as kv_b_proj returns them."""
     both = torch.cat([t["k"], t["v"]], dim=-1)
     d = t["k"].shape[-1]
     return t | {"k": both[..., :d], "v": both[..., d:]}

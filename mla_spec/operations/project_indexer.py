@@ -111,7 +111,7 @@ def expected(inputs: ProjectIndexerInputs, profile: Profile, supports: Supports)
 
 
 def _one_fused_projection(t: Tensors) -> Tensors:
-    """Hidden and q_latent as slices of one row, as a fused projection may write them."""
+    """hidden and q_latent as slices of one row, as a fused projection may write them."""
     both = torch.cat([t["hidden"], t["q_latent"]], dim=-1)
     e = t["hidden"].shape[-1]
     return t | {"hidden": both[:, :e], "q_latent": both[:, e:]}

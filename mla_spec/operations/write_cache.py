@@ -81,7 +81,7 @@ def expected(inputs: WriteInputs, profile: Profile, supports: Supports) -> tuple
 
 
 def _one_projection(t: Tensors) -> Tensors:
-    """Latent and k_pe as slices of one row, as kv_a_proj_with_mqa returns them."""
+    """latent and k_pe as slices of one row, as kv_a_proj_with_mqa returns them."""
     both = torch.cat([t["latent"], t["k_pe"]], dim=-1)
     c = t["latent"].shape[-1]
     return t | {"latent": both[:, :c], "k_pe": both[:, c:]}

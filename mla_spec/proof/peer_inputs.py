@@ -74,7 +74,7 @@ def peer_call(peer: Peer, seed: int) -> PeerCall:
 
 
 def run(peer: Peer, inputs: Any, subject: Any, dtype: str) -> Returned:
-    """Out and LSE, in float64, of the operation on tensors of ``dtype``."""
+    """out and LSE, in float64, of the operation on tensors of ``dtype``."""
     driver = Driver(subject, dtype)
     if isinstance(inputs, QuantisedDecodeInputs):
         out, lse = driver.call(DECODE_QUANTIZED, inputs)

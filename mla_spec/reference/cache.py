@@ -102,7 +102,7 @@ class CacheSize:
 
 
 def latent_cache_size(config: MLAConfig) -> CacheSize:
-    """C + r elements: DeepSeek-V2 (arXiv 2405.04434), table 1."""
+    """c + r elements: DeepSeek-V2 (arXiv 2405.04434), table 1."""
     return CacheSize("MLA", config.cache_dim)
 
 

@@ -256,12 +256,12 @@ class MLAConfig:
 
     @property
     def qk_head_dim(self) -> int:
-        """N + r."""
+        """n + r."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def cache_dim(self) -> int:
-        """C + r: elements of one cache row."""
+        """c + r: elements of one cache row."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property

@@ -20,7 +20,7 @@ X = TypeVar("X", bound=np.generic)
 
 
 def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
-    """Out and LSE over the keys of all parts.
+    """out and LSE over the keys of all parts.
 
     Args:
         outs: [parts, ..., s, h, dv]. Outputs of parts without keys are not read.

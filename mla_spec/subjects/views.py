@@ -18,7 +18,7 @@ ROW_PADDING = 64
 
 
 def slice_of_wider(x: Tensor, dim: int, extra: int) -> Tensor:
-    """X as the last slice of a tensor that is ``extra`` longer in ``dim``; what is before it repeats x's own elements."""
+    """x as the last slice of a tensor that is ``extra`` longer in ``dim``; what is before it repeats x's own elements."""
     if x.shape[dim] == 0:
         return x
     index = torch.arange(-extra, x.shape[dim], device=x.device) % x.shape[dim]
@@ -26,12 +26,12 @@ def slice_of_wider(x: Tensor, dim: int, extra: int) -> Tensor:
 
 
 def transposed(x: Tensor, first: int, second: int) -> Tensor:
-    """X stored with two axes exchanged, as the output of a batched matrix product."""
+    """x stored with two axes exchanged, as the output of a batched matrix product."""
     return x.transpose(first, second).contiguous().transpose(first, second)
 
 
 def every_other(x: Tensor) -> Tensor:
-    """X as every other element, of its last axis, of a tensor that has each twice."""
+    """x as every other element, of its last axis, of a tensor that has each twice."""
     return x.repeat_interleave(2, dim=-1)[..., ::2]
 
 

@@ -61,8 +61,8 @@ def layer_gradient_cases(
 
 def scaled_rope(supports: Supports, profile: Profile) -> list[LayerGradientCase]:
     """A layer whose rotary embedding has a factor on cos and sin, where the subject knows one."""
-    options = {"yarn": "ratio"} if supports.yarn and supports.yarn_mscale_rule == "any" else {"longrope": "long"}
-    if "longrope" in options and not supports.longrope:
+    yarn = supports.yarn and supports.yarn_mscale_rule == "any"
+    if not yarn and not supports.longrope:
         return []
     narrow, coarse = (format_of(profile.dtype).precision <= bits for bits in (11, 8))
     multiple = supports.layer_dim_multiple
@@ -79,6 +79,7 @@ def scaled_rope(supports: Supports, profile: Profile) -> list[LayerGradientCase]
             latent_norm_eps=supports.latent_norm_eps or 1e-6,
             weights="aligned" if narrow else "dense",
             gain=0.125 if coarse else 0.5,
-            **options,
+            yarn="ratio" if yarn else "none",
+            longrope="none" if yarn else "long",
         )
     ]

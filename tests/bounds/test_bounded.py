@@ -87,7 +87,7 @@ def test_products_of_numbers(rate: float, operands: Any) -> None:
     ],
 )
 def test_projections(operands: Any, profile: Profile) -> None:
-    """W e of earlier stages, Γ W (x + e) of the sum, and half an ulp of the largest number that may come out."""
+    """w e of earlier stages, Γ W (x + e) of the sum, and half an ulp of the largest number that may come out."""
     w, x = operands(3, 5, 4).value, operands(4, 2, 3, 4)
     rate = profile.linear.relative_error(4) + gamma(4, U64)
     each = numbers(x)

@@ -111,7 +111,7 @@ def test_foldable_latents(factor: float, dtype: str) -> None:
 
 
 def times(x: Number, factor: float, relative: float, dtype: str) -> Number:
-    """X times a factor that is known, and multiplies, to ``relative``; a factor of 1 rounds nothing."""
+    """x times a factor that is known, and multiplies, to ``relative``; a factor of 1 rounds nothing."""
     if factor == 1:
         return x
     scaled = factor * x[0], factor * x[1]
