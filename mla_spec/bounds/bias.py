@@ -133,7 +133,7 @@ class ErrorModel:
         stored = (1 + format_of(profile.score_format).unit_roundoff) ** profile.score_roundings
         kappa = stored * (1 + u) ** 3 - 1
         products = spread_error(profile.score, self.rows.shape[-1] + profile.operand_roundings)
-        products = products + self.u + self._dequantised
+        products = products + self.u + self._row_rounding
         u_lse = max(u, format_of(profile.lse).unit_roundoff)
         parts = profile.merges(self.keys) * u_lse * (2 * (size.max(axis=-1, keepdims=True) + math.log(self.keys)) + 2)
         below = np.where(np.isneginf(self.scores), 0.0, self.max_score - self.scores)
@@ -156,23 +156,27 @@ class ErrorModel:
         return np.minimum(self.p, lost if divided_first else lost / self.total)
 
     @property
-    def _dequantised(self) -> float:
-        """Roundoff of the rows of the cache, which all heads share, so that it does not average out over them."""
+    def _row_rounding(self) -> float:
+        """Roundoff of the rows of a quantized cache where they are rounded before use, else 0.
+
+        All heads read the same rounded row. Its error is one and the same for them, so it counts as a bias.
+        """
         cache, dtype = (format_of(name or self.profile.dtype) for name in (self.profile.cache_dequantised, None))
         return cache.unit_roundoff if cache.precision < dtype.precision else 0.0
 
     @property
-    def _leaning(self) -> float:
-        """The bias of rounding P to nearest.
+    def _rounding_bias(self) -> float:
+        """How far rounding P to nearest may move the mean of many weights, relatively.
 
-        The density of its values changes a little within a roundoff; and the largest weight of each row, or tile, is the
-        same number exp(0), rounded the same way in all of them unless it is exactly 1.
+        Rounding to nearest errs up as often as down, but for two things. Weights are not spread evenly within one spacing of
+        the format: that moves the mean by u_p². And the largest weight of each row, or tile, is exp(0). Where the kernel's exp
+        does not give exactly 1 there, all of them are rounded in one direction, by no more than u_p or the error of exp.
         """
         return self.u_p**2 + min(self.u_p, self.profile.exp_error * self.u)
 
     @property
     def _row_sum(self) -> float:
-        return spread_error(Accumulator(format=self.profile.softmax), self.keys) + 4 * self.u + self._leaning
+        return spread_error(Accumulator(format=self.profile.softmax), self.keys) + 4 * self.u + self._rounding_bias
 
     @property
     def relative(self) -> float:
@@ -182,7 +186,7 @@ class ErrorModel:
         u_value = format_of(profile.value.format).unit_roundoff
         accumulated = spread_error(profile.value, self.keys) + (rescales * u_value if u_value > self.u else 0.0)
         merged = profile.merges(self.keys) * (format_of(profile.split_format).unit_roundoff + 3 * self.u)
-        return self._dequantised + accumulated + merged + self._row_sum
+        return self._row_rounding + accumulated + merged + self._row_sum
 
     def bias(self, direction: Array) -> Array:
         """Largest |⟨β, w⟩| of each row, for w [b, h, c]; [b, h]. What a truncated output loses is counted with it."""

@@ -15,8 +15,8 @@ from mla_spec.reference.typing import Array
 def scale_limits(rows: Array, layout: CacheLayout, *, arithmetic: str = "float32") -> tuple[Array, Array]:
     """The smallest and the largest scale that a quantiser may choose for each group; two arrays [..., groups].
 
-    With a = amax / largest code, the published quantisers take m = max(a, floor), round it to nearest in the format of
-    scales (e4m3) or up to a power of two (float32, e8m0), which is below 2 m, and compute in ``arithmetic``:
+    Let a = amax / largest code. The published quantisers take m = max(a, floor). They round it to nearest in the format of
+    scales (e4m3), or up to a power of two (float32, e8m0), which is below 2 m. They compute in ``arithmetic``:
 
         round(a (1 − γ)) ≤ scale ≤ 2 m (1 + γ)
 
@@ -49,9 +49,9 @@ def error_bound(rows: Array, scales: Array, layout: CacheLayout, *, arithmetic: 
 
         |y − q'| ≤ |y (1 + δ) − q'| + |δ y| ≤ |y (1 + δ) − q| + |δ y| ≤ |y − q| + 2 |δ y|.
 
-    Times the scale: |c − ĉ| ≤ |c − q · scale| + 2 γ_3 |c|, in which the first term is the quantisation itself, at most
-    u |c| or half the smallest code times the scale (for e4m3 max(2^-4 |c|, 2^-10 scale)), and what saturates. A plain
-    element must be the nearest number of its format: the bound is its distance from c.
+    Times the scale: |c − ĉ| ≤ |c − q · scale| + 2 γ_3 |c|. The first term is the quantisation itself, and what saturates. It
+    is at most u |c|, or half the smallest code times the scale: for e4m3, max(2^-4 |c|, 2^-10 scale). A plain element must
+    be the nearest number of its format: the bound is its distance from c.
 
     Args:
         rows: [..., width], what is quantised.

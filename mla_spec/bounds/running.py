@@ -45,16 +45,17 @@ def rounded(x: Bounded, dtype: str) -> Bounded:
 
 
 def stored(x: Bounded, dtype: str, rounding: Rounding = "nearest") -> Bounded:
-    """x after it was rounded to format ``dtype``, once: as rounding is monotone, the ends of its interval say how far it gets.
+    """x after one rounding to format ``dtype``.
 
-    A number of the format that was known to less than half the distance to its neighbours is exact again.
+    A computed x lies in [value − error, value + error]. Rounding is monotone, so what it becomes lies between the rounded
+    ends of that interval. Example: the bfloat16 number 1.0, known to 2^-10, is exact again, since both ends round to 1.0.
     """
     ends = (round_to(x.value + side * x.error, dtype, rounding=rounding) for side in (-1.0, 1.0))
     return Bounded(x.value, np.maximum(*(np.abs(end - x.value) for end in ends)))
 
 
 def perhaps_stored(x: Bounded, dtype: str, rounding: Rounding = "nearest") -> Bounded:
-    """x that may or may not have been rounded to format ``dtype``."""
+    """x that may have been rounded to format ``dtype``, or kept as it was: the larger error of the two."""
     return Bounded(x.value, np.maximum(x.error, stored(x, dtype, rounding).error))
 
 

@@ -61,8 +61,8 @@ def bias_p_value(errors: Array, allowance: Array) -> float:
 def excess_p_value(ratios: Array) -> float:
     """How probable so large ratios are, if each is independent, not negative, and 1 or less on average.
 
-    Whoever bets the share λ of a capital of 1 on each ratio owns Π(1 − λ + λ ratio) in the end, which is 1 or less on
-    average and so exceeds 1/α with a probability of at most α (Markov; Ville 1939; Waudby-Smith and Ramdas 2024).
+    Bet the share λ of a capital of 1 on each ratio. In the end it is Π(1 − λ + λ ratio), which is 1 or less on average. So it
+    exceeds 1/α with a probability of at most α (Markov; Ville 1939; Waudby-Smith and Ramdas 2024).
 
     Args:
         ratios: any shape, of independent units.

@@ -26,13 +26,13 @@ def check(options: argparse.Namespace) -> int:
     """Check the subjects, print one report each, and return the exit code."""
     _require_sensible(options)
     try:
-        laws = [made.name for made in find_laws(options.law)]
-        made = _law_options(options)
+        laws = [law.name for law in find_laws(options.law)]
+        common = _law_options(options)
         specs = options.subjects or available_subjects()
         signature = () if options.signature is None else ("--signature", options.signature)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    settings = [Options(**made, spec=(spec, *signature)) for spec in specs]
+    settings = [Options(**common, spec=(spec, *signature)) for spec in specs]
     everything: list[Record] = []
     try:
         for text, records in (_in_process if options.in_process else _in_workers)(settings, laws, options):

@@ -263,7 +263,7 @@ def _laws(options: argparse.Namespace) -> int:
     from mla_spec.installed import all_laws
     from mla_spec.text.table import format_table
 
-    print(format_table((made.name, ", ".join(made.needs), made.statement) for made in all_laws().values()))
+    print(format_table((law.name, ", ".join(law.needs), law.statement) for law in all_laws().values()))
     print(f"\n{hazard_exceptions()}")
     return 0
 

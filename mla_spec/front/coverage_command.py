@@ -23,8 +23,8 @@ def coverage(options: argparse.Namespace) -> int:
     except UnknownSubject as error:
         raise UsageError(str(error)) from error
     matrix = _first_kills(options) if options.selftest is None else _read_matrix(options.selftest)
-    made = Options(examples=options.examples, seed=options.seed)
-    measured = measure_coverage(options.subjects, matrix, made, jobs=options.jobs, progress=show_progress)
+    law_options = Options(examples=options.examples, seed=options.seed)
+    measured = measure_coverage(options.subjects, matrix, law_options, jobs=options.jobs, progress=show_progress)
     show_progress("")
     print(report(measured))
     if options.json is not None:

@@ -17,8 +17,8 @@ from mla_spec.subjects.contract import require_subject, subject_name
 class Check:
     """One law, to be called with a subject inside a test."""
 
-    def __init__(self, made: Law, options: Options) -> None:
-        self.law = made
+    def __init__(self, law: Law, options: Options) -> None:
+        self.law = law
         self.options = options
 
     def __call__(self, subject: object) -> None:
@@ -35,8 +35,8 @@ def parametrize_with_checks(subjects: Iterable[object], *, options: Options = Op
     parameters = []
     for subject in subjects:
         require_subject(subject)
-        for name, made in all_laws().items():
-            parameters.append(pytest.param(subject, Check(made, options), id=f"{subject_name(subject)}-{name}"))
+        for name, law in all_laws().items():
+            parameters.append(pytest.param(subject, Check(law, options), id=f"{subject_name(subject)}-{name}"))
     return pytest.mark.parametrize(("subject", "check"), parameters)
 
 

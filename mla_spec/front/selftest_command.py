@@ -75,9 +75,9 @@ def _run(bugs: list[Any], options: argparse.Namespace) -> Matrix:
         done += 1
         show_progress(f"[{done}/{len(bugs)}] {result.bug} {'survives' if result.survives else 'killed'}")
 
-    made = Options(examples=options.examples, seed=options.seed, device=options.device)
+    law_options = Options(examples=options.examples, seed=options.seed, device=options.device)
     matrix = run_selftest(
-        bugs, made, quick=options.quick, jobs=options.jobs, timeout=options.timeout, progress=progress
+        bugs, law_options, quick=options.quick, jobs=options.jobs, timeout=options.timeout, progress=progress
     )
     show_progress("")
     return matrix

@@ -53,8 +53,8 @@ def check_subject(
     """
     require_subject(subject)
     records = []
-    for made in find_laws(laws):
-        record = run_law(made, subject, options)
+    for law in find_laws(laws):
+        record = run_law(law, subject, options)
         progress(record)
         records.append(record)
     return records

@@ -49,31 +49,31 @@ BACKEND = "mla-spec"
 AVAILABLE_PROVIDERS[BACKEND] = f"{__name__}.{Provider.__name__}"
 
 
-def run_law(made: Law, subject: object, options: Options = Options()) -> Record:
+def run_law(law: Law, subject: object, options: Options = Options()) -> Record:
     """Run a law on a subject, dtype after dtype until one fails, and say what came of it."""
     try:
         with subject_code():
             supports, name = supports_of(subject), subject_name(subject)
-            absent = [operation for operation in made.needs if not offers(subject, operation)]
+            absent = [operation for operation in law.needs if not offers(subject, operation)]
     except SubjectCrashed as error:
         message = f"what it declares cannot be read: {error}"
-        return Record(made.name, type(subject).__name__, "crashed", message=message)
-    reason = f"does not offer {', '.join(absent)}" if absent else made.unavailable(options) or made.missing(supports)
+        return Record(law.name, type(subject).__name__, "crashed", message=message)
+    reason = f"does not offer {', '.join(absent)}" if absent else law.unavailable(options) or law.missing(supports)
     dtypes = [d for d in supports.dtypes if options.dtypes is None or d in options.dtypes]
     if options.case is not None:
         dtypes = [options.case.dtype]
     if not reason and not dtypes:
         reason = f"supports none of the dtypes {', '.join(options.dtypes or ())}"
     if reason:
-        return Record(made.name, name, "unsupported", message=reason)
-    share = max(1, -(-options.examples // (len(dtypes) * made.cost)))
+        return Record(law.name, name, "unsupported", message=reason)
+    share = max(1, -(-options.examples // (len(dtypes) * law.cost)))
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
         records = []
         with filled_memory(options.device):
             for dtype in dtypes:
-                records.append(_run_dtype(made, subject, dtype, share, options))
+                records.append(_run_dtype(law, subject, dtype, share, options))
                 if records[-1].verdict not in ("pass", "incomplete"):
                     break
         return merge(records)
@@ -115,15 +115,15 @@ class _Attempts:
         failure: the first failure, and its case.
     """
 
-    def __init__(self, made: Law, run: Run, options: Options) -> None:
-        self.made, self.law_run, self.options = made, run, options
+    def __init__(self, law: Law, run: Run, options: Options) -> None:
+        self.law, self.run, self.options = law, run, options
         self.cases = 0
         self.last: Case | None = None
         self.failure: tuple[Exception, Case] | None = None
 
     def __call__(self, case: Case) -> None:
         self.cases += self.failure is None
-        self.last, self.law_run.case_id = case, case.id
+        self.last, self.run.case_id = case, case.id
         if self.options.announce is not None:
             self.options.announce(case)
         try:
@@ -134,7 +134,7 @@ class _Attempts:
 
     def _check(self, case: Case) -> None:
         try:
-            self.made.check(self.law_run, case)
+            self.law.check(self.run, case)
         except SystemExit as error:  # no law asks for it: it comes of what a subject computes when it is read
             raise SubjectCrashed(raised(error)) from error
 
@@ -154,18 +154,18 @@ class _Attempts:
         return False
 
 
-def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: Options) -> Record:
+def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Options) -> Record:
     start = time.perf_counter()
 
     def record(verdict: Verdict, message: str, cases: int = 0, case: Case | None = None) -> Record:
         return Record(
-            made.name,
+            law.name,
             name,
             verdict,
             cases=cases,
             message=message,
             case="" if case is None else case.id,
-            replay="" if case is None else replay_command(made.name, case, options),
+            replay="" if case is None else replay_command(law.name, case, options),
             seconds=time.perf_counter() - start,
         )
 
@@ -179,12 +179,12 @@ def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: O
             )
     except SubjectCrashed as error:
         return record("crashed", f"what it declares cannot be read: {error}")
-    attempt = _Attempts(made, run, options)
+    attempt = _Attempts(law, run, options)
     try:
         if options.case is not None:
             attempt(options.case)
         else:
-            _generate(made, run, examples, options, attempt)
+            _generate(law, run, examples, options, attempt)
     except NotOffered as error:
         return record("unsupported", str(error))
     except Flaky:
@@ -193,20 +193,20 @@ def _run_dtype(made: Law, subject: object, dtype: str, examples: int, options: O
     except _FAILURES as error:
         return record(_VERDICTS[type(error)], str(error), attempt.cases, attempt.last)
     seconds = time.perf_counter() - start
-    return Record(made.name, name, "pass", attempt.cases, run.worst, run.worst_case, seconds=seconds)
+    return Record(law.name, name, "pass", attempt.cases, run.worst, run.worst_case, seconds=seconds)
 
 
-def _generate(made: Law, run: Run, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
+def _generate(law: Law, run: Run, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
     """Run the law's first cases, and then what Hypothesis draws; the last call of ``attempt`` is the smallest failure."""
-    for case in made.first(run.supports, run.profile):
+    for case in law.first(run.supports, run.profile):
         attempt(case)
-    cases = made.cases(run.supports, run.profile)
+    cases = law.cases(run.supports, run.profile)
     if isinstance(cases, list):
         for case in cases:
             attempt(case)
         return
 
-    @hypothesis.seed(zlib.crc32(f"{options.seed} {made.name} {run.driver.dtype}".encode()))
+    @hypothesis.seed(zlib.crc32(f"{options.seed} {law.name} {run.driver.dtype}".encode()))
     @settings(
         max_examples=examples,
         phases=(Phase.generate, Phase.shrink) if options.minimise else (Phase.generate,),

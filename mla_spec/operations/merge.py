@@ -1,9 +1,9 @@
 """``merge``: parts of one attention over disjoint keys, joined by their LSEs.
 
 outs are [parts, (b,) s, h, v] and lses [parts, (b,) h, s], with a batch axis as ``decode`` returns them or without one as
-``prefill`` does. LSEs are natural logarithms, in float32, or float64 where the outs are. A part without keys has the output
-and the LSE that ``supports.empty_row`` declares, and so has a row whose parts are all empty. Whatever finite numbers the
-output of an empty part holds, they have no weight.
+``prefill`` does. LSEs are natural logarithms, in float32, or float64 where the outs are. A row of a
+part may have no keys. Its LSE is what ``supports.empty_row`` declares, such as -inf; its output is any finite number, and has
+no weight. A row of which no part has keys gives the declared output and LSE.
 
 Returned are out [(b,) s, h, v] in the dtype of the outs, and the LSE [(b,) h, s] in float32 or better.
 """

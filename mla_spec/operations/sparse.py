@@ -84,11 +84,11 @@ REGIMES: tuple[Regime, ...] = (
 class SparseCase(Case):
     """What both operations have.
 
-    A row of indices selects keys in random order: all different, or with repetitions where ``duplicates``. The share
-    ``invalid`` of its entries selects nothing: -1, or not below the number of keys, as whatever exceeds that number does
-    where all must differ; where there are such entries, half of the longer rows begin with a tile of them, unless
-    ``with_length`` might cut off what follows. ``empty_rows`` makes some rows select nothing, else each selects a key.
-    ``sink``: "none", "finite", or "infinite" with both infinities among the heads. ``logit_std`` and ``regime`` as in ``DecodeCase``.
+    A row of indices selects keys in random order, all different, or with repetitions where ``duplicates``. Some entries select
+    nothing: they are -1, or not below the number of keys. Their share is ``invalid``, and larger where a row has more entries
+    than there are different keys. Half of the longer rows begin with a whole tile of them, unless ``with_length`` might cut
+    off what follows. Each row selects a key, but for some where ``empty_rows``. ``sink`` is "none", "finite", or "infinite"
+    with both infinities among the heads. ``logit_std`` and ``regime`` as in ``DecodeCase``.
     """
 
     operation: ClassVar[str]

@@ -137,9 +137,9 @@ def _count(law: str, options: Options) -> LawCount:
         cases.update((law, regime, case.dtype) for regime in regimes_of(case))
 
     assert options.spec is not None
-    made = all_laws()[law]
-    asked = replace(options, announce=announce, examples=options.examples * made.cost)
-    record = run_law(made, resolve_subject(options.spec[0]), asked)
+    found = all_laws()[law]
+    asked = replace(options, announce=announce, examples=options.examples * found.cost)
+    record = run_law(found, resolve_subject(options.spec[0]), asked)
     return LawCount(record, frozenset(kinds), cases)
 
 

@@ -88,9 +88,9 @@ class Detector:
         return replace(self, cases=(*kept[:4], *self.cases))
 
 
-def draw_cases(made: Law, supports: Supports, profile: Profile, count: int, seed: int) -> tuple[Case, ...]:
+def draw_cases(law: Law, supports: Supports, profile: Profile, count: int, seed: int) -> tuple[Case, ...]:
     """At most ``count`` different cases of a law, or its fixed ones; equal seeds give equal cases."""
-    source = made.cases(supports, profile)
+    source = law.cases(supports, profile)
     if isinstance(source, list):
         return tuple(source)
     drawn: dict[str, Case] = {}
@@ -115,10 +115,10 @@ def draw_cases(made: Law, supports: Supports, profile: Profile, count: int, seed
 def detectors_of(subject: Any, dtype: str, count: int, seed: int, laws: Iterable[str] = ()) -> list[Detector]:
     """Every law of ``decode``, of ``laws`` where some are named, that holds on the subject as it is."""
     supports, profile = supports_of(subject), profile_of(subject, dtype)
-    made = [
+    laws_of_decode = [
         m for m in find_laws(laws) if m.needs == ("decode",) and not (m.missing(supports) or m.unavailable(Options()))
     ]
-    detectors = [Detector(m, draw_cases(m, supports, profile, count, seed)) for m in made]
+    detectors = [Detector(m, draw_cases(m, supports, profile, count, seed)) for m in laws_of_decode]
     return [d for d in detectors if d.detect(subject, dtype) is None]
 
 
