@@ -47,7 +47,7 @@ def require_unmodified(run: Run, operation: str, tensors: Tensors, call: Callabl
 def owns_its_outputs(operation: Operation, run: Run, case: Any) -> None:
     """Outputs share no memory with arguments, and the next calls leave them as they are."""
     first, others = operation.build(case), operation.others(case)
-    calls = [(inputs, run.driver.tensors(operation, inputs)) for inputs in (first, *others, first)]
+    calls = [(inputs, run.driver.tensors(operation, inputs)) for inputs in (first, *others, others[-1])]
     returned = [run.driver.raw(operation, inputs, tensors) for inputs, tensors in calls[:1]]
     bits = [tensor_bits(x) if isinstance(x, Tensor) else None for x in returned[0]]
     returned += [run.driver.raw(operation, inputs, tensors) for inputs, tensors in calls[1:]]

@@ -60,12 +60,13 @@ def at_the_end(x: Tensor, *, guarded: bool) -> Tensor:
 
     Args:
         x: a tensor; on other devices than the CPU a copy of exactly its size stands for the end of memory.
-        guarded: whether to read beyond the end ends the process. Otherwise NaN, or 0 in integers, lies there.
+        guarded: whether to read beyond the end ends the process. Otherwise NaN lies there, or 0 in integers that are no bytes.
     """
     if x.device.type != "cpu" or not x.numel():
         return x.clone()
     if not guarded:
-        flat = torch.full((x.numel() + mmap.PAGESIZE,), float("nan") if x.is_floating_point() else 0, dtype=x.dtype)
+        beyond = float("nan") if x.is_floating_point() else 255 if x.dtype is torch.uint8 else 0
+        flat = torch.full((x.numel() + mmap.PAGESIZE,), beyond, dtype=x.dtype)
         return flat[: x.numel()].view(x.shape).copy_(x)
     count = -(-x.numel() * x.element_size() // ALIGNMENT) * ALIGNMENT
     pages = -(-count // mmap.PAGESIZE)
