@@ -226,3 +226,11 @@ def test_sparse_prefill_gradients_read_strides(run: Run, case: SparseBackwardCas
     name = list(views)[case.seed % len(views)]
     tensors, want = views[name](_sparse_tensors(driver, x)), _sparse_expected(run, x)
     _judge_view(name, lambda: _judge(run, driver.sparse_gradients(x.forward, tensors), want))
+
+
+@law(needs=SPARSE, cases=sparse_backward_cases, missing=_needs_sparse)
+def test_sparse_prefill_backward_does_not_modify_its_arguments(run: Run, case: SparseBackwardCase) -> None:
+    """Neither the arguments, indices among them, nor the gradient of out have changed when the backward pass is over."""
+    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    tensors = _sparse_tensors(driver, x)
+    require_unmodified(run, "the backward pass", tensors, lambda: driver.sparse_gradients(x.forward, tensors))

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
+from mla_spec.properties.hazards import overwrite
 from mla_spec.properties.strategies.layer import layer_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
-from mla_spec.reference.typing import Array
+from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.allocation import Allocations
-from mla_spec.subjects.driver import Result, tensor_bits
+from mla_spec.subjects.driver import Result, Tensors, tensor_bits
+from mla_spec.subjects.memory import share_memory
 from mla_spec.subjects.violation import Violation
 
 LAYER = ("layer",)
@@ -213,3 +217,44 @@ def test_layer_does_not_modify_its_inputs(run: Run, case: LayerCase) -> None:
     for name, x in tensors.items():
         changed = int((tensor_bits(x) != before[name]).sum())
         run.require(changed == 0, f"prefill changed {changed} of {x.numel()} elements of {name}")
+
+
+@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1), cost=2)
+def test_layer_output_is_not_aliased(run: Run, case: LayerCase) -> None:
+    """What a call returned shares no memory with hidden states, and stays as it is when the layer is called again."""
+    inputs = case.build()
+    layer = _make(run, inputs)
+    kept: list[tuple[str, Tensor, IntArray]] = []
+    for method, tokens in [*_calls(case), *_calls(case)]:
+        if method == "prefill" and kept:
+            layer.reset()
+        hidden = run.driver.tensor(inputs.hidden[:, tokens])
+        at = run.driver.integers(inputs.positions[:, tokens], torch.int64)
+        out = run.driver.guard(lambda: getattr(layer.layer, method)(hidden, at))  # noqa: B023 - called at once
+        run.driver.result(out, f"{method} output", hidden.shape)
+        run.require(not share_memory(out, hidden), f"the output of {method} shares memory with hidden")
+        for earlier, x, bits in kept:
+            changed = int((tensor_bits(x) != bits).sum())
+            run.require(changed == 0, f"{method} changed {changed} of {x.numel()} elements that {earlier} had returned")
+        kept.append((method, out, tensor_bits(out)))
+
+
+@law(needs=LAYER, cases=narrowed(layer_cases, max_steps=0), cost=2)
+def test_layer_reads_its_tensors_anew(run: Run, case: LayerCase) -> None:
+    """Other hidden states and positions in the same tensors, written as kernels write, give what they should."""
+    first, other = case.build(), replace(case, seed=case.seed + 1).build()
+    spread = first.positions + np.arange(case.prompt)  # a common shift would change nothing
+    layer = _make(run, first)
+    tensors = _tokens(run, other)
+    for inputs in (replace(first, hidden=other.hidden, positions=spread), first):
+        overwrite(tensors, _tokens(run, inputs))
+        out = run.driver.guard(lambda: layer.layer.prefill(tensors["hidden"], tensors["positions"]))
+        got = run.driver.result(out, "prefill output", inputs.hidden.shape)
+        run.within(got, *_expected(run, inputs))
+        layer.reset()
+
+
+def _tokens(run: Run, inputs: LayerInputs) -> Tensors:
+    """Hidden states and positions as tensors."""
+    positions = run.driver.integers(inputs.positions, torch.int64)
+    return {"hidden": run.driver.tensor(inputs.hidden), "positions": positions}

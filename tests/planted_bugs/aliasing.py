@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit, TorchLayer
@@ -121,3 +123,67 @@ class OutputOverHidden(TorchAbsorbed):
 
     def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
         return _WritesOverHidden(self, weights, config)
+
+
+class _OneLayerBuffer:
+    """A layer whose outputs of equal shapes are written to the same memory."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.buffers: dict[Any, Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+    def _buffered(self, x: Tensor) -> Tensor:
+        return self.buffers.setdefault((tuple(x.shape), x.dtype), torch.empty_like(x)).copy_(x)
+
+    def prefill(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return self._buffered(self.layer.prefill(hidden, positions))
+
+    def decode(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return self._buffered(self.layer.decode(hidden, positions))
+
+
+@planted(
+    "X-one-buffer-layer",
+    symptom="a token's output changes when the next token is decoded",
+    shows_when="a second call with the same shapes",
+    killed_by=("test_layer_output_is_not_aliased",),
+)
+class OneBufferLayer(TorchAbsorbed):
+    """The layer keeps a buffer for its output, as for a CUDA graph."""
+
+    supports = replace(TorchAbsorbed.supports, backward=())
+
+    def layer(self, weights: Mapping[str, Tensor], config: Any) -> Any:
+        return _OneLayerBuffer(super().layer(weights, config))
+
+
+class _PositionsByAddress:
+    """A layer that keeps the positions of a tensor by its address and autograd's version."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.kept: dict[Any, Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+    def prefill(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        key = positions.data_ptr(), positions._version, tuple(positions.shape)
+        out: Tensor = self.layer.prefill(hidden, self.kept.setdefault(key, positions.clone()))
+        return out
+
+
+@planted(
+    "X-plan-by-address-layer",
+    symptom="tokens are rotated by the positions of an earlier step",
+    shows_when="positions overwritten by a kernel, which autograd's version counter does not see",
+    killed_by=("test_layer_reads_its_tensors_anew",),
+)
+class PositionsByAddressLayer(TorchAbsorbed):
+    """Tables of angles are kept for a tensor of positions as long as its address and version stay the same."""
+
+    def layer(self, weights: Mapping[str, Tensor], config: Any) -> Any:
+        return _PositionsByAddress(super().layer(weights, config))

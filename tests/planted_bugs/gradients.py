@@ -272,3 +272,19 @@ class OutGradientScaledInPlace(TorchAbsorbed):
         q, k, v = (with_gradient(x, lambda grad: grad / 2) for x in (q, k, v))
         out, lse = super().prefill(q, k, v, *args, **options)
         return with_gradient(out, lambda grad: grad.mul_(2)), lse
+
+
+@planted(
+    "X-indices-clamped-for-backward",
+    symptom="entries that select nothing select row 0 in the next step of training",
+    shows_when="a forward pass that autograd records, and entries of -1",
+    killed_by=("test_sparse_prefill_backward_does_not_modify_its_arguments",),
+)
+class IndicesClampedForBackward(TorchExplicit):
+    """The scatter of the backward pass wants valid indices, so the forward pass clamps them where they are."""
+
+    def sparse_prefill(self, q: Tensor, kv: Tensor, indices: Tensor, **options: Any) -> Any:
+        returned = super().sparse_prefill(q, kv, indices, **options)
+        if torch.is_grad_enabled():
+            indices.data.clamp_(min=0)
+        return returned
