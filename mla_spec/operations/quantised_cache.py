@@ -17,6 +17,7 @@ code times scale to a format narrower than its softmax's arithmetic declares tha
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,44 +55,40 @@ HEAD_DIM_V = {name: 512 for name in ("fp8_per_tensor", "fp8_ds_mla", "deepseek_v
 """Leading elements of a row that are the value, for the formats of latent caches; indexer keys have no values."""
 
 
-@dataclass(frozen=True)
-class QuantiseInputs:
+@dataclass(frozen=True, kw_only=True)
+class _InFormat:
+    """What all calls of quantised caches are told."""
+
+    format: str
+    page_size: int
+    tensor_scale: float
+
+    @property
+    def layout(self) -> CacheLayout:
+        return layout_of(self.format)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiseInputs(_InFormat):
     """Arguments of ``quantize_cache``."""
 
     rows: Array  # [n, width], float64 values exactly representable in the dtype, and in float32
-    tensor_scale: float
-    format: str
-    page_size: int
-
-    @property
-    def layout(self) -> CacheLayout:
-        return layout_of(self.format)
 
 
-@dataclass(frozen=True)
-class PagesInputs:
+@dataclass(frozen=True, kw_only=True)
+class PagesInputs(_InFormat):
     """Arguments of ``dequantize_cache``."""
 
     pages: Bytes  # [pages, bytes per page]
-    tensor_scale: float
     rows: Array  # [n, width], the exact values of the rows in token order
-    format: str
-    page_size: int
-
-    @property
-    def layout(self) -> CacheLayout:
-        return layout_of(self.format)
 
 
-@dataclass(frozen=True)
-class QuantisedDecodeInputs:
+@dataclass(frozen=True, kw_only=True)
+class QuantisedDecodeInputs(_InFormat):
     """Arguments of ``decode_quantized``; ``exact`` has those of ``decode`` of the dequantised cache."""
 
     pages: Bytes  # [pages, bytes per page]
-    tensor_scale: float
     exact: DecodeInputs
-    format: str
-    page_size: int
 
     @property
     def q(self) -> Array:
@@ -128,6 +125,10 @@ class QuantisedCase(Case):
     @property
     def layout(self) -> CacheLayout:
         return layout_of(self.format)
+
+    def told(self, tensor_scale: float) -> dict[str, Any]:
+        """What calls are told of the format."""
+        return {"format": self.format, "page_size": self.page_size, "tensor_scale": tensor_scale}
 
     def tensor_scale(self, rng: np.random.Generator, amax: float) -> float:
         """A scale of the whole tensor that is no power of two, near the least without saturation; 1 where none is due."""
@@ -178,7 +179,7 @@ class QuantiseCase(QuantisedCase):
         # float32 at most, so that a cast from float64 through float32 rounds once
         rows = round_to(round_to(rows, self.dtype), "float32")
         ordinary = 1.0 if self.regime == "huge" else float(np.abs(rows).max())
-        return QuantiseInputs(rows, self.tensor_scale(rng, ordinary), self.format, self.page_size)
+        return QuantiseInputs(rows=rows, **self.told(self.tensor_scale(rng, ordinary)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +211,7 @@ class PagesCase(QuantisedCase):
         plain *= rng.random(plain.shape) < 0.9
         stored = QuantisedRows(codes, scales, round_to(plain, layout.plain, overflow="saturate"))
         pages = pack(stored, layout, self.page_size)
-        return PagesInputs(pages, tensor_scale, dequantise(stored, layout), self.format, self.page_size)
+        return PagesInputs(pages=pages, rows=dequantise(stored, layout), **self.told(tensor_scale))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +270,7 @@ class QuantisedDecodeCase(QuantisedCase):
             kv_cache[used] = dequantised_cache(pages[used], layout, self.page_size, tensor_scale=scale)
         softmax_scale = unquantised.softmax_scale / (64 if self.regime == "rope" else 1)
         exact = replace(unquantised, kv_cache=kv_cache, head_dim_v=HEAD_DIM_V[self.format], softmax_scale=softmax_scale)
-        return QuantisedDecodeInputs(pages, scale, exact, self.format, self.page_size)
+        return QuantisedDecodeInputs(pages=pages, exact=exact, **self.told(scale))
 
 
 def groups_of(rows: Array, layout: CacheLayout) -> Array:

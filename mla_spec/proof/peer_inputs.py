@@ -149,7 +149,10 @@ def _quantised(inputs: DecodeInputs, page_size: int) -> QuantisedDecodeInputs:
     stored = quantise(inputs.kv_cache.reshape(-1, layout.width), layout, tensor_scale=TENSOR_SCALE)
     pages = pack(stored, layout, page_size)
     rows = dequantised_cache(pages, layout, page_size, tensor_scale=TENSOR_SCALE)
-    return QuantisedDecodeInputs(pages, TENSOR_SCALE, replace(inputs, kv_cache=rows), FORMAT, page_size)
+    exact = replace(inputs, kv_cache=rows)
+    return QuantisedDecodeInputs(
+        pages=pages, exact=exact, format=FORMAT, page_size=page_size, tensor_scale=TENSOR_SCALE
+    )
 
 
 def _sparse_inputs(peer: Peer, lengths: Lengths, rng: np.random.Generator, options: bool) -> SparseInputs:
