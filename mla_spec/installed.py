@@ -88,6 +88,11 @@ def golden_corpus() -> Any:
     return import_module("mla_spec.golden.corpus.corpus")
 
 
+def golden_laws() -> Any:
+    """The module that holds subjects against the golden files."""
+    return import_module("mla_spec.golden.corpus.laws")
+
+
 def certification() -> Any:
     """The module that certifies the reference in ball arithmetic.
 

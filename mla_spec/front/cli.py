@@ -166,10 +166,14 @@ def _add_cache(commands: Commands) -> None:
 
 def _add_golden(commands: Commands) -> None:
     parser = commands.add_parser(
-        "golden", help="verify or regenerate the golden files, or certify the reference in ball arithmetic"
+        "golden",
+        help="verify or regenerate the golden files, check a subject by them, or certify the reference in ball arithmetic",
     )
     parser.set_defaults(run=_golden)
-    parser.add_argument("action", choices=("verify", "regenerate", "certify"))
+    parser.add_argument("action", choices=("verify", "regenerate", "check", "certify"))
+    parser.add_argument("subject", nargs="?", metavar="SUBJECT", help="to check, as for `mla-spec check`")
+    parser.add_argument("--device", default="cpu", help="torch device of a check (cpu)")
+    parser.add_argument("--json", metavar="FILE", help="also write the records of a check to FILE")
     parser.add_argument("--dir", metavar="DIR", help="the corpus to verify or regenerate (default: the installed one)")
     parser.add_argument("--cases", type=int, default=240, metavar="N", help="cases to certify (240)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases to certify (0)")
@@ -328,15 +332,42 @@ def _training(options: argparse.Namespace) -> str:
 
 
 def _golden(options: argparse.Namespace) -> int:
+    if (options.subject is not None) != (options.action == "check"):
+        raise UsageError(f"golden {options.action} takes {'one' if options.action == 'check' else 'no'} SUBJECT")
     if options.action == "certify":
         return _certify(options)
     corpus = installed.golden_corpus()
+    if options.action == "check":
+        return _golden_check(options, corpus.CorpusError)
     try:
         print(getattr(corpus, options.action)(options.dir))
     except corpus.CorpusError as error:
         print(f"mla-spec: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _golden_check(options: argparse.Namespace, corpus_error: type[Exception]) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.front.report import exit_code, report_of
+    from mla_spec.judging.law import Options
+    from mla_spec.subjects.find import UnknownSubject, resolve_subject
+
+    laws = installed.golden_laws()
+    try:
+        subject = resolve_subject(options.subject)
+        records = laws.check_golden(subject, options.dir, Options(device=options.device))
+    except UnknownSubject as error:
+        raise UsageError(str(error)) from error
+    except corpus_error as error:
+        print(f"mla-spec: {error}", file=sys.stderr)
+        return 1
+    print(report_of(records))
+    for name, catches in laws.catches(records, options.dir).items():
+        print(f"\n{name} catches: {catches}")
+    if options.json is not None:
+        write_json(options.json, [record.as_dict() for record in records])
+    return exit_code(records)
 
 
 def _certify(options: argparse.Namespace) -> int:

@@ -1,0 +1,82 @@
+"""A subject is held against the golden files: by the frozen answers, and by how far its profile lets it be from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit, TorchSDPA
+from mla_spec.front.cli import main
+from mla_spec.golden.corpus.corpus import load
+from mla_spec.golden.corpus.laws import CALLS, catches, check_golden, dtypes_of, golden_laws, refused
+from mla_spec.planted_bugs import PLANTED
+from mla_spec.subjects.supports import DTYPES, Supports
+
+CASES = {case.name: case for case in load()}
+
+
+@pytest.mark.parametrize("subject", [TorchAbsorbed, TorchExplicit, TorchSDPA])
+def test_shipped_subjects_agree_with_every_case_that_they_can_be_asked(subject: type) -> None:
+    records = check_golden(subject())
+    assert len(records) == sum(case.operation in (*CALLS, "layer") for case in CASES.values())
+    assert {record.verdict for record in records} <= {"pass", "unsupported"}, [r.text() for r in records]
+    unsupported = {record.message for record in records if record.verdict == "unsupported"}
+    assert unsupported == (set() if subject().supports.attention_sink else {"takes no attn_sink"})
+
+
+@pytest.mark.parametrize(
+    ("bug", "case"),
+    [("E8", "decode-paged"), ("G17", "decode-long"), ("E8-merge", "merge-three-parts"), ("F18", "write-cache")],
+)
+def test_planted_bugs_are_caught(bug: str, case: str) -> None:
+    records = check_golden(PLANTED[bug].make())
+    failing = {record.law for record in records if record.verdict in ("fail", "crashed")}
+    assert f"golden:{case}" in failing
+    assert set(catches(records)) == failing
+    assert catches(records)[f"golden:{case}"] == CASES[case].catches
+
+
+def test_a_case_runs_in_every_dtype_that_holds_its_inputs() -> None:
+    assert dtypes_of(CASES["decode-bfloat16"], DTYPES) == DTYPES
+    assert dtypes_of(CASES["decode-paged"], DTYPES) == ("float64",)
+    assert dtypes_of(CASES["decode-float16"], DTYPES) == ("float64", "float32", "float16")
+
+
+def test_what_a_subject_does_not_support_is_no_failure() -> None:
+    some = Supports(page_sizes=(64,), causal=(True,), empty_row="unsupported", max_s=1, yarn=False)
+    reasons = {name: refused(case, some) for name, case in CASES.items()}
+    assert reasons["decode-paged"] == "does not support page_sizes 4"
+    assert reasons["decode-not-causal"] == "does not support causal False"
+    assert reasons["rope-yarn-factor"] == "does not know YaRN"
+    assert refused(CASES["decode-several-queries"], replace(some, page_sizes=None)) == "takes 1 queries per sequence"
+    assert not refused(CASES["rope-interleaved"], some)
+
+
+def test_each_law_says_what_its_case_is_for() -> None:
+    for name, (law, case) in golden_laws().items():
+        assert law.statement == case.purpose == CASES[name].purpose
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = tmp_path / "records.json"
+    assert main(["golden", "check", "torch-absorbed", "--json", str(records)]) == 0
+    assert "golden:decode-paged" in capsys.readouterr().out
+    assert {record["verdict"] for record in json.loads(records.read_text())} == {"pass"}
+    assert main(["golden", "check", PLANTED["E8"].spec]) == 1
+    assert "golden:decode-paged catches: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check"], "golden check takes one SUBJECT"),
+        (["verify", "torch-absorbed"], "golden verify takes no SUBJECT"),
+        (["check", "torch-absorbt"], "unknown subject 'torch-absorbt'; did you mean torch-absorbed"),
+    ],
+)
+def test_bad_usage_is_one_sentence(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["golden", *arguments]) == 2
+    assert message in capsys.readouterr().err
