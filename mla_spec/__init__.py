@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from mla_spec.bounds.profile import Profile as Profile
     from mla_spec.front.parametrize import parametrize_with_checks as parametrize_with_checks
     from mla_spec.judging.check import check_subject as check_subject
+    from mla_spec.judging.law import Options as Options
     from mla_spec.reference.config import MLAConfig as MLAConfig
     from mla_spec.reference.config import RopeConfig as RopeConfig
     from mla_spec.reference.config import YarnScaling as YarnScaling
     from mla_spec.reference.indexer import IndexerConfig as IndexerConfig
+    from mla_spec.subjects.supports import Supports as Supports
 
 _EXPORTS = {
     "MLAConfig": "mla_spec.reference.config",
@@ -24,6 +26,7 @@ _EXPORTS = {
     "Accumulator": "mla_spec.bounds.profile",
     "Profile": "mla_spec.bounds.profile",
     "Supports": "mla_spec.subjects.supports",
+    "Options": "mla_spec.judging.law",
     "check_subject": "mla_spec.judging.check",
     "parametrize_with_checks": "mla_spec.front.parametrize",
 }
