@@ -50,7 +50,7 @@ def test_a_narrow_dtype_fits_where_a_wide_one_does_not(monkeypatch: pytest.Monke
     everything = run_law(all_laws()[DECODE], TorchAbsorbed(), FEW)
     assert everything.verdict == "incomplete"
     assert everything.message.startswith("q in float64 needs 51.")
-    assert everything.cases == 4
+    assert everything.cases >= 4, "the other dtypes ran too"
 
 
 def test_what_fits_is_judged_beside_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
