@@ -164,7 +164,8 @@ def found_in(steps: list[Result]) -> Iterator[tuple[Result, Result]]:
 
 def cause_of(step: Result, record: Result, causes: dict[str, str]) -> str:
     name = f"{step['step']} {record['law']}[{record['subject']}]"
-    return causes.get(name) or (f"expected: not declarable ({step['expected']})" if step["expected"] else UNKNOWN)
+    expected = f"expected: not declarable ({step['expected']})"
+    return causes.get(name) or (expected if step["expected"] and record["verdict"] == "fail" else UNKNOWN)
 
 
 def findings(steps: list[Result], causes: dict[str, str]) -> Iterator[str]:

@@ -172,11 +172,12 @@ def test_a_step_for_which_no_time_is_left_says_so(tmp_path: Path) -> None:
     assert (result["status"], result["reason"]) == ("left out", "no time was left")
 
 
-def test_a_command_that_cannot_work_has_failed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [("-c", "raise SystemExit(1)"), ("-m", "json.tool", "--nothing")])
+def test_a_command_that_cannot_work_has_failed(command: tuple[str, ...], tmp_path: Path) -> None:
     made = lane.Lane(tmp_path, limit=60)
-    made.run(Step("wrong", "Wrong", (sys.executable, "-c", "raise SystemExit(2)"), limit=30), dict(os.environ))
+    made.run(Step("wrong", "Wrong", (sys.executable, *command), limit=30), dict(os.environ))
     (result,) = [json.loads(line) for line in made.results.read_text().splitlines()]
-    assert (result["status"], result["exit"]) == ("failed", 2)
+    assert result["status"] == "failed"
 
 
 def run_of(**fields: Any) -> list[Result]:
@@ -215,6 +216,8 @@ def test_a_violation_that_cannot_be_declared_away_is_expected() -> None:
     text = report.page([run_of(expected="TF32")], {})
     assert "Cause: expected: not declarable (TF32)." in text
     assert "no known cause" not in text
+    crashed = Record("test_law", "kernel", "crashed", message="illegal memory access").as_dict()
+    assert "Cause: not known yet." in report.page([run_of(expected="TF32", records=[crashed])], {})
 
 
 def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
