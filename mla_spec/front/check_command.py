@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-import torch
-
+from mla_spec.front.device import require_device
 from mla_spec.front.report import exit_code, report_of
 from mla_spec.judging.check import check_subject, find_laws
 from mla_spec.judging.compiled import compiler_missing
@@ -19,7 +18,7 @@ from mla_spec.operations.all import parse_case
 from mla_spec.subjects.description import describe
 from mla_spec.subjects.find import UnknownSubject, available_subjects, resolve_subject
 from mla_spec.subjects.supports import DTYPES
-from mla_spec.text.terminal import UsageError, show_progress, write_json
+from mla_spec.text.terminal import UsageError, append_json, show_progress, write_json
 
 
 def check(options: argparse.Namespace) -> int:
@@ -50,7 +49,7 @@ def _in_process(
     settings: list[Options], laws: list[str], options: argparse.Namespace
 ) -> Iterator[tuple[str, list[Record]]]:
     """What each subject declares, and the records of its laws, in order."""
-    progress = _Progress(len(laws) * len(settings))
+    progress = _Progress(len(laws) * len(settings), options.records)
     subjects = [resolve_subject(_spec(each), options.signature) for each in settings]
     for subject, each in zip(subjects, settings, strict=True):
         yield describe(subject).text, check_subject(subject, laws=laws, options=each, progress=progress)
@@ -60,8 +59,8 @@ def _in_workers(
     settings: list[Options], laws: list[str], options: argparse.Namespace
 ) -> Iterator[tuple[str, list[Record]]]:
     """The same of subjects that are never in this process; workers are busy with the subjects that follow."""
-    progress = _Progress(len(laws) * len(settings))
-    with WorkerPool(options.jobs or (2 if options.device == "cpu" else 1), options.timeout) as pool:
+    progress = _Progress(len(laws) * len(settings), options.records)
+    with WorkerPool(options.jobs, options.timeout) as pool:
         asked = [pool.describe(each, options.signature) for each in settings]
         declared = [future.result() for future in asked]
         pending = [
@@ -80,10 +79,10 @@ def _spec(options: Options) -> str:
 
 
 class _Progress:
-    """Counts records, and names the law that has just run."""
+    """Counts records, names the law that has just run, and appends its record to a file where one is named."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
+    def __init__(self, total: int, file: str | None) -> None:
+        self.total, self.done, self.file = total, 0, file
 
     def of_future(self, future: Future[Record]) -> None:
         if not future.cancelled():
@@ -91,6 +90,8 @@ class _Progress:
 
     def __call__(self, record: Record) -> None:
         self.done += 1
+        if self.file is not None:
+            append_json(self.file, record.as_dict())
         show_progress(f"[{self.done}/{self.total}] {record.law} [{record.subject}]")
 
 
@@ -116,9 +117,8 @@ def _require_sensible(options: argparse.Namespace) -> None:
             raise UsageError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if options.case is not None and len(options.law) != 1:
         raise UsageError("--case needs exactly one --law")
-    try:
-        torch.empty(1, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    require_device(options.device)
+    if options.records is not None:
+        append_json(options.records)  # nothing yet: laws should not run for a file that cannot be written
     if options.compile is not None and (reason := compiler_missing(options.compile, options.device)):
         raise UsageError(f"--compile {options.compile}: {reason}")

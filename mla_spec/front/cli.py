@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from mla_spec import __version__, installed
 from mla_spec.subjects.exits import INCOMPLETE, loud_exits
-from mla_spec.text.terminal import UsageError, show_progress, write_json
+from mla_spec.text.terminal import UsageError, append_json, show_progress, write_json
 
 Commands = Any
 """What ``add_subparsers`` returns; argparse keeps its class to itself."""
@@ -74,10 +74,15 @@ def _add_check(commands: Commands) -> None:
     )
     parser.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (CPU: 2, else 1)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="worker processes (2)")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
     parser.add_argument("--in-process", action="store_true", help="no worker processes, for debuggers")
     parser.add_argument("--json", metavar="FILE", help="also write the records to FILE")
+    _add_records(parser)
+
+
+def _add_records(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--records", metavar="FILE", help="append each record to FILE as it is made, one a line")
 
 
 def _add_soundness(commands: Commands) -> None:
@@ -93,10 +98,12 @@ def _add_sensitivity(commands: Commands) -> None:
     parser = commands.add_parser("sensitivity", help="the smallest faults that the laws would detect in a subject")
     parser.set_defaults(run=_sensitivity)
     parser.add_argument("subject", metavar="SUBJECT", help="as for check")
+    parser.add_argument("--device", default="cpu", help="torch device of the tensors (cpu)")
     parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
     parser.add_argument("--cases", type=int, default=20, metavar="N", help="cases per law and fault (20)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
     parser.add_argument("--json", metavar="FILE", help="also write the card to FILE")
+    _add_records(parser)
 
 
 def _add_selftest(commands: Commands) -> None:
@@ -112,6 +119,7 @@ def _add_selftest(commands: Commands) -> None:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="bugs at once (2)")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
     parser.add_argument("--json", metavar="FILE", help="also write all records to FILE")
+    _add_records(parser)
     parser.add_argument(
         "--markdown",
         action="append",
@@ -226,17 +234,26 @@ def _soundness(options: argparse.Namespace) -> int:
 
 def _sensitivity(options: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from mla_spec.proof.sensitivity import report, sensitivity_card
+    from mla_spec.front.device import require_device
+    from mla_spec.proof.sensitivity import Sensitivity, report, sensitivity_card
     from mla_spec.subjects.find import UnknownSubject, resolve_subject
 
     _require_at_least(options, cases=1)
+    require_device(options.device)
+
+    def progress(row: Sensitivity) -> None:
+        if options.records is not None:
+            append_json(options.records, row.as_dict())
+        show_progress(f"{row.dtype} {row.fault}")
+
     try:
         rows = sensitivity_card(
             resolve_subject(options.subject),
             dtypes=options.dtype,
             count=options.cases,
             seed=options.seed,
-            progress=lambda row: show_progress(f"{row.dtype} {row.fault}"),
+            device=options.device,
+            progress=progress,
         )
     except (ValueError, UnknownSubject) as error:
         raise UsageError(str(error)) from error

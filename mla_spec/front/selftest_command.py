@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mla_spec.front.device import require_device
 from mla_spec.front.selftest_report import report, write_markdown
 from mla_spec.installed import reported_faults
 from mla_spec.judging.law import Options
@@ -21,7 +20,7 @@ from mla_spec.proof.selftest import (
     run_selftest,
 )
 from mla_spec.text.table import format_table
-from mla_spec.text.terminal import UsageError, show_progress, write_json
+from mla_spec.text.terminal import UsageError, append_json, show_progress, write_json
 
 
 def selftest(options: argparse.Namespace) -> int:
@@ -29,10 +28,7 @@ def selftest(options: argparse.Namespace) -> int:
     for name in ("examples", "jobs", "timeout"):
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name} must be positive, got {getattr(options, name)}")
-    try:
-        torch.empty(1, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    require_device(options.device)
     try:
         bugs = planted_bugs(options.bug)
     except ValueError as error:
@@ -73,6 +69,8 @@ def _run(bugs: list[Any], options: argparse.Namespace) -> Matrix:
     def progress(result: BugResult) -> None:
         nonlocal done
         done += 1
+        if options.records is not None:
+            append_json(options.records, result.as_dict())
         show_progress(f"[{done}/{len(bugs)}] {result.bug} {'survives' if result.survives else 'killed'}")
 
     law_options = Options(examples=options.examples, seed=options.seed, device=options.device)

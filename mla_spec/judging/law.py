@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Run:
     """What a law's function works with: a driver of the subject, and the judge.
 
-    The judge's largest error / bound over the law's cases is kept in ``worst``. ``compile`` and ``isolated`` are those of the options.
+    The judge's largest error / bound over the law's cases is kept in ``worst``, and what a law had to leave out in ``left_out``.
+    ``compile`` and ``isolated`` are those of the options.
     """
 
     driver: Driver
@@ -38,6 +39,7 @@ class Run:
     case_id: str = ""
     compile: str | None = None
     isolated: bool = False
+    left_out: str = ""
 
     def call(self, operation: Operation, inputs: Any, tensors: Tensors | None = None) -> Results:
         """The outputs of an operation of the subject. ``tensors`` replace those built from ``inputs``."""
@@ -81,6 +83,10 @@ class Run:
             self.within(got, want.value, twice, gate=False)
         except Violation as violation:
             raise Violation(f"{violation}\n{why}") from None
+
+    def leave_out(self, why: str) -> None:
+        """Go on without a part of the law that cannot be judged here: its verdict is no pass."""
+        self.left_out = self.left_out or why
 
     def require(self, condition: bool, message: str) -> None:
         """Raise Violation with ``message`` unless ``condition``."""

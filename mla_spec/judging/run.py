@@ -30,7 +30,7 @@ from mla_spec.subjects.contract import (
     supports_of,
 )
 from mla_spec.subjects.driver import Driver
-from mla_spec.subjects.memory import filled_memory
+from mla_spec.subjects.memory import filled_memory, give_back_memory
 from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation, raised, subject_code
 
 
@@ -79,6 +79,7 @@ def run_law(law: Law, subject: object, options: Options = Options()) -> Record:
         return merge(records)
     finally:
         torch.set_num_threads(before)
+        give_back_memory(options.device)
 
 
 def replay_command(law: str, case: Case, options: Options) -> str:
@@ -192,8 +193,11 @@ def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Op
         return record(_VERDICTS.get(type(first), "fail"), message, attempt.cases, case)
     except _FAILURES as error:
         return record(_VERDICTS[type(error)], str(error), attempt.cases, attempt.last)
+    verdict: Verdict = "incomplete" if run.left_out else "pass"
     seconds = time.perf_counter() - start
-    return Record(law.name, name, "pass", attempt.cases, run.worst, run.worst_case, seconds=seconds)
+    return Record(
+        law.name, name, verdict, attempt.cases, run.worst, run.worst_case, message=run.left_out, seconds=seconds
+    )
 
 
 def _generate(law: Law, run: Run, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:

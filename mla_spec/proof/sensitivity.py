@@ -63,14 +63,15 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Detector:
-    """A law, and the cases on which it may detect a fault."""
+    """A law, and the cases on which it may detect a fault of subjects on a device."""
 
     law: Law
     cases: tuple[Case, ...]
+    device: str = "cpu"
 
     def detect(self, subject: Any, dtype: str) -> tuple[int, Case] | None:
         """(how many cases it took, the case) until the law fails; None if it holds on all."""
-        run = Run(Driver(subject, dtype), profile_of(subject, dtype), supports_of(subject))
+        run = Run(Driver(subject, dtype, self.device), profile_of(subject, dtype), supports_of(subject))
         for count, case in enumerate(self.cases, 1):
             run.case_id = case.id
             try:
@@ -112,13 +113,15 @@ def draw_cases(law: Law, supports: Supports, profile: Profile, count: int, seed:
     return tuple(drawn.values())
 
 
-def detectors_of(subject: Any, dtype: str, count: int, seed: int, laws: Iterable[str] = ()) -> list[Detector]:
+def detectors_of(
+    subject: Any, dtype: str, count: int, seed: int, laws: Iterable[str] = (), device: str = "cpu"
+) -> list[Detector]:
     """Every law of ``decode``, of ``laws`` where some are named, that holds on the subject as it is."""
-    supports, profile = supports_of(subject), profile_of(subject, dtype)
+    supports, profile, options = supports_of(subject), profile_of(subject, dtype), Options(device=device)
     laws_of_decode = [
-        m for m in find_laws(laws) if m.needs == ("decode",) and not (m.missing(supports) or m.unavailable(Options()))
+        m for m in find_laws(laws) if m.needs == ("decode",) and not (m.missing(supports) or m.unavailable(options))
     ]
-    detectors = [Detector(m, draw_cases(m, supports, profile, count, seed)) for m in laws_of_decode]
+    detectors = [Detector(m, draw_cases(m, supports, profile, count, seed), device) for m in laws_of_decode]
     return [d for d in detectors if d.detect(subject, dtype) is None]
 
 
@@ -154,6 +157,7 @@ def sensitivity_card(
     seed: int = 0,
     laws: Iterable[str] = (),
     faults: Iterable[Fault] = FAULTS,
+    device: str = "cpu",
     progress: Callable[[Sensitivity], None] = lambda row: None,
 ) -> list[Sensitivity]:
     """The smallest detected fault of each kind and dtype.
@@ -165,6 +169,7 @@ def sensitivity_card(
         count: cases per law, dtype and fault.
         seed: of the cases.
         laws: names of those that may detect; all of ``decode`` when empty.
+        device: torch device of the tensors.
         progress: called with each row as it is made.
 
     Raises:
@@ -184,7 +189,7 @@ def sensitivity_card(
         for fault in faults:
             if fault.emulated not in detectors:
                 honest = emulated_kernel(subject, dtype) if fault.emulated else subject
-                detectors[fault.emulated] = detectors_of(honest, dtype, count, seed, laws)
+                detectors[fault.emulated] = detectors_of(honest, dtype, count, seed, laws, device)
             row = _smallest(fault, subject, dtype, detectors[fault.emulated])
             if row is not None:
                 progress(row)

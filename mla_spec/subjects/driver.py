@@ -187,9 +187,15 @@ class Driver:
         return self.read(operation, inputs, self.raw(operation, inputs, tensors))
 
     def guard(self, call: Callable[[], Any]) -> Any:
-        """Run a call into the subject."""
+        """Run a call into the subject, to its end on the device: what goes wrong there is the call's."""
         with subject_code(), torch.set_grad_enabled(self.recording):
-            return call()
+            returned = call()
+            self._wait()
+            return returned
+
+    def _wait(self) -> None:
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize(self.device)
 
     def result(
         self, x: Any, what: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] | None = None

@@ -7,7 +7,7 @@ import ctypes.util
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,27 @@ ALIGNMENT = 64
 """Bytes to which torch aligns its own tensors on a CPU, and which vectorized kernels rely on."""
 
 _PROT_NONE = 0
+
+
+class Memory(NamedTuple):
+    """Bytes of a device."""
+
+    free: int
+    total: int
+
+
+def free_memory(device: torch.device) -> Memory | None:
+    """What a device has left, after torch has given back what it only keeps; None on the CPU, whose memory may be sparse."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return Memory(*torch.cuda.mem_get_info(device))
+
+
+def give_back_memory(device: str) -> None:
+    """Give back to a device what torch keeps for later, so that other processes can have it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -19,6 +19,15 @@ def show_progress(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def append_json(path: str, *contents: Any) -> None:
+    """Append each of ``contents`` as one line, at once; UsageError where that is not possible."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(content) + "\n" for content in contents))
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
 def write_json(path: str, content: Any) -> None:
     """Write ``content`` whole; UsageError where that is not possible."""
     try:

@@ -131,6 +131,24 @@ def test_bad_usage_is_one_sentence_and_2(
     assert not out
 
 
+def test_records_are_appended_as_they_are_made(kernel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "records.jsonl"
+    laws = ("test_decode_agrees_with_reference", "test_decode_lse_agrees_with_reference")
+    for law in laws:
+        run(capsys, "check", f"{kernel}:Good", "--law", law, "--examples", "4", "--records", str(target))
+    assert [json.loads(line)["law"] for line in target.read_text().splitlines()] == list(laws)
+    code, _, err = run(capsys, "check", f"{kernel}:Good", "--records", str(tmp_path / "no" / "x.jsonl"))
+    assert code == 2
+    assert "cannot write" in err
+
+
+@pytest.mark.parametrize("command", ["check", "selftest", "sensitivity torch-absorbed"])
+def test_a_device_that_cannot_be_used_is_a_usage_error(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, *command.split(), "--device", "cuda:99")
+    assert code == 2
+    assert "device 'cuda:99' cannot be used" in err
+
+
 def test_json_holds_the_records(kernel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "records.json"
     law = ("--law", "test_absorb_splits_kv_b_proj", "--examples", "4")

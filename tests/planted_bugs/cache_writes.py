@@ -145,9 +145,9 @@ class StaleSlots(TorchAbsorbed):
 
     def write_cache(self, latent: Tensor, k_pe: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         n, pool = len(slot_mapping), kv_cache.shape[0] * kv_cache.shape[1]
-        stale = self.slots[n:]
-        stale = stale[(stale < pool) & ~torch.isin(stale, slot_mapping)]
-        self.slots = torch.cat([slot_mapping, self.slots[n:]])
+        tail = self.slots[n:].to(slot_mapping.device)
+        stale = tail[(tail < pool) & ~torch.isin(tail, slot_mapping)]
+        self.slots = torch.cat([slot_mapping, tail])
         padded = torch.cat([slot_mapping, stale])
         rows = [torch.cat([x, x[-1:].expand(len(stale), -1)]) for x in (latent, k_pe)]
         super().write_cache(*rows, kv_cache, padded)

@@ -168,7 +168,7 @@ def test_rotation_by_no_position_changes_nothing() -> None:
 
 
 def test_command_prints_the_card_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "card.json"
+    path, appended = tmp_path / "card.json", tmp_path / "rows.jsonl"
     kernel = tmp_path / "kernel.py"
     kernel.write_text(
         "from mla_spec.adapters.pytorch import TorchAbsorbed\n"
@@ -176,13 +176,21 @@ def test_command_prints_the_card_and_writes_it(tmp_path: Path, capsys: pytest.Ca
         "class Small(TorchAbsorbed):\n"
         "    supports = Supports(dtypes=('float32',), latent_dims=((4, 2),), num_heads=(1,), max_s=1)\n"
     )
-    assert main(["sensitivity", f"{kernel}:Small", "--cases", "1", "--json", str(path)]) == 0
+    files = ["--json", str(path), "--records", str(appended)]
+    assert main(["sensitivity", f"{kernel}:Small", "--cases", "1", *files]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["fault", "dtype", "smallest", "detected", "of", "law", "cases"]
     written = json.loads(path.read_text())
     assert len(written) == len(rows) == len(FAULTS)
     assert written[0]["fault"] == SCALE
     assert written[0]["dtype"] == "float32"
+    assert [json.loads(line) for line in appended.read_text().splitlines()] == written
+
+
+def test_faults_are_looked_for_on_the_device_that_is_named() -> None:
+    """A meta tensor has no values, so that on this device no law can hold, and none is left to detect a fault."""
+    assert detectors_of(Absorbed(), "float32", 1, 0, LAWS)
+    assert not detectors_of(Absorbed(), "float32", 1, 0, LAWS, "meta")
 
 
 def test_command_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
