@@ -243,7 +243,7 @@ def test_layer_output_is_not_aliased(run: Run, case: LayerCase) -> None:
 def test_layer_reads_its_tensors_anew(run: Run, case: LayerCase) -> None:
     """Other hidden states and positions in the same tensors, written as kernels write, give what they should."""
     first, other = case.build(), replace(case, seed=case.seed + 1).build()
-    spread = first.positions + np.arange(case.prompt)  # a common shift would change nothing
+    spread = first.positions + np.arange(first.positions.shape[-1])  # a common shift would change nothing
     layer = _make(run, first)
     tensors = _tokens(run, other)
     for inputs in (replace(first, hidden=other.hidden, positions=spread), first):

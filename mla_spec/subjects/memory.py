@@ -53,6 +53,13 @@ def filled_memory(device: str) -> Iterator[None]:
 
 
 @contextmanager
+def filled_memory_of_any_device() -> Iterator[None]:
+    """As ``filled_memory``, on every device, in whose deterministic mode torch's own algorithms may be others."""
+    with _deterministic(True):
+        yield
+
+
+@contextmanager
 def ordinary_memory() -> Iterator[None]:
     """Torch's algorithms as users have them, inside ``filled_memory``."""
     with _deterministic(False):
