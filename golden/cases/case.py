@@ -30,7 +30,7 @@ class Case:
 
     Attributes:
         name: also the beginning of its files' names.
-        operation: a key of ``mla_spec.golden.exact.expected.EXPECTED``.
+        operation: a key of ``ENCLOSURES`` or ``RATIONAL`` of ``mla_spec.golden.exact.expected``.
         purpose: what is checked.
         catches: the kinds of fault that show here, in words.
         sources: where such faults were reported or fixed; some are known without a public report.
