@@ -48,7 +48,7 @@ def _used_entries(inputs: DecodeInputs) -> BoolArray:
     return used
 
 
-@law(needs=DECODE, cases=decode_cases)
+@law(needs=DECODE, cases=narrowed(decode_cases, shared=True))
 def test_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     """out = softmax(scale · q · rowsᵀ) · latents, within the worst-case bound of the profile."""
     inputs = case.build()
@@ -56,7 +56,7 @@ def test_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     run.within(run.call(DECODE, inputs)[0], want.out, want.out_error)
 
 
-@law(needs=DECODE, cases=decode_cases, missing=_needs_lse)
+@law(needs=DECODE, cases=narrowed(decode_cases, shared=True), missing=_needs_lse)
 def test_decode_lse_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     """lse = log Σ exp(scale · q · rowsᵀ), natural, laid out [b, h, s], the declared value where there is no key."""
     inputs = case.build()
