@@ -112,6 +112,7 @@ class Answer:
     def judge(self, run: Run, out: Array, lse: Array | None) -> None:
         """Out [..., width] and LSE of queries that see all keys with weight."""
         profile = run.profile
+        run.compares(out.size)
         exact = profile.merges(1) == 0 and profile.output_rounding == "nearest"
         error = 0.0 if exact else 2 * float(self.bounded.out_error.total.max())
         want = round_to(self.out, profile.output)

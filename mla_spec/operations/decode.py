@@ -54,7 +54,8 @@ class DecodeCase(Case):
 
     ``logit_std`` is the standard deviation of the logits, reached through softmax_scale. ``regime``: "typical"; "outlier"
     has latent channels 30 times the rest; "ties" repeats keys; "offset" has values far from 0; "sink" gives the first key
-    much of the weight; in "cancelling" scores are small sums of large products; in "negative" softmax_scale is. Latents
+    much of the weight; in "cancelling" scores are small sums of large products; in "negative" softmax_scale is; in "sunken" all
+    scores are negative. Latents
     have a mean, as real ones do, so outputs do not average out to 0. ``qk_nope_head_dim`` and ``v_head_dim`` are those of the
     explicit form. Where ``shared_pages`` is not 0, so many pages are those of all sequences, each of which has them in an
     order of its own, again and again where they are too few.
@@ -102,6 +103,9 @@ class DecodeCase(Case):
             scale *= CANCELLATION
         if self.regime == "negative":
             scale = -scale
+        if self.regime == "sunken":
+            q[..., :c] = -np.abs(q[..., :c]) * np.sign(cache[0, 0, 0, :c])
+            q[..., c:] = 0.0
         if self.regime == "sink":
             for i in range(b):
                 cache[table[i, 0], 0, 0] = np.abs(cache[table[i, 0], 0, 0]) * np.sign(q[i].sum(axis=(0, 1)))
@@ -125,6 +129,8 @@ class DecodeCase(Case):
         if self.regime == "outlier":
             mean, spread = mean, np.where(rng.random(c) < 0.1, 15.0, 0.5)
         rows[..., :c] = mean + spread * rows[..., :c]
+        if self.regime == "sunken":
+            rows[..., :c] = mean * (0.5 + np.abs(rows[..., :c]))
         if self.regime == "cancelling":
             rows[..., 1:c:2] = rows[..., 1:c:2] / CANCELLATION - rows[..., 0 : c - 1 : 2]
         if self.regime == "ties":
@@ -268,7 +274,7 @@ OPERATION = Operation(
     expected=lambda inputs, profile, supports: attention_expected(decode_expected(inputs, profile), supports),
     views=TABLE_VIEWS | POOL_VIEWS,
     regimes=(
-        *values("regime", "typical", "outlier", "ties", "offset", "sink", "cancelling", "negative"),
+        *values("regime", "typical", "outlier", "ties", "offset", "sink", "cancelling", "negative", "sunken"),
         *SCORES,
         *QUERIES,
         ("no keys", lambda case: 0 in case.seqlens),

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mla_spec.reference.cache_layout import LAYOUTS
 
 BACKWARD = ("prefill", "sparse_prefill", "layer")
+
+
+SIZES: dict[str, tuple[str, ...]] = {
+    "dequantize_weight": ("weight_block_sizes",),
+    "prefill": ("num_heads", "prefill_dims"),
+    "decode": ("num_heads", "latent_dims", "page_sizes"),
+    "merge": ("num_heads",),
+    "write_cache": ("latent_dims", "page_sizes"),
+    "quantize_cache": ("page_sizes",),
+    "dequantize_cache": ("page_sizes",),
+    "decode_quantized": ("num_heads", "page_sizes"),
+    "sparse_prefill": ("num_heads", "latent_dims"),
+    "sparse_decode": ("num_heads", "latent_dims", "page_sizes"),
+    "project_indexer": ("indexer_dims",),
+    "indexer": ("indexer_dims", "indexer_top_k"),
+}
+"""By operation, the fields of ``Supports`` that say how large its arguments and outputs may be."""
 
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -114,6 +132,15 @@ class Supports:
         """Whether autograd differentiates ``operation``, or might."""
         return self.backward is None or operation in self.backward
 
+    def nothing_to_judge(self, operations: Iterable[str]) -> str:
+        """Why every output of one of ``operations`` is empty, whatever the case, or ""."""
+        for name in operations:
+            for field in SIZES.get(name, ()):
+                values = getattr(self, field)
+                if values is not None and not any(_size(field, value) for value in values):
+                    return f"{field}={values!r} leaves outputs without an element"
+        return ""
+
     def restrictions(self) -> str:
         """The fields that differ from the default, in one line; empty when nothing is restricted."""
         default, everything = Supports(), {"backward": BACKWARD}
@@ -123,6 +150,13 @@ class Supports:
             if getattr(self, f.name) not in (getattr(default, f.name), everything.get(f.name))
         ]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
+
+
+def _size(field: str, value: int | tuple[int, int]) -> int:
+    """A size that is 0 where outputs have no element. A cached row need not have rope dims."""
+    if isinstance(value, int):
+        return value
+    return value[0] if field == "latent_dims" else min(value)
 
 
 def _require_known(field: str, values: tuple[Any, ...], known: tuple[Any, ...]) -> None:

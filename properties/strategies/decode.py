@@ -32,7 +32,7 @@ from mla_spec.subjects.supports import Supports
 DECODE_SIZES = ("heads", "batch", "keys", "queries", "published")
 
 
-DECODE_REGIMES = ("typical", "outlier", "ties", "offset", "sink", "cancelling", "negative")
+DECODE_REGIMES = ("typical", "outlier", "ties", "offset", "sink", "cancelling", "negative", "sunken")
 
 PUBLISHED_HEADS = (16, 128)
 """Of DeepSeek-V3 with and without tensor parallelism."""

@@ -54,9 +54,17 @@ def placed(long: int, short: tuple[int, ...], place: int) -> tuple[int, ...]:
 
 
 def most_keys(profile: Profile) -> int:
-    """Beyond it equal weights, where they are rounded after they are divided by their sum, are no normal numbers."""
-    smallest = format_of(profile.probabilities).smallest_normal
-    return int(min(1 / smallest, LONG[-1])) if profile.row_sum == "normalised" else LONG[-1]
+    """Keys of a sequence whose bound still says something.
+
+    Weights that are rounded after they are divided by their sum must be normal numbers, and rescaling by a rough exp in each
+    tile must not move out by more than a tenth.
+    """
+    most = float(LONG[-1])
+    if profile.row_sum == "normalised":
+        most = min(most, 1 / format_of(profile.probabilities).smallest_normal)
+    if profile.tile is not None:
+        most = min(most, 0.1 * profile.tile / (profile.exp_error * format_of(profile.softmax).unit_roundoff))
+    return int(most)
 
 
 DECODE_COUNTS = (
