@@ -11,7 +11,7 @@ from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.rope import OPERATION as ROPE
 from mla_spec.operations.rope import RopeCase, RopeInputs
-from mla_spec.properties.strategies.rope import rope_cases
+from mla_spec.properties.strategies.rope import options, rope_cases
 from mla_spec.reference.rope import half_from_interleaved
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Result, computed
@@ -27,7 +27,7 @@ def _rotated(run: Run, x: Array, positions: IntArray, case: RopeCase) -> Result:
     return got
 
 
-@law(needs=ROPE, cases=rope_cases)
+@law(needs=ROPE, cases=rope_cases, first=options)
 def test_rope_agrees_with_reference(run: Run, case: RopeCase) -> None:
     """Rotation of every pair by position · frequency, with and without a head axis."""
     (x,) = case.vectors(1)

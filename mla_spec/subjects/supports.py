@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from mla_spec.reference.cache_layout import LAYOUTS
 
+YARN_OPTIONS = ("attention_factor", "softmax_mscale", "truncate", "applies")
+
 BACKWARD = ("prefill", "sparse_prefill", "layer")
 
 
@@ -67,6 +69,8 @@ class Supports:
         rope_layouts: pair layouts, of "interleaved" and "half".
         rope_optional: whether a layer may have no rotary embedding (NoPE).
         yarn: whether YaRN is implemented.
+        yarn_options: what of a ``YarnScaling`` is honored where a configuration states it, of "attention_factor",
+            "softmax_mscale", "truncate" and "applies".
         yarn_mscale_rule: whether only "equal" mscale and mscale_all_dim are implemented, or "any".
         longrope: whether LongRoPE is implemented.
         mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors.
@@ -109,6 +113,7 @@ class Supports:
     rope_layouts: tuple[str, ...] = ("interleaved", "half")
     rope_optional: bool = True
     yarn: bool = True
+    yarn_options: tuple[str, ...] = YARN_OPTIONS
     yarn_mscale_rule: Literal["any", "equal"] = "any"
     longrope: bool = True
     mla_scale_lora: bool = True
@@ -126,6 +131,7 @@ class Supports:
         _require_known("indexer_rope_layouts", self.indexer_rope_layouts, ("interleaved", "half"))
         _require_known("empty_row", (self.empty_row,), ("zero/-inf", "zero/+inf", "unsupported"))
         _require_known("indexer_ties", (self.indexer_ties,), ("smaller index", "any"))
+        _require_known("yarn_options", self.yarn_options, YARN_OPTIONS)
         _require_known("yarn_mscale_rule", (self.yarn_mscale_rule,), ("any", "equal"))
 
     def may_differentiate(self, operation: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
@@ -10,9 +11,10 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.rope import LONGROPE, YARN, RopeCase
 from mla_spec.properties.strategies.sizes import MANY_HEADS, SEEDS, among, between, choice, large_size
-from mla_spec.subjects.supports import Supports
+from mla_spec.reference.config import YarnScaling
+from mla_spec.subjects.supports import YARN_OPTIONS, Supports
 
-THETAS = (10000.0, 50000.0, 1000000.0, 500.0)
+THETAS = (10000.0, 50000.0, 1000000.0, 500.0, 8e6, 8e7)
 
 
 def layouts(supports: Supports) -> SearchStrategy[str]:
@@ -21,14 +23,42 @@ def layouts(supports: Supports) -> SearchStrategy[str]:
     return made
 
 
+def _supported(yarn: YarnScaling | None, supports: Supports) -> bool:
+    """Whether the subject has the scaling, as far as it states any."""
+    if yarn is None:
+        return True
+    plain = YarnScaling(factor=yarn.factor, original_max_position_embeddings=yarn.original_max_position_embeddings)
+    stated = [name for name in YARN_OPTIONS if getattr(yarn, name) != getattr(plain, name)]
+    rule = supports.yarn_mscale_rule == "any" or yarn.mscale == yarn.mscale_all_dim
+    return supports.yarn and rule and all(name in supports.yarn_options for name in stated)
+
+
 @cache
-def scalings(supports: Supports) -> SearchStrategy[dict[str, str]]:
-    """The field of a case that names its YaRN or LongRoPE scaling, or none."""
-    yarns = list(YARN) if supports.yarn else ["none"]
-    if supports.yarn_mscale_rule == "equal":
-        yarns = [name for name in yarns if (y := YARN[name]) is None or y.mscale == y.mscale_all_dim]
-    longropes = [name for name in LONGROPE if name != "none"] if supports.longrope else []
-    return st.sampled_from([*({"yarn": name} for name in yarns), *({"longrope": name} for name in longropes)])
+def supported_scalings(supports: Supports) -> tuple[dict[str, Any], ...]:
+    """The field of a case that names its YaRN or LongRoPE scaling, for every one that the subject has, and for none."""
+    yarns = [{"yarn": name} for name, yarn in YARN.items() if _supported(yarn, supports)]
+    return (*yarns, *({"longrope": name} for name in LONGROPE if name != "none" and supports.longrope))
+
+
+@cache
+def scalings(supports: Supports) -> SearchStrategy[dict[str, Any]]:
+    """One of ``supported_scalings``."""
+    return st.sampled_from(supported_scalings(supports))
+
+
+def options(supports: Supports, profile: Profile) -> list[RopeCase]:
+    """Every scaling once in each layout, in few and many dims; the largest base of a published model."""
+    cases = []
+    for i, scaling in enumerate(supported_scalings(supports)):
+        for j, layout in enumerate(supports.rope_layouts):
+            dim = (16, 64, 8)[(i + j) % 3]
+            cases.append(
+                RopeCase(dtype=profile.dtype, s=3, heads=2, dim=dim, layout=layout, start=250, stride=5, **scaling)
+            )
+    return cases + [
+        RopeCase(dtype=profile.dtype, s=3, dim=dim, layout=supports.rope_layouts[0], theta=8e7, start=start, stride=17)
+        for dim, start in ((2, 60), (4, 4095), (24, 60), (64, 4095))
+    ]
 
 
 @st.composite
