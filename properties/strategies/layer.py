@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.layer import LayerCase, layer_models
-from mla_spec.properties.strategies.rope import THETAS, layouts, scalings
+from mla_spec.properties.strategies.rope import THETAS, layouts, scalings, supported_scalings
 from mla_spec.properties.strategies.sizes import FLAGS, SEEDS, between, choice, large_size
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.published import PublishedModel
@@ -102,6 +103,48 @@ def draw_layer(
 def layer_cases(draw: DrawFn, /, supports: Supports, profile: Profile, **keywords: Any) -> LayerCase:
     """What ``draw_layer`` draws."""
     return draw_layer(draw, supports, profile, **keywords)
+
+
+def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
+    """Every published model once, every scaling once, and the widths of DeepSeek-V3's cache."""
+    narrow, coarse = (format_of(profile.dtype).precision <= bits for bits in (11, 8))
+    multiple = supports.layer_dim_multiple
+    base = LayerCase(
+        dtype=profile.dtype,
+        prompt=3,
+        steps=1,
+        hidden_size=5,
+        q_lora_rank=5,
+        kv_lora_rank=multiple * -(-5 // multiple),
+        qk_nope_head_dim=multiple * -(-3 // multiple),
+        qk_rope_head_dim=8,
+        v_head_dim=3,
+        layout=supports.rope_layouts[0],
+        latent_norm_eps=supports.latent_norm_eps or 1e-6,
+        weights="aligned" if narrow else "dense",
+        gain=0.0625 if coarse else 0.5,
+    )
+    cases = []
+    for i, name in enumerate(supported_models(supports)):
+        fields, starts = layer_models()[name].fields, _starts(name, narrow)
+        start = starts[i % len(starts)]
+        far = start > 2**11 and profile.rope.angle != "float64"
+        case = replace(base, model=name, seed=i, start=start, gain=0.0625 if far else base.gain)
+        if fields["q_lora_rank"] is None:
+            case = replace(case, q_lora_rank=None)
+        cases.append(case if fields["qk_rope_head_dim"] else replace(case, qk_rope_head_dim=0))
+    cases += [replace(base, seed=i, start=250, **scaling) for i, scaling in enumerate(supported_scalings(supports))]
+    return [*cases, replace(base, kv_lora_rank=512, qk_rope_head_dim=64, num_heads=2, hidden_size=6)]
+
+
+def long_layers(supports: Supports, profile: Profile) -> list[LayerCase]:
+    """More than 4096 tokens: in formats of 16 bits in the widths of DeepSeek-V3's cache, else in narrow rows."""
+    case = every_option(supports, profile)[-1]
+    if format_of(profile.dtype).bits > 16:
+        case = replace(case, kv_lora_rank=case.qk_nope_head_dim, qk_rope_head_dim=8)
+    # aligned weights have a mean, so that outputs over many tokens do not average out to 0
+    case = replace(case, num_heads=1, hidden_size=5, gain=0.0625, q_lora_rank=None, weights="aligned")
+    return [replace(case, prompt=4161, steps=3)]
 
 
 def layer_options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rope_dim: int) -> dict[str, Any]:
