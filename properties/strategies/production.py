@@ -26,6 +26,9 @@ from mla_spec.subjects.supports import Supports
 FEW = (5, 37, 20, 1, 70)
 """Lengths that come again and again in a large batch; none comes again after a power of two."""
 
+FEW_OF_LARGE_PAGES = (5, 300, 20, 1, 257)
+"""The same where pages have hundreds of tokens: nearly a whole one, and more than one."""
+
 ELEMENTS = 2**24
 """Of the keys that all sequences of a case see, at most; beyond that exact laws take over, which need no reference."""
 
@@ -106,7 +109,7 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
         )
 
     cases = [
-        case(tuple(cycled(list(FEW), b)), s, heads, page_size, seed)
+        case(tuple(cycled(list(FEW if page_size < 128 else FEW_OF_LARGE_PAGES), b)), s, heads, page_size, seed)
         for seed, (b, s, heads, page_size) in enumerate(DECODE_COUNTS)
     ]
     for seed, (long, place) in enumerate(_places(3 * (c + r), most_keys(profile))):
