@@ -20,6 +20,9 @@ from mla_spec.subjects.violation import Violation
 
 LAYER = ("layer",)
 
+EDGES = (512, 1024, 4096)
+"""Positions at which a table may end; tokens are moved to both sides of one of them."""
+
 
 def _expected(run: Run, inputs: LayerInputs) -> tuple[Array, ErrorBound]:
     return layer_with_bound(inputs.hidden, inputs.positions, inputs.weights, inputs.config, run.profile)
@@ -119,7 +122,10 @@ def test_layer_depends_on_relative_positions_only(run: Run, case: LayerCase) -> 
     inputs = case.build()
     if inputs.config.rope is None or inputs.config.llama_4_scaling is not None:
         run.trivial("nothing depends on positions, or a temperature depends on each")
-    moved = replace(inputs, positions=inputs.positions + 1 + case.seed % 1000)
+    middle = int(inputs.positions.mean())
+    later = [edge for edge in EDGES if edge > middle] or [2 * middle]
+    edge = later[case.seed % len(later)]
+    moved = replace(inputs, positions=inputs.positions + edge - middle)
     want, bound = _expected(run, inputs)
     _, moved_bound = _expected(run, moved)
     run.meaningful(want, bound)

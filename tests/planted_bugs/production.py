@@ -543,20 +543,20 @@ class RowsMergedInOneGrid(TorchAbsorbed):
     killed_by=("test_decode_depends_on_relative_positions_only",),
 )
 class PositionsOfQueriesFromZero(TorchAbsorbed):
-    """Positions from 512 on are counted from 0 again."""
+    """Positions from 4096 on are counted from 0 again."""
 
     def rope(self, x: Tensor, positions: Tensor, *, rope: RopeConfig) -> Tensor:
-        return super().rope(x, torch.where(positions < 512, positions, positions - 512), rope=rope)
+        return super().rope(x, positions % 4096, rope=rope)
 
 
 @planted(
     "X-positions-of-a-layer-wrap",
     symptom="a layer is right up to the table's length",
-    shows_when="prompt and decoded tokens lie on both sides of position 1000",
+    shows_when="prompt and decoded tokens lie on both sides of position 4096",
     killed_by=("test_layer_depends_on_relative_positions_only",),
 )
 class PositionsOfALayerWrap(TorchAbsorbed):
-    """The layer's table of cos and sin has 1000 rows, and begins again."""
+    """The layer's table of cos and sin has 4096 rows, and begins again."""
 
     def layer_rope(self, x: Tensor, positions: Tensor, config: Any) -> Tensor:
-        return super().layer_rope(x, positions % 1000, config)
+        return super().layer_rope(x, positions % 4096, config)
