@@ -50,6 +50,8 @@ LAW_MODULES = (
     "test_layer_gradients",
     "test_tensor_parallel",
     "test_context_parallel",
+    "test_production",
+    "test_exact_at_length",
     "test_hazards",
     "test_cuda_graph",
     "test_compiled",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mla_spec.judging.law import EVERY_REGIME, Reason
 
 LARGE = ("peaked scores", "huge scores")
-OTHER_NUMBERS = ("outlier", "ties", "offset", "sink", "cancelling", "negative", "flat scores", *LARGE)
+OTHER_NUMBERS = ("outlier", "ties", "offset", "sink", "cancelling", "sunken", "negative", "flat scores", *LARGE)
 STATISTICS = (
     "test_decode_output_is_unbiased",
     "test_decode_lse_is_unbiased",

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
-from hypothesis.strategies import SearchStrategy
 
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.merge import BoundedMerge
-from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, decode_expected
@@ -62,17 +58,9 @@ def test_context_parallel_decode_is_the_whole(run: Run, case: DecodeCase) -> Non
     judge_merged_results(run, got, want)
 
 
-def _self_attention(supports: Supports, profile: Profile) -> SearchStrategy[PrefillCase]:
-    """Packed sequences with as many queries as keys."""
-    cases: SearchStrategy[PrefillCase] = prefill_cases(
-        supports, profile, min_queries=1, causal=True, logit_stds=MERGEABLE
-    )
-    return cases.map(lambda case: replace(case, seqlens_k=case.seqlens_q))
-
-
 @law(
     needs=("prefill", "merge"),
-    cases=_self_attention,
+    cases=narrowed(prefill_cases, min_queries=1, causal=True, self_attention=True, logit_stds=MERGEABLE),
     missing=_needs_ring,
     cost=5,
 )

@@ -13,7 +13,7 @@ from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
 from mla_spec.properties.hazards import overwrite
-from mla_spec.properties.strategies.layer import layer_cases
+from mla_spec.properties.strategies.layer import every_option, layer_cases, long_layers
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import Array, IntArray
@@ -23,6 +23,9 @@ from mla_spec.subjects.memory import share_memory
 from mla_spec.subjects.violation import Violation
 
 LAYER = ("layer",)
+
+EDGES = (512, 1024, 4096)
+"""Positions at which a table may end; tokens are moved to both sides of one of them."""
 
 
 def _expected(run: Run, inputs: LayerInputs) -> tuple[Array, ErrorBound]:
@@ -37,7 +40,7 @@ def _make(run: Run, inputs: LayerInputs) -> LayerDriver:
     return LayerDriver.of(run.driver, inputs.weights, inputs.config)
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, max_steps=0))
+@law(needs=LAYER, cases=narrowed(layer_cases, max_steps=0), first=every_option)
 def test_layer_prefill_agrees_with_reference(run: Run, case: LayerCase) -> None:
     """Prefill of a prompt, within the worst-case bound of the layer's profile."""
     inputs = case.build()
@@ -45,7 +48,7 @@ def test_layer_prefill_agrees_with_reference(run: Run, case: LayerCase) -> None:
     run.within(_run(_make(run, inputs), "prefill", inputs, np.s_[:]), want, bound)
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1))
+@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1), first=every_option)
 def test_layer_decode_agrees_with_reference(run: Run, case: LayerCase) -> None:
     """Tokens decoded one by one after a prompt, against the reference over the whole sequence."""
     inputs = case.build()
@@ -57,6 +60,24 @@ def test_layer_decode_agrees_with_reference(run: Run, case: LayerCase) -> None:
         one = slice(t, t + 1)
         got = _run(layer, "decode", inputs, one)
         run.within(got, want[:, one], bound[:, one], gate=False)
+
+
+@law(needs=LAYER, cases=long_layers)
+def test_layer_of_thousands_of_cached_tokens(run: Run, case: LayerCase) -> None:
+    """The end of a long prompt, and tokens decoded after it one by one and several at once, see all that is cached."""
+    inputs = case.build()
+    judged = case.steps + 3
+    want, bound = layer_with_bound(
+        inputs.hidden, inputs.positions, inputs.weights, inputs.config, run.profile, last=judged
+    )
+    run.meaningful(want, bound)
+    layer = _make(run, inputs)
+    first = case.prompt + case.steps - judged
+    calls = [("prefill", slice(0, case.prompt)), ("decode", slice(case.prompt, case.prompt + 1))]
+    for method, tokens in (*calls, ("decode", slice(case.prompt + 1, case.prompt + case.steps))):
+        got = _run(layer, method, inputs, tokens)
+        seen = slice(max(first, tokens.start) - first, tokens.stop - first)
+        run.within(got[:, max(first, tokens.start) - tokens.start :], want[:, seen], bound[:, seen], gate=False)
 
 
 @law(needs=LAYER, cases=narrowed(layer_cases, min_steps=2, max_steps=8), cost=2)
@@ -97,6 +118,27 @@ def test_prefill_equals_token_by_token_decode(run: Run, case: LayerCase) -> None
         one = slice(t, t + 1)
         got = _run(layer, "prefill" if t == 0 else "decode", inputs, one)
         run.same_function(got, whole[:, one], bound[:, one], f"token {t}: decode differs from prefill")
+
+
+@law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2), cost=2)
+def test_layer_depends_on_relative_positions_only(run: Run, case: LayerCase) -> None:
+    """All positions moved by as much, of a prompt and of what is decoded after it, outputs stay."""
+    inputs = case.build()
+    if inputs.config.rope is None or inputs.config.llama_4_scaling is not None:
+        run.trivial("nothing depends on positions, or a temperature depends on each")
+    middle = int(inputs.positions.mean())
+    later = [edge for edge in EDGES if edge > middle] or [2 * middle]
+    edge = later[case.seed % len(later)]
+    moved = replace(inputs, positions=inputs.positions + edge - middle)
+    want, bound = _expected(run, inputs)
+    _, moved_bound = _expected(run, moved)
+    run.meaningful(want, bound)
+    both = bound.plus("the same at moved positions", moved_bound.total)
+    layers = _make(run, inputs), _make(run, moved)
+    for method, tokens in _calls(case):
+        here, there = (_run(layer, method, each, tokens) for layer, each in zip(layers, (inputs, moved), strict=True))
+        run.require(not np.isnan(here.value).any(), f"{method} output has NaN")
+        run.within(there, here.value, both[:, tokens], gate=False)
 
 
 @law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2, max_steps=0))

@@ -53,6 +53,9 @@ def test_quantised_page_relabelling_changes_nothing(run: Run, case: QuantisedDec
     """Moving pages in the pool and renaming them in the table changes no bit."""
     inputs = case.build()
     name = np.random.default_rng([case.seed, 2]).permutation(len(inputs.pages))  # page p becomes name[p]
+    used = inputs.block_table[:, :1][inputs.cache_seqlens > 0]
+    if (name[used] == used).all():
+        run.trivial("the first page of every sequence stays where it is")
     pages = np.empty_like(inputs.pages)
     pages[name] = inputs.pages
     exact = replace(inputs.exact, block_table=name[inputs.exact.block_table].astype(np.int32))

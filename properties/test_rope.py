@@ -6,15 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 
+from mla_spec.bounds.attention import BoundedAttention, InheritedError, attention_with_bound
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.judging.law import Run, law
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase, DecodeInputs
 from mla_spec.operations.rope import OPERATION as ROPE
 from mla_spec.operations.rope import RopeCase, RopeInputs
-from mla_spec.properties.strategies.rope import rope_cases
+from mla_spec.properties.strategies.decode import decode_cases
+from mla_spec.properties.strategies.rope import options, rope_cases
+from mla_spec.properties.strategies.sizes import narrowed
+from mla_spec.reference.cache import gather_rows
+from mla_spec.reference.config import RopeConfig
 from mla_spec.reference.rope import half_from_interleaved
 from mla_spec.reference.typing import Array, IntArray
-from mla_spec.subjects.driver import Result, computed
+from mla_spec.subjects.driver import Result, Results, computed
+from mla_spec.subjects.supports import Supports
 
 
 def _expected(run: Run, x: Array, positions: IntArray, case: RopeCase) -> tuple[Array, ErrorBound]:
@@ -27,7 +35,7 @@ def _rotated(run: Run, x: Array, positions: IntArray, case: RopeCase) -> Result:
     return got
 
 
-@law(needs=ROPE, cases=rope_cases)
+@law(needs=ROPE, cases=rope_cases, first=options)
 def test_rope_agrees_with_reference(run: Run, case: RopeCase) -> None:
     """Rotation of every pair by position · frequency, with and without a head axis."""
     (x,) = case.vectors(1)
@@ -65,6 +73,69 @@ def test_rope_depends_on_relative_position_only(run: Run, case: RopeCase) -> Non
     rounding = 2 * case.dim * 2.0**-53 * (np.abs(q) * np.abs(k)).sum(-1) * case.rope.cos_sin_factor**2
     bound = ErrorBound({"rotation before and after the shift": error + error_there, "float64 sums": 4 * rounding})
     run.within(shifted, here, bound, gate=False)
+
+
+def _needs_rope_dims(supports: Supports) -> str:
+    dims = supports.latent_dims
+    return "" if dims is None or any(r > 0 for _, r in dims) else "decode has no rope dims"
+
+
+@law(
+    needs=(ROPE, DECODE),
+    cases=narrowed(decode_cases, min_rope=2, logit_stds=(1.0, 0.1)),
+    missing=_needs_rope_dims,
+    cost=2,
+)
+def test_decode_depends_on_relative_positions_only(run: Run, case: DecodeCase) -> None:
+    """Queries and cached keys that the subject rotates, all positions moved by as much, decode to the same."""
+    inputs = case.build()
+    rope = RopeConfig(dim=case.qk_rope_head_dim, interleaved=run.supports.rope_layouts[0] == "interleaved")
+    edge = (512, 1024, 4096)[case.seed % 3]  # where a table may end: keys are moved to both sides of it
+    results = [_decoded(run, inputs, rope, shift) for shift in (0, edge - max(case.seqlens) // 2)]
+    (here, want), (there, _) = results
+    run.meaningful(want.out, want.out_error)
+    errors = [(exact.out_error, exact.lse_error) for _, exact in results]
+    for a, b, *bounds in zip(here, there, *errors, strict=True):
+        if a is not None and b is not None:
+            run.require(not np.isnan(a.value).any(), f"{a.what} has NaN")
+            both = bounds[0].plus("the same at moved positions", bounds[1].total)
+            run.within(b, a.value, both, gate=False)
+
+
+def _decoded(run: Run, inputs: DecodeInputs, rope: RopeConfig, shift: int) -> tuple[Results, BoundedAttention]:
+    """Decode of queries and keys that the subject rotates, token t to position t + shift; and what is exact."""
+    c, (b, s), page_size = inputs.head_dim_v, inputs.q.shape[:2], inputs.kv_cache.shape[1]
+    rows = gather_rows(inputs.kv_cache, inputs.block_table, inputs.cache_seqlens)[:, :, None]  # [b, t, 1, c+r]
+    key = np.arange(rows.shape[1]) + np.zeros((b, 1), dtype=int)
+    query = np.maximum(inputs.cache_seqlens[:, None] - s + np.arange(s), 0)
+    operands = []
+    for x, positions in ((inputs.q, query), (rows, key)):
+        part, positions = x[..., c:], positions + shift
+        exact, bound = rope_with_bound(part, positions, rope, run.profile.rope, output=run.driver.dtype)
+        got = run.call(ROPE, RopeInputs(part, positions, rope)).out.value
+        joined = [np.concatenate([x[..., :c], y], axis=-1) for y in (got, exact)]
+        operands.append((*joined, np.concatenate([0 * x[..., :c], bound.total], axis=-1)))
+    (q, exact_q, q_error), (stored, exact_rows, row_error) = operands
+    pages = -(-rows.shape[1] // page_size)
+    padded = np.zeros((b, pages * page_size, *rows.shape[2:]))
+    padded[:, : rows.shape[1]] = stored
+    called = replace(
+        inputs,
+        q=q,
+        kv_cache=padded.reshape(b * pages, page_size, *rows.shape[2:]),
+        block_table=np.arange(b * pages, dtype=np.int32).reshape(b, pages),
+    )
+    want = attention_with_bound(
+        exact_q,
+        exact_rows,
+        exact_rows[..., :c],
+        softmax_scale=inputs.softmax_scale,
+        profile=run.profile,
+        cache_seqlens=inputs.cache_seqlens,
+        causal=inputs.causal,
+        inherited=InheritedError(q_error, row_error, 0 * row_error[..., :c]),
+    )
+    return run.call(DECODE, called), want
 
 
 @law(needs=ROPE, cases=rope_cases)

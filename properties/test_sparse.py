@@ -27,6 +27,7 @@ from mla_spec.operations.sparse import (
     SparsePrefillCase,
     sparse_expected,
 )
+from mla_spec.properties.strategies import rare
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.properties.strategies.sparse import sparse_decode_cases, sparse_prefill_cases
@@ -70,12 +71,14 @@ def _both(
     cost: int = 1,
     prefill_only: dict[str, Any] | None = None,
     decode_only: dict[str, Any] | None = None,
+    rare_first: bool = False,
     **keywords: Any,
 ) -> Callable[[Check], Check]:
     """Make two laws of a statement about an operation.
 
     Args:
         prefill, decode: what their names end with; one name for both where ``decode`` is empty.
+        rare_first: whether they begin with rows whose first tile selects nothing.
         keywords: for the strategies of both; ``prefill_only`` and ``decode_only`` for one of them.
     """
 
@@ -88,14 +91,16 @@ def _both(
             of_one.__doc__ = check.__doc__
             cases = narrowed(strategy, **keywords, **own or {})
             name = f"test_{operation.name}_{end}"
-            made = Law(name, (operation.name,), cases, of_one, missing, cost=cost)
+            first = {"sparse_prefill": rare.sparse_prefill, "sparse_decode": rare.sparse_decode}[operation.name]
+            own_first = {"first": first} if rare_first else {}
+            made = Law(name, (operation.name,), cases, of_one, missing, cost=cost, **own_first)
             globals()[name] = as_test(made, __name__)
         return check
 
     return decorate
 
 
-@_both("agrees_with_reference")
+@_both("agrees_with_reference", rare_first=True)
 def _output_agrees(operation: Operation, run: Run, case: Any) -> None:
     """out is attention over the selected keys alone, within the worst-case bound of the profile."""
     inputs = case.build()
@@ -103,7 +108,7 @@ def _output_agrees(operation: Operation, run: Run, case: Any) -> None:
     run.within(run.call(operation, inputs).out, want.out, want.out_error)
 
 
-@_both("statistics_agree_with_reference", "lse_agrees_with_reference", missing=_needs_lse)
+@_both("statistics_agree_with_reference", "lse_agrees_with_reference", missing=_needs_lse, rare_first=True)
 def _statistics_agree(operation: Operation, run: Run, case: Any) -> None:
     """The LSE, and max_logits where there are, are those of the selected keys, natural, without the sink."""
     inputs = case.build()

@@ -16,8 +16,8 @@ from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer import LayerDriver, LayerInputs
 from mla_spec.operations.shards import ParallelDriver, ShardedLayerCase
 from mla_spec.properties.hazards import require_unmodified
-from mla_spec.properties.strategies.layer import layer_cases
-from mla_spec.properties.strategies.sizes import narrowed
+from mla_spec.properties.strategies.layer import draw_layer
+from mla_spec.properties.strategies.sizes import choice, narrowed
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.tensor_parallel import gather_gradients, shard_layer
 from mla_spec.reference.typing import Array
@@ -31,8 +31,8 @@ GATHER = ("gather_gradients",)
 @st.composite
 def sharded_layer_cases(draw: DrawFn, supports: Supports, profile: Profile, *, max_steps: int = 3) -> ShardedLayerCase:
     """Layers with as many heads for each of a few ranks as others have in all."""
-    case = draw(layer_cases(supports, profile, max_steps=max_steps))
-    ranks = draw(st.sampled_from((2, 3, 4, 8)))
+    case = draw_layer(draw, supports, profile, max_steps=max_steps)
+    ranks = draw(choice(2, 3, 4, 8))
     heads = ranks * (case.num_heads if ranks < 8 else 1)
     whole = replace(case, num_heads=heads, batch=min(case.batch, 2), prompt=min(case.prompt, 4))
     return ShardedLayerCase(**vars(whole), ranks=ranks)

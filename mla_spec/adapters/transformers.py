@@ -99,6 +99,7 @@ class DeepseekV3:
         longrope=False,
         mla_scale_lora=False,
         llama_4_scaling=False,
+        yarn_options=("attention_factor", "truncate", "applies"),
     )
 
     @staticmethod
@@ -162,6 +163,7 @@ class DeepseekV2(DeepseekV3):
         longrope=False,
         mla_scale_lora=False,
         llama_4_scaling=False,
+        yarn_options=("attention_factor", "truncate", "applies"),
         layer_dim_multiple=2,
     )
 

@@ -59,7 +59,13 @@ class BoundedLayer:
 
 
 def layer_with_bound(
-    hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig, profile: Profile
+    hidden: Array,
+    positions: IntArray,
+    weights: Weights,
+    config: MLAConfig,
+    profile: Profile,
+    *,
+    last: int | None = None,
 ) -> tuple[Array, ErrorBound]:
     """``layer`` over a whole sequence, and the worst-case error of a layer with this profile.
 
@@ -68,25 +74,34 @@ def layer_with_bound(
     Args:
         hidden: [..., s, e].
         positions: [..., s].
+        last: outputs of so many tokens at the end only; None for all.
 
     Returns:
-        (hidden states [..., s, e], its bound).
+        (hidden states [..., s, e], its bound), of the last tokens where asked for.
     """
-    out = bounded_layer(hidden, positions, weights, config, profile).out
+    out = bounded_layer(hidden, positions, weights, config, profile, last=last).out
     return product_terms("oe,...e->...o", weights["o_proj"], out, profile)
 
 
 def bounded_layer(
-    hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig, profile: Profile
+    hidden: Array,
+    positions: IntArray,
+    weights: Weights,
+    config: MLAConfig,
+    profile: Profile,
+    *,
+    last: int | None = None,
 ) -> BoundedLayer:
     """The intermediates of ``layer_with_bound``, whose arguments these are."""
     check_weights(weights, config)
     h, n, c = config.num_heads, config.qk_nope_head_dim, config.kv_lora_rank
     x = Bounded(hidden, np.zeros_like(hidden))
-    q_down, c_q, query = _query(x, weights, config, profile)
-    query = query.reshape(*hidden.shape[:-1], h, config.qk_head_dim)
-    parts = query[..., :n], rotated(query[..., n:], positions, config.rope, profile)
-    q_nope, q_pe = (temperature(part, positions, config.llama_4_scaling, profile) for part in parts)
+    first = 0 if last is None else hidden.shape[-2] - last
+    own, own_positions = x[..., first:, :], positions[..., first:]
+    q_down, c_q, query = _query(own, weights, config, profile)
+    query = query.reshape(*own.value.shape[:-1], h, config.qk_head_dim)
+    parts = query[..., :n], rotated(query[..., n:], own_positions, config.rope, profile)
+    q_nope, q_pe = (temperature(part, own_positions, config.llama_4_scaling, profile) for part in parts)
     kv_down = product("oe,...e->...o", weights["kv_a_proj_with_mqa"], x, profile)
     latent = bounded_rms_norm(kv_down[..., :c], weights["kv_a_layernorm"], config.latent_norm_eps, profile)
     latent = foldable(latent, config.kv_lora_scale, profile.dtype)
@@ -104,7 +119,7 @@ def bounded_layer(
         q, k = concatenated(q_latent, q_pe), concatenated(value, k_pe)
         attended = _attend(q, k, value, config, profile)
         out = product("hvc,...shc->...shv", w_uv, attended, profile)
-    out = out.reshape(*hidden.shape[:-1], h * config.v_head_dim)
+    out = out.reshape(*own.value.shape[:-1], h * config.v_head_dim)
     return BoundedLayer(q_down, c_q, q_nope, kv_down, latent, q, k, value, attended, out)
 
 

@@ -21,7 +21,8 @@ from mla_spec.reference.typing import Array, IntArray
 def angle_error(positions: IntArray, rope: RopeConfig, profile: RopeProfile) -> Array:
     """Worst error of position · frequency, in radians; [..., r/2] for positions [...].
 
-    theta^(-2i/r) inherits ln(theta) · 2i/r roundoffs from its exponent; YaRN's ramp, where it is neither 0 nor 1, is off by
+    theta^(-2i/r), be it a power or exp(-ln(theta) · 2i/r), inherits ln(theta) · 2i/r roundoffs from each rounding of its
+    exponent: of ln(theta), of the product, and of 2i/r where it is no number of the format; YaRN's ramp, where it is neither 0 nor 1, is off by
     a few roundoffs of the frequency before interpolation; LongRoPE's factor is rounded, and so is the product with it. The
     frequency 1 is exact; a position that the angle's format cannot hold is rounded too.
     """
@@ -29,7 +30,11 @@ def angle_error(positions: IntArray, rope: RopeConfig, profile: RopeProfile) -> 
     frequency = rope_frequencies(rope)  # [r/2]
     exponent = pairs * 2 / rope.dim
     u_f, u_a = format_of(profile.frequency).unit_roundoff, format_of(profile.angle).unit_roundoff
-    relative = u_f * (math.log(rope.theta) * exponent + (8 if rope.frequency_divisors is None else 10))
+    common = np.gcd(2 * pairs, rope.dim)
+    numerator, denominator = 2 * pairs // common, rope.dim // common
+    held = (denominator & (denominator - 1) == 0) & (numerator < 2 ** format_of(profile.frequency).precision)
+    roundings = np.where(held, 2, 3)
+    relative = u_f * (math.log(rope.theta) * exponent * roundings + (8 if rope.frequency_divisors is None else 10))
     blended = np.zeros(rope.dim // 2)
     if rope.active_yarn is not None:
         low, high = rope.yarn_correction_range()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.judge import judge_same_bits, judge_within, require_bounded, require_meaningful
+from mla_spec.judging.verdict import TrivialCase
 from mla_spec.operations.case import Case
 from mla_spec.operations.operation import Operation
 from mla_spec.reference.typing import Array
@@ -28,7 +29,8 @@ class Run:
     """What a law's function works with: a driver of the subject, and the judge.
 
     The judge's largest error / bound over the law's cases is kept in ``worst``, and what a law had to leave out in ``left_out``.
-    ``compile`` and ``isolated`` are those of the options.
+    ``compared`` counts the elements that the judge saw of a case, None where it was not asked. ``compile`` and ``isolated``
+    are those of the options.
     """
 
     driver: Driver
@@ -37,6 +39,7 @@ class Run:
     worst: float | None = None
     worst_case: str = ""
     case_id: str = ""
+    compared: int | None = None
     compile: str | None = None
     isolated: bool = False
     left_out: str = ""
@@ -59,6 +62,7 @@ class Run:
 
     def within(self, got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> None:
         """``judge_within``, recorded."""
+        self.compares(got.value.size)
         ratio = judge_within(got, want, bound, gate=gate)
         if self.worst is None or ratio > self.worst:
             self.worst, self.worst_case = ratio, self.case_id
@@ -73,6 +77,7 @@ class Run:
 
     def same_bits(self, got: Result, want: Result, why: str) -> None:
         """``judge_same_bits``."""
+        self.compares(got.value.size)
         judge_same_bits(got, want, why)
 
     def same_function(self, got: Result, want: Result, bound: ErrorBound, why: str) -> None:
@@ -87,6 +92,14 @@ class Run:
     def leave_out(self, why: str) -> None:
         """Go on without a part of the law that cannot be judged here: its verdict is no pass."""
         self.left_out = self.left_out or why
+
+    def compares(self, elements: int) -> None:
+        """Note that so many elements are judged: a case of which none is shows nothing."""
+        self.compared = (self.compared or 0) + elements
+
+    def trivial(self, why: str) -> NoReturn:
+        """End the case: nothing that the subject could have returned would have failed. ``why`` is a clause."""
+        raise TrivialCase(why)
 
     def require(self, condition: bool, message: str) -> None:
         """Raise Violation with ``message`` unless ``condition``."""

@@ -18,6 +18,7 @@ from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.judging.law import Law, Options, Run
 from mla_spec.judging.verdict import (
     Record,
+    TrivialCase,
     VacuousCase,
     Verdict,
     merge,
@@ -58,7 +59,8 @@ def run_law(law: Law, subject: object, options: Options = Options()) -> Record:
     except SubjectCrashed as error:
         message = f"what it declares cannot be read: {error}"
         return Record(law.name, type(subject).__name__, "crashed", message=message)
-    reason = f"does not offer {', '.join(absent)}" if absent else law.unavailable(options) or law.missing(supports)
+    reason = f"does not offer {', '.join(absent)}" if absent else ""
+    reason = reason or law.unavailable(options) or supports.nothing_to_judge(law.needs) or law.missing(supports)
     dtypes = [d for d in supports.dtypes if options.dtypes is None or d in options.dtypes]
     if options.case is not None:
         dtypes = [options.case.dtype]
@@ -74,7 +76,7 @@ def run_law(law: Law, subject: object, options: Options = Options()) -> Record:
         with filled_memory(options.device):
             for dtype in dtypes:
                 records.append(_run_dtype(law, subject, dtype, share, options))
-                if records[-1].verdict not in ("pass", "incomplete"):
+                if records[-1].verdict in ("fail", "crashed"):
                     break
         return merge(records)
     finally:
@@ -112,6 +114,7 @@ class _Attempts:
 
     Attributes:
         cases: how many ran up to the first failure, and with it.
+        trivial: how many of these no subject could have failed, and why the last of them was.
         last: the case that ran last.
         failure: the first failure, and its case.
     """
@@ -119,16 +122,21 @@ class _Attempts:
     def __init__(self, law: Law, run: Run, options: Options) -> None:
         self.law, self.run, self.options = law, run, options
         self.cases = 0
+        self.trivial = (0, "")
         self.last: Case | None = None
         self.failure: tuple[Exception, Case] | None = None
 
     def __call__(self, case: Case) -> None:
         self.cases += self.failure is None
-        self.last, self.run.case_id = case, case.id
+        self.last, self.run.case_id, self.run.compared = case, case.id, None
         if self.options.announce is not None:
             self.options.announce(case)
         try:
             self._check(case)
+            if self.run.compared == 0:
+                raise TrivialCase("no output has an element")
+        except TrivialCase as reason:
+            self.trivial = self.trivial[0] + (self.failure is None), str(reason)
         except _FAILURES as error:
             self.failure = self.failure or (error, case)
             raise
@@ -193,6 +201,11 @@ def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Op
         return record(_VERDICTS.get(type(first), "fail"), message, attempt.cases, case)
     except _FAILURES as error:
         return record(_VERDICTS[type(error)], str(error), attempt.cases, attempt.last)
+    if attempt.cases == 0:
+        return record("unsupported", "no case fits what the subject supports")
+    if attempt.trivial[0] == attempt.cases:
+        why = f"no subject could have failed any of its {attempt.cases} cases: {attempt.trivial[1]}"
+        return record("incomplete", why, attempt.cases, attempt.last)
     verdict: Verdict = "incomplete" if run.left_out else "pass"
     seconds = time.perf_counter() - start
     return Record(

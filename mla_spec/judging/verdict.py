@@ -15,6 +15,10 @@ class VacuousCase(Exception):
     """The bound of this case is too loose to mean anything: an error of the suite, never a pass."""
 
 
+class TrivialCase(Exception):
+    """Whatever the subject had returned for this case, the law would have held; the text says why."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One law on one subject.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
@@ -13,13 +13,19 @@ class Case:
     """Base of all cases. ``kind`` begins the id."""
 
     kind: ClassVar[str]
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Fields that the id leaves out where they have their default."""
     dtype: str
     seed: int = 0
 
     @property
     def id(self) -> str:
         """kind:field=value,...; tuples are joined by "+"."""
-        return f"{self.kind}:" + ",".join(f"{f.name}={_write(getattr(self, f.name))}" for f in fields(self))
+        values = {f.name: getattr(self, f.name) for f in fields(self) if not self._left_out(f)}
+        return f"{self.kind}:" + ",".join(f"{name}={_write(value)}" for name, value in values.items())
+
+    def _left_out(self, f: Field[Any]) -> bool:
+        return f.name in self.optional and getattr(self, f.name) == f.default
 
     def generator(self) -> np.random.Generator:
         """The generator of the case's values."""
@@ -48,7 +54,7 @@ def read_case(cls: type[Case], text: str) -> Case:
     values: dict[str, Any] = {}
     for part in text.partition(":")[2].split(","):
         name, _, value = part.partition("=")
-        if name not in hints or name == "kind":
+        if name not in hints or name in ("kind", "optional"):
             raise ValueError(f"case {text!r}: a {cls.kind} case has no field {name!r}")
         try:
             values[name] = _read(value, hints[name])

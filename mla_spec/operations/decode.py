@@ -54,11 +54,15 @@ class DecodeCase(Case):
 
     ``logit_std`` is the standard deviation of the logits, reached through softmax_scale. ``regime``: "typical"; "outlier"
     has latent channels 30 times the rest; "ties" repeats keys; "offset" has values far from 0; "sink" gives the first key
-    much of the weight; in "cancelling" scores are small sums of large products; in "negative" softmax_scale is. Latents have a mean, as real ones do, so
-    outputs do not average out to 0. ``qk_nope_head_dim`` and ``v_head_dim`` are those of the explicit form.
+    much of the weight; in "cancelling" scores are small sums of large products; in "negative" softmax_scale is; in "sunken" all
+    scores are negative. Latents
+    have a mean, as real ones do, so outputs do not average out to 0. ``qk_nope_head_dim`` and ``v_head_dim`` are those of the
+    explicit form. Where ``shared_pages`` is not 0, so many pages are those of all sequences, each of which has them in an
+    order of its own, again and again where they are too few.
     """
 
     kind = "decode"
+    optional = ("shared_pages",)
     seqlens: tuple[int, ...] = (1,)
     s: int = 1
     num_heads: int = 1
@@ -70,6 +74,7 @@ class DecodeCase(Case):
     regime: str = "typical"
     qk_nope_head_dim: int = 2
     v_head_dim: int = 3
+    shared_pages: int = 0
 
     @property
     def pages_needed(self) -> list[int]:
@@ -80,11 +85,15 @@ class DecodeCase(Case):
         rng = self.generator()
         b, h, c, d = len(self.seqlens), self.num_heads, self.kv_lora_rank, self.kv_lora_rank + self.qk_rope_head_dim
         width = max(self.pages_needed) + 2
-        pool = sum(self.pages_needed) + 3
+        pool = (self.shared_pages or sum(self.pages_needed)) + 3
         table = rng.integers(0, pool, (b, width)).astype(np.int32)
-        order = iter(rng.permutation(pool))
+        pages, start = rng.permutation(pool), 0
         for row, count in zip(table, self.pages_needed, strict=True):
-            row[:count] = [next(order) for _ in range(count)]
+            if self.shared_pages:
+                row[:count] = np.resize(rng.permutation(pages[:-3]), count)
+            else:
+                row[:count] = pages[start : start + count]
+            start += count
         cache = self._rows(rng, (pool, self.page_size, 1), c, d)
         q = rng.standard_normal((b, self.s, h, d))
         scale = self.logit_std / np.sqrt(c / 4 + self.qk_rope_head_dim)
@@ -94,6 +103,9 @@ class DecodeCase(Case):
             scale *= CANCELLATION
         if self.regime == "negative":
             scale = -scale
+        if self.regime == "sunken":
+            q[..., :c] = -np.abs(q[..., :c]) * np.sign(cache[0, 0, 0, :c])
+            q[..., c:] = 0.0
         if self.regime == "sink":
             for i in range(b):
                 cache[table[i, 0], 0, 0] = np.abs(cache[table[i, 0], 0, 0]) * np.sign(q[i].sum(axis=(0, 1)))
@@ -117,6 +129,8 @@ class DecodeCase(Case):
         if self.regime == "outlier":
             mean, spread = mean, np.where(rng.random(c) < 0.1, 15.0, 0.5)
         rows[..., :c] = mean + spread * rows[..., :c]
+        if self.regime == "sunken":
+            rows[..., :c] = mean * (0.5 + np.abs(rows[..., :c]))
         if self.regime == "cancelling":
             rows[..., 1:c:2] = rows[..., 1:c:2] / CANCELLATION - rows[..., 0 : c - 1 : 2]
         if self.regime == "ties":
@@ -260,7 +274,7 @@ OPERATION = Operation(
     expected=lambda inputs, profile, supports: attention_expected(decode_expected(inputs, profile), supports),
     views=TABLE_VIEWS | POOL_VIEWS,
     regimes=(
-        *values("regime", "typical", "outlier", "ties", "offset", "sink", "cancelling", "negative"),
+        *values("regime", "typical", "outlier", "ties", "offset", "sink", "cancelling", "negative", "sunken"),
         *SCORES,
         *QUERIES,
         ("no keys", lambda case: 0 in case.seqlens),

@@ -224,6 +224,7 @@ class QuantisedDecodeCase(QuantisedCase):
     """
 
     kind = "quantised-decode"
+    optional = ("shared_pages",)
     seqlens: tuple[int, ...] = (1,)
     s: int = 1
     num_heads: int = 1
@@ -231,6 +232,7 @@ class QuantisedDecodeCase(QuantisedCase):
     logit_std: float = 1.0
     regime: str = "typical"
     power_of_two: bool = False
+    shared_pages: int = 0
 
     def build(self) -> QuantisedDecodeInputs:
         """The inputs: pages in random order in a pool with spare pages; unused bytes are 0."""
@@ -247,10 +249,13 @@ class QuantisedDecodeCase(QuantisedCase):
             causal=self.causal,
             logit_std=self.logit_std,
             regime=self.regime if self.regime not in ("zeros", "rope") else "typical",
+            shared_pages=self.shared_pages,
         ).build()
         factors = rng.uniform(0.5, 2, (layout.groups, 1))
         sequences = []
-        for table, length in zip(unquantised.block_table, self.seqlens, strict=True):
+        every = np.arange(len(unquantised.kv_cache))[None], (unquantised.kv_cache[..., 0, 0].size,)  # of shared pages
+        runs = every if self.shared_pages else (unquantised.block_table, self.seqlens)
+        for table, length in zip(*runs, strict=True):
             used = table[: -(-length // self.page_size)]
             rows = unquantised.kv_cache[used].reshape(-1, layout.width)[:length]
             if self.regime == "rope":

@@ -24,6 +24,11 @@ from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
 
+
+def _yarn(**options: Any) -> YarnScaling:
+    return YarnScaling(**{"factor": 8, "original_max_position_embeddings": 256, "ramp_guard": 0.001} | options)
+
+
 YARN = {
     "none": None,
     "deepseek-v3": YarnScaling(factor=40, original_max_position_embeddings=4096, ramp_guard=0.001),
@@ -36,12 +41,26 @@ YARN = {
         factor=16, original_max_position_embeddings=128, mscale=1.0, mscale_all_dim=0.0, ramp_guard=0.001
     ),
     "empty-range": YarnScaling(factor=4, original_max_position_embeddings=6, ramp_guard=0.001),
+    "attention-factor": _yarn(attention_factor=1.25),
+    "softmax-mscale": _yarn(softmax_mscale=0.75),
+    "fractional": _yarn(truncate=False),
+    "no-mscale": _yarn(mscale=None, mscale_all_dim=None),
+    "transformers-ratio": _yarn(mscale_all_dim=0.5, attention_factor_rule="transformers"),
+    "transformers-no-mscale": _yarn(mscale=None, mscale_all_dim=0.5, attention_factor_rule="transformers"),
+    "always-within": _yarn(),
+    "beyond-within": _yarn(applies="beyond_original"),
+    "beyond-at": _yarn(applies="beyond_original"),
+    "beyond-above": _yarn(applies="beyond_original"),
 }
 """YaRN scalings by the name a case holds. "ratio" and "cos-sin-only" put a factor on cos and sin; the correction range of
-"empty-range" has no width, so that its ramp is that of the guard."""
+"empty-range" has no width, so that its ramp is that of the guard. The later ones state, or leave out, one option each."""
 
-LONGROPE = {"none": None, "short": 4096, "long": 131072}
-"""The max_position_embeddings that put the short or the long factors into effect, by the name a case holds."""
+CONTEXTS = {"always-within": 128, "beyond-within": 128, "beyond-at": 256, "beyond-above": 257}
+"""The max_position_embeddings of a scaling that states it: below, at or above its original context of 256."""
+
+LONGROPE = {"none": None, "short": 4096, "long": 131072, "within": 2048, "above": 4097, "attention-factor": 8192}
+"""The max_position_embeddings that put the short or the long factors into effect, by the name a case holds: those within and
+at the original context of 4096 the short ones. "attention-factor" states its factor on cos and sin."""
 
 
 def longrope_factors(dim: int) -> dict[str, Any]:
@@ -64,8 +83,12 @@ def make_rope(*, dim: int, layout: str, theta: float, yarn: str, longrope: str =
         yarn=YARN[yarn],
         longrope=None
         if context is None
-        else LongRopeScaling(original_max_position_embeddings=4096, **longrope_factors(dim)),
-        max_position_embeddings=context,
+        else LongRopeScaling(
+            original_max_position_embeddings=4096,
+            attention_factor=1.25 if longrope == "attention-factor" else None,
+            **longrope_factors(dim),
+        ),
+        max_position_embeddings=CONTEXTS.get(yarn, context),
     )
 
 

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mla_spec.reference.cache_layout import LAYOUTS
 
+YARN_OPTIONS = ("attention_factor", "softmax_mscale", "truncate", "applies")
+
 BACKWARD = ("prefill", "sparse_prefill", "layer")
+
+
+SIZES: dict[str, tuple[str, ...]] = {
+    "dequantize_weight": ("weight_block_sizes",),
+    "prefill": ("num_heads", "prefill_dims"),
+    "decode": ("num_heads", "latent_dims", "page_sizes"),
+    "merge": ("num_heads",),
+    "write_cache": ("latent_dims", "page_sizes"),
+    "quantize_cache": ("page_sizes",),
+    "dequantize_cache": ("page_sizes",),
+    "decode_quantized": ("num_heads", "page_sizes"),
+    "sparse_prefill": ("num_heads", "latent_dims"),
+    "sparse_decode": ("num_heads", "latent_dims", "page_sizes"),
+    "project_indexer": ("indexer_dims",),
+    "indexer": ("indexer_dims", "indexer_top_k"),
+}
+"""By operation, the fields of ``Supports`` that say how large its arguments and outputs may be."""
 
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -49,6 +69,8 @@ class Supports:
         rope_layouts: pair layouts, of "interleaved" and "half".
         rope_optional: whether a layer may have no rotary embedding (NoPE).
         yarn: whether YaRN is implemented.
+        yarn_options: what of a ``YarnScaling`` is honored where a configuration states it, of "attention_factor",
+            "softmax_mscale", "truncate" and "applies".
         yarn_mscale_rule: whether only "equal" mscale and mscale_all_dim are implemented, or "any".
         longrope: whether LongRoPE is implemented.
         mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors.
@@ -91,6 +113,7 @@ class Supports:
     rope_layouts: tuple[str, ...] = ("interleaved", "half")
     rope_optional: bool = True
     yarn: bool = True
+    yarn_options: tuple[str, ...] = YARN_OPTIONS
     yarn_mscale_rule: Literal["any", "equal"] = "any"
     longrope: bool = True
     mla_scale_lora: bool = True
@@ -108,11 +131,21 @@ class Supports:
         _require_known("indexer_rope_layouts", self.indexer_rope_layouts, ("interleaved", "half"))
         _require_known("empty_row", (self.empty_row,), ("zero/-inf", "zero/+inf", "unsupported"))
         _require_known("indexer_ties", (self.indexer_ties,), ("smaller index", "any"))
+        _require_known("yarn_options", self.yarn_options, YARN_OPTIONS)
         _require_known("yarn_mscale_rule", (self.yarn_mscale_rule,), ("any", "equal"))
 
     def may_differentiate(self, operation: str) -> bool:
         """Whether autograd differentiates ``operation``, or might."""
         return self.backward is None or operation in self.backward
+
+    def nothing_to_judge(self, operations: Iterable[str]) -> str:
+        """Why every output of one of ``operations`` is empty, whatever the case, or ""."""
+        for name in operations:
+            for field in SIZES.get(name, ()):
+                values = getattr(self, field)
+                if values is not None and not any(_size(field, value) for value in values):
+                    return f"{field}={values!r} leaves outputs without an element"
+        return ""
 
     def restrictions(self) -> str:
         """The fields that differ from the default, in one line; empty when nothing is restricted."""
@@ -123,6 +156,13 @@ class Supports:
             if getattr(self, f.name) not in (getattr(default, f.name), everything.get(f.name))
         ]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
+
+
+def _size(field: str, value: int | tuple[int, int]) -> int:
+    """A size that is 0 where outputs have no element. A cached row need not have rope dims."""
+    if isinstance(value, int):
+        return value
+    return value[0] if field == "latent_dims" else min(value)
 
 
 def _require_known(field: str, values: tuple[Any, ...], known: tuple[Any, ...]) -> None:

@@ -11,6 +11,7 @@ from mla_spec.properties.strategies.prefill import prefill_cases
 from mla_spec.properties.strategies.project_indexer import project_indexer_cases
 from mla_spec.properties.strategies.quantised_cache import pages_cases, quantise_cases, quantised_decode_cases
 from mla_spec.properties.strategies.rope import rope_cases
+from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.properties.strategies.sparse import sparse_decode_cases, sparse_prefill_cases
 from mla_spec.properties.strategies.write_cache import write_cases
 
@@ -19,7 +20,7 @@ STRATEGIES: dict[str, CaseSource] = {
     "absorb": decode_cases,
     "dequantize_weight": weight_cases,
     "prefill": prefill_cases,
-    "decode": decode_cases,
+    "decode": narrowed(decode_cases, shared=True),
     "merge": merge_cases,
     "write_cache": write_cases,
     "quantize_cache": quantise_cases,

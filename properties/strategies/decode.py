@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
@@ -14,21 +17,71 @@ from mla_spec.properties.strategies.sizes import (
     MANY_SEQUENCES,
     PAGE_SIZES,
     SEEDS,
+    among,
+    between,
+    choice,
     cycled,
     judgeable_stds,
     large_size,
+    near,
+    several,
     supported,
 )
 from mla_spec.subjects.supports import Supports
 
-DECODE_SIZES = ("heads", "batch", "keys", "queries")
+DECODE_SIZES = ("heads", "batch", "keys", "queries", "published")
 
 
-DECODE_REGIMES = ("typical", "outlier", "ties", "offset", "sink", "cancelling", "negative")
+DECODE_REGIMES = ("typical", "outlier", "ties", "offset", "sink", "cancelling", "negative", "sunken")
+
+PUBLISHED_HEADS = (16, 128)
+"""Of DeepSeek-V3 with and without tensor parallelism."""
+
+ELEMENTS = 400_000
+"""Of the cache of a case, about; sequences share pages where they would need more."""
 
 
-@st.composite
-def decode_cases(
+@cache
+def _with_rope(dims: tuple[tuple[int, int], ...], least: int) -> tuple[tuple[int, int], ...]:
+    return tuple(pair for pair in dims if pair[1] >= least)
+
+
+def latent_dims(draw: DrawFn, supports: Supports, min_rope: int, *, published: bool) -> tuple[int, int]:
+    """Widths (c, r) of a cached row."""
+    if supports.latent_dims is not None:
+        chosen: tuple[int, int] = draw(choice(*_with_rope(supports.latent_dims, min_rope)))
+        return chosen
+    if published:
+        return 512, 64
+    return draw(among(1, 24, 32, 48, 512)), 2 * draw(among(min_rope // 2, 6, 8, 32))
+
+
+def _length(draw: DrawFn, shortest: int, page_size: int, s: int) -> int:
+    """A short length, or one near a boundary of pages or of tiles of 16 keys."""
+    where = draw(choice("short", "pages", "tiles"))
+    length: int
+    if where == "short":
+        length = draw(between(shortest, max(shortest, 40)))
+    elif where == "pages":
+        length = near(draw, page_size, 0, 3 if page_size < 32 else 1)
+    else:
+        length = near(draw, 16, 1, 4, above=max(1, s - 1))
+    return max(shortest, length)
+
+
+@cache
+def _batches(page: int, *, shared: bool) -> tuple[int, ...]:
+    """How many sequences there may be where pages have so many elements, and each sequence one of its own unless ``shared``."""
+    return tuple(n for n in MANY_SEQUENCES if shared or n * page <= ELEMENTS) or MANY_SEQUENCES[:1]
+
+
+def _shared_pages(batch: int, longest: int, page_size: int, width: int) -> int:
+    """How many pages sequences share; 0 where each has its own."""
+    pages = -(-longest // page_size)
+    return 0 if batch * pages * page_size * width <= ELEMENTS else max(pages, ELEMENTS // (page_size * width))
+
+
+def draw_decode(
     draw: DrawFn,
     supports: Supports,
     profile: Profile,
@@ -42,56 +95,55 @@ def decode_cases(
     regimes: tuple[str, ...] = DECODE_REGIMES,
     logit_stds: tuple[float, ...] = LOGIT_STDS,
     sizes: tuple[str, ...] = DECODE_SIZES,
+    shared: bool = False,
 ) -> DecodeCase:
     """Ragged batches over shuffled pages; lengths around boundaries of pages and of tiles of 16 keys.
 
-    A quarter of the cases has many heads, sequences or queries, or one sequence of some hundred keys; ``sizes`` says which may be.
-    Keywords narrow what is drawn, for laws that need, say, two queries. Where the subject has no rule for rows without
+    A quarter of the cases has many heads, sequences or queries, or one sequence of some hundred keys, and an eighth all the
+    sizes of DeepSeek-V3; ``sizes`` says which may be. Keywords narrow what is drawn, for laws that need, say, two queries.
+    ``shared``: many sequences may share pages, else there are fewer of them. Where the subject has no rule for rows without
     keys, none occur.
     """
     size = large_size(draw, sizes)
-    page_size = draw(st.sampled_from(supports.page_sizes or PAGE_SIZES))
+    published = size == "published"
+    page_size = draw(choice(*supports.page_sizes or ((64,) if published else PAGE_SIZES)))
     most = min(max_s, supports.max_s or max_s)
-    s = draw(st.integers(5, 8) if size == "queries" and most == 8 else st.integers(min_s, max(min_s, min(most, 4))))
-    is_causal = draw(st.sampled_from([c for c in supports.causal if causal is None or c == causal]))
+    s = draw(between(5, 8) if size == "queries" and most == 8 else between(min_s, max(min_s, min(most, 4))))
+    is_causal = draw(choice(*(c for c in supports.causal if causal is None or c == causal)))
     shortest = min_length
     if supports.empty_row == "unsupported":
         shortest = max(shortest, s if is_causal else 1)
-    around_pages = st.builds(
-        lambda pages, off: max(shortest, pages * page_size + off),
-        st.integers(0, 3 if page_size < 32 else 1),
-        st.integers(-1, 1),
-    )
-    around_tiles = st.builds(
-        lambda tiles, off: max(shortest, 16 * tiles + off), st.integers(1, 4), st.integers(-1, max(1, s - 1))
-    )
-    lengths = st.integers(shortest, max(shortest, 40)) | around_pages | around_tiles
-    if supports.latent_dims is not None:
-        c, r = draw(st.sampled_from([dims for dims in supports.latent_dims if dims[1] >= min_rope]))
-    else:
-        c = draw(st.integers(1, 24) | st.sampled_from((32, 48, 512)))
-        r = 2 * draw(st.integers(min_rope // 2, 6) | st.sampled_from((8, 32)))
-    regime = draw(st.sampled_from(supported(regimes, supports)))
-    stds = [std for std in judgeable_stds(logit_stds, profile, c + r) if std <= 4 or regime != "cancelling"]
-    seqlens = draw(st.lists(lengths, min_size=min_batch, max_size=max(min_batch, 4)))
+    c, r = latent_dims(draw, supports, min_rope, published=published)
+    regime = draw(choice(*supported(regimes, supports)))
+    stds = judgeable_stds(logit_stds, profile, c + r)
+    if regime == "cancelling":
+        stds = tuple(std for std in stds if std <= 4)
+    seqlens = several(draw, lambda: _length(draw, shortest, page_size, s), min_batch, max(min_batch, 4))
     if size == "batch":
-        few = draw(st.lists(st.integers(shortest, shortest + 8), min_size=5, max_size=5))
-        counts = [n for n in MANY_SEQUENCES if n * page_size <= 1200]  # a sequence has a page at least
-        seqlens = cycled(few, draw(st.sampled_from(counts)))
+        few = [draw(between(shortest, shortest + 8)) for _ in range(5)]
+        seqlens = cycled(few, draw(choice(*_batches(page_size * (c + r), shared=shared))))
     elif size == "keys":
-        seqlens[draw(st.integers(0, len(seqlens) - 1))] = draw(st.sampled_from((129, 192, 200, 255, 256, 257)))
+        seqlens[draw(between(0, len(seqlens) - 1))] = draw(choice(129, 192, 200, 255, 256, 257))
+    heads = PUBLISHED_HEADS if published else MANY_HEADS if size == "heads" else HEADS
     return DecodeCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
         seqlens=tuple(seqlens),
         s=s,
-        num_heads=draw(st.sampled_from(supports.num_heads or (MANY_HEADS if size == "heads" else HEADS))),
+        num_heads=draw(choice(*supports.num_heads or heads)),
         kv_lora_rank=c,
         qk_rope_head_dim=r,
         page_size=page_size,
         causal=is_causal,
-        logit_std=draw(st.sampled_from(stds)),
+        logit_std=draw(choice(*stds)),
         regime=regime,
-        qk_nope_head_dim=draw(st.integers(1, 8)),
-        v_head_dim=draw(st.integers(1, 8)),
+        qk_nope_head_dim=draw(between(1, 8)),
+        v_head_dim=draw(between(1, 8)),
+        shared_pages=_shared_pages(len(seqlens), max(seqlens), page_size, c + r) if shared else 0,
     )
+
+
+@st.composite
+def decode_cases(draw: DrawFn, /, supports: Supports, profile: Profile, **keywords: Any) -> DecodeCase:
+    """What ``draw_decode`` draws."""
+    return draw_decode(draw, supports, profile, **keywords)

@@ -13,8 +13,8 @@ from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.gradients import PrefillBackwardCase, SparseBackwardCase
-from mla_spec.properties.strategies.sizes import SEEDS, large_size, supported
-from mla_spec.properties.strategies.sparse import sparse_prefill_cases
+from mla_spec.properties.strategies.sizes import SEEDS, between, choice, large_size, several, supported
+from mla_spec.properties.strategies.sparse import draw_sparse_prefill
 from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
 
@@ -32,8 +32,7 @@ def judgeable_regimes(supports: Supports, profile: Profile, width: int) -> tuple
     return regimes
 
 
-@st.composite
-def prefill_backward_cases(
+def draw_prefill_backward(
     draw: DrawFn,
     supports: Supports,
     profile: Profile,
@@ -47,27 +46,30 @@ def prefill_backward_cases(
 
     In formats of more than 16 bits a quarter of the cases has one sequence of many queries or keys.
     """
-    is_causal = draw(st.sampled_from([c for c in supports.causal if causal is None or c == causal]))
-    queries = draw(st.lists(st.integers(min_queries, 6), min_size=min_batch, max_size=3).filter(any))
-    past = st.integers(-3, 12) if supports.empty_row != "unsupported" else st.integers(0, 12)
+    is_causal = draw(choice(*(c for c in supports.causal if causal is None or c == causal)))
+    queries = several(draw, lambda: draw(between(min_queries, 6)), min_batch, 3)
+    if not any(queries):
+        queries[-1] = 1
+    past = between(-3 if supports.empty_row != "unsupported" else 0, 12)
     keys = [max(0, n + draw(past)) for n in queries]
     longest = queries.index(max(queries))
     size = large_size(draw, ("queries", "keys") if format_of(profile.dtype).bits > 16 else ())
     if size == "queries":
-        queries[longest] = draw(st.sampled_from((17, 33, 66)))
-    keys[longest] = queries[longest] + draw(st.sampled_from((64, 70)) if size == "keys" else st.integers(2, 12))
+        queries[longest] = draw(choice(17, 33, 66))
+    keys[longest] = queries[longest] + draw(choice(64, 70) if size == "keys" else between(2, 12))
     if few_keys:
-        empty = [(draw(st.integers(1, 4)), 0)] if supports.empty_row != "unsupported" else []
-        for pair in (*empty, (0, draw(st.integers(1, 4)))):
-            at = draw(st.integers(0, len(queries)))
+        empty = [(draw(between(1, 4)), 0)] if supports.empty_row != "unsupported" else []
+        for pair in (*empty, (0, draw(between(1, 4)))):
+            at = draw(between(0, len(queries)))
             queries[at:at], keys[at:at] = [pair[0]], [pair[1]]
-    d, v = draw(
-        st.sampled_from(supports.prefill_dims)
-        if supports.prefill_dims is not None
-        else st.tuples(st.integers(1, 24), st.integers(1, 16)) | st.sampled_from([(192, 128), (40, 40), (24, 48)])
-    )
-    heads = draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4, 8, 20)))
-    regime = draw(st.sampled_from(judgeable_regimes(supports, profile, max(d, v))))
+    if supports.prefill_dims is not None:
+        d, v = draw(choice(*supports.prefill_dims))
+    elif draw(between(0, 1)):
+        d, v = draw(choice((192, 128), (40, 40), (24, 48)))
+    else:
+        d, v = draw(between(1, 24)), draw(between(1, 16))
+    heads = draw(choice(*supports.num_heads or (1, 2, 3, 4, 8, 20)))
+    regime = draw(choice(*judgeable_regimes(supports, profile, max(d, v))))
     return PrefillBackwardCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
@@ -77,9 +79,17 @@ def prefill_backward_cases(
         qk_head_dim=d,
         v_head_dim=v,
         causal=is_causal,
-        logit_std=draw(st.sampled_from(_stds(regime, profile, heads * max(queries)))),
+        logit_std=draw(choice(*_stds(regime, profile, heads * max(queries)))),
         regime=regime,
     )
+
+
+@st.composite
+def prefill_backward_cases(
+    draw: DrawFn, /, supports: Supports, profile: Profile, **keywords: Any
+) -> PrefillBackwardCase:
+    """What ``draw_prefill_backward`` draws."""
+    return draw_prefill_backward(draw, supports, profile, **keywords)
 
 
 def _stds(regime: str, profile: Profile, rows: int) -> tuple[float, ...]:
@@ -93,20 +103,20 @@ def _stds(regime: str, profile: Profile, rows: int) -> tuple[float, ...]:
 def exact_backward_cases(draw: DrawFn, supports: Supports, profile: Profile) -> PrefillBackwardCase:
     """Sequences with 2^n keys that all queries see: without the causal mask, or with one query.
 
-    Where P may be rounded to 16 bits, and out with it by as much as dP differs from D, as ``prefill_backward_cases``.
+    Where P may be rounded to 16 bits, and out with it by as much as dP differs from D, as ``draw_prefill_backward``.
     """
     if format_of(profile.probabilities).bits <= 16:
-        return draw(prefill_backward_cases(supports, profile))
-    is_causal = draw(st.sampled_from(supports.causal))
-    queries = draw(st.lists(st.integers(1, 1 if is_causal else 4), min_size=1, max_size=3))
+        return draw_prefill_backward(draw, supports, profile)
+    is_causal = draw(choice(*supports.causal))
+    queries = several(draw, lambda: draw(between(1, 1 if is_causal else 4)), 1, 3)
     dims = supports.prefill_dims or tuple((d, v) for d in (2, 8, 12) for v in (3, 4, 7))
-    d, v = draw(st.sampled_from(dims))
+    d, v = draw(choice(*dims))
     return PrefillBackwardCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
         seqlens_q=tuple(queries),
-        seqlens_k=tuple(draw(st.sampled_from((8, 16, 32))) for _ in queries),
-        num_heads=draw(st.sampled_from(supports.num_heads or (1, 2, 3))),
+        seqlens_k=tuple(draw(choice(8, 16, 32)) for _ in queries),
+        num_heads=draw(choice(*supports.num_heads or (1, 2, 3))),
         qk_head_dim=d,
         v_head_dim=v,
         causal=is_causal,
@@ -116,18 +126,18 @@ def exact_backward_cases(draw: DrawFn, supports: Supports, profile: Profile) -> 
 
 @st.composite
 def sparse_backward_cases(draw: DrawFn, /, supports: Supports, profile: Profile, **keywords: Any) -> SparseBackwardCase:
-    """As ``sparse_prefill_cases`` but of moderate size, for the dense sums; few occurrences of each key in 16 bits."""
-    case = draw(sparse_prefill_cases(supports, profile, **{"min_queries": 2, "min_topk": 4} | keywords))
+    """As ``draw_sparse_prefill`` but of moderate size, for the dense sums; few occurrences of each key in 16 bits."""
+    case = draw_sparse_prefill(draw, supports, profile, **{"min_queries": 2, "min_topk": 4} | keywords)
     c = case.kv_lora_rank if supports.latent_dims is not None else min(case.kv_lora_rank, 128)
     narrow = format_of(profile.dtype).bits <= 16
     regimes = ("aligned",) if narrow or c > 24 else judgeable_regimes(supports, profile, c)
-    regime = draw(st.sampled_from(regimes))
+    regime = draw(choice(*regimes))
     changes = {
         "s_q": min(case.s_q, 3) if c > 24 else case.s_q,
         "num_heads": case.num_heads if supports.num_heads is not None else min(case.num_heads, 4),
         "kv_lora_rank": c,
         "regime": regime,
-        "logit_std": draw(st.sampled_from(_stds(regime, profile, 1))),
+        "logit_std": draw(choice(*_stds(regime, profile, 1))),
         "s_kv": max(case.s_kv, 2 * case.topk if narrow else 4),
     }
     return SparseBackwardCase(**vars(case) | changes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
@@ -10,15 +12,18 @@ from mla_spec.operations.indexer import IndexedAttentionCase, IndexerCase
 from mla_spec.properties.strategies.sizes import (
     LOGIT_STDS,
     SEEDS,
+    among,
+    between,
+    choice,
     cycled,
     judgeable_stds,
     large_size,
+    several,
 )
 from mla_spec.subjects.supports import Supports
 
 
-@st.composite
-def indexer_cases(
+def draw_indexer(
     draw: DrawFn,
     supports: Supports,
     profile: Profile,
@@ -35,29 +40,30 @@ def indexer_cases(
     """
     shape = supports.indexer_dims
     size = large_size(draw, ("heads", "batch", "queries", "keys"))
-    regime = draw(st.sampled_from(regimes))
+    regime = draw(choice(*regimes))
     largest = 8 if regime == "integers" else 24  # products of "integers" stay below 2^8
     many = size == "heads" and regime != "integers"
-    free = st.tuples(
-        st.sampled_from((16, 64)) if many else st.integers(1, 8),
-        st.integers(min_head_dim, max(min_head_dim, largest)) | st.just(128 if largest > 8 else 8),
-    )
-    h, d = draw(st.sampled_from(shape) if shape is not None else free)
-    count = draw(st.integers(min_batch, 4))
+    if shape is not None:
+        h, d = draw(choice(*shape))
+    else:
+        h = draw(choice(16, 64) if many else between(1, 8))
+        d = draw(among(min_head_dim, max(min_head_dim, largest), 128 if largest > 8 else 8))
     least = -2 if min_past is None else min_past
-    queries = draw(st.lists(st.integers(min_queries, 6), min_size=count, max_size=count).filter(any))
+    queries = several(draw, lambda: draw(between(min_queries, 6)), min_batch, 4)
     if size == "batch":
-        few = draw(st.lists(st.integers(min_queries, 3), min_size=5, max_size=5).filter(any))
-        queries = cycled(few, draw(st.sampled_from((9, 17))))
+        few = [draw(between(min_queries, 3)) for _ in range(5)]
+        queries = cycled(few, draw(choice(9, 17)))
     elif size == "queries":
-        queries[0] = draw(st.sampled_from((17, 33, 65)))
-    past = draw(st.lists(st.integers(least, 12) | st.sampled_from((0, 16, 40)), min_size=7, max_size=7))
-    past = cycled(past, len(queries))
+        queries[0] = draw(choice(17, 33, 65))
+    if not any(queries):
+        queries[-1] = 1
+    past = cycled([draw(among(least, 12, 0, 16, 40)) for _ in range(7)], len(queries))
     if size == "keys":
-        past[-1] = draw(st.sampled_from((64, 100, 129, 200)))
+        past[-1] = draw(choice(64, 100, 129, 200))
     keys = [max(0, n + more) for n, more in zip(queries, past, strict=True)]
-    top_k = st.sampled_from(supports.indexer_top_k or (1, 2, 3, 4, 8, 16, 64))
-    around = st.sampled_from(keys).map(lambda n: max(1, n))
+    top_k = draw(choice(*supports.indexer_top_k or (1, 2, 3, 4, 8, 16, 64)))
+    if supports.indexer_top_k is None and draw(between(0, 1)):
+        top_k = max(1, keys[draw(between(0, len(keys) - 1))])
     return IndexerCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
@@ -65,9 +71,15 @@ def indexer_cases(
         seqlens_k=tuple(keys),
         num_heads=h,
         head_dim=d,
-        top_k=draw(top_k if supports.indexer_top_k else top_k | around),
+        top_k=top_k,
         regime=regime,
     )
+
+
+@st.composite
+def indexer_cases(draw: DrawFn, /, supports: Supports, profile: Profile, **keywords: Any) -> IndexerCase:
+    """What ``draw_indexer`` draws."""
+    return draw_indexer(draw, supports, profile, **keywords)
 
 
 @st.composite
@@ -75,18 +87,20 @@ def indexed_attention_cases(
     draw: DrawFn, supports: Supports, profile: Profile, *, select_all: bool = False
 ) -> IndexedAttentionCase:
     """No sequence has fewer keys than queries; ``select_all``: top_k is not below the longest one's number of keys."""
-    indexer = draw(indexer_cases(supports, profile, min_past=0))
-    widths = st.tuples(st.integers(1, 24), st.integers(0, 4).map(lambda half: 2 * half))
-    c, r = draw(st.sampled_from(supports.latent_dims) if supports.latent_dims is not None else widths)
+    indexer = draw_indexer(draw, supports, profile, min_past=0)
+    if supports.latent_dims is not None:
+        c, r = draw(choice(*supports.latent_dims))
+    else:
+        c, r = draw(between(1, 24)), 2 * draw(between(0, 4))
     unit, least = supports.topk_multiple, max(indexer.seqlens_k) if select_all else 1
     if supports.indexer_top_k is None:
         top_k = -(-max(least, 1 if select_all else indexer.top_k) // unit) * unit
     else:
-        top_k = draw(st.sampled_from([k for k in supports.indexer_top_k if k >= least and k % unit == 0]))
+        top_k = draw(choice(*(k for k in supports.indexer_top_k if k >= least and k % unit == 0)))
     return IndexedAttentionCase(
         **vars(indexer) | {"top_k": top_k},
-        attention_heads=draw(st.sampled_from(supports.num_heads or (1, 2, 3, 4))),
+        attention_heads=draw(choice(*supports.num_heads or (1, 2, 3, 4))),
         kv_lora_rank=c,
         qk_rope_head_dim=r,
-        logit_std=draw(st.sampled_from(judgeable_stds(LOGIT_STDS, profile, c + r))),
+        logit_std=draw(choice(*judgeable_stds(LOGIT_STDS, profile, c + r))),
     )

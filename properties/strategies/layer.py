@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn, SearchStrategy
+from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.layer import LayerCase, layer_models
-from mla_spec.properties.strategies.rope import THETAS, layouts, scalings
-from mla_spec.properties.strategies.sizes import SEEDS, large_size
+from mla_spec.properties.strategies.rope import THETAS, layouts, scalings, supported_scalings
+from mla_spec.properties.strategies.sizes import FLAGS, SEEDS, between, choice, large_size
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.published import PublishedModel
 from mla_spec.subjects.supports import Supports
@@ -39,8 +40,7 @@ def _supported(model: PublishedModel, supports: Supports) -> bool:
     )
 
 
-@st.composite
-def layer_cases(
+def draw_layer(
     draw: DrawFn,
     supports: Supports,
     profile: Profile,
@@ -57,22 +57,21 @@ def layer_cases(
     narrow = format_of(profile.dtype).precision <= 11
     coarse = format_of(profile.dtype).precision <= 8
     names = supported_models(supports)
-    name = draw(st.just("none") | st.sampled_from(names)) if names else "none"
+    name = draw(choice(*names)) if names and draw(FLAGS) else "none"
     size = large_size(draw, ("batch", "prompt") if coarse else ("batch", "prompt", "prompt", "heads"))
-    heads = draw(st.sampled_from((5, 8)) if size == "heads" else st.integers(1, 2 if coarse else 4))
+    heads = draw(choice(5, 8) if size == "heads" else between(1, 2 if coarse else 4))
     largest = 6 if narrow else 16
     multiple = supports.layer_dim_multiple
-    q_lora_ranks: SearchStrategy[int | None] = st.integers(1, largest)
     if name == "none":
-        q_lora_ranks = st.none() | q_lora_ranks
-        rope_halves = st.integers(0 if supports.rope_optional else 1, 4)
+        compressed = draw(FLAGS)
+        rope_dim = 2 * draw(between(0 if supports.rope_optional else 1, 4))
     else:
         fields = layer_models()[name].fields
-        q_lora_ranks = st.none() if fields["q_lora_rank"] is None else q_lora_ranks
+        compressed = fields["q_lora_rank"] is not None
         # Fewer pairs may all lie where YaRN leaves frequencies as they are.
-        rope_halves = st.just(0) if fields["qk_rope_head_dim"] == 0 else st.integers(4, 6)
-    q_lora_rank, rope_dim = draw(q_lora_ranks), 2 * draw(rope_halves)
-    start = draw(_starts(name, narrow))
+        rope_dim = 0 if fields["qk_rope_head_dim"] == 0 else 2 * draw(between(4, 6))
+    q_lora_rank = draw(between(1, largest)) if compressed else None
+    start = draw(choice(*_starts(name, narrow)))
     # Angles in float32 are off by 1e-3 rad beyond 2^11 and by 0.03 rad in the farthest, times the size of the scores.
     gains: tuple[float, ...] = (1.0, 0.5, 2.0)
     if coarse or (start > 2**14 and profile.rope.angle != "float64"):
@@ -82,47 +81,94 @@ def layer_cases(
     return LayerCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
-        batch=draw(st.sampled_from((5, 9)) if size == "batch" else st.integers(1, 3)),
-        prompt=draw(st.sampled_from((16, 32, 64, 16, 17, 33, 65)) if size == "prompt" else st.integers(min_prompt, 9)),
-        steps=draw(st.integers(min_steps, max(min_steps, max_steps))),
-        hidden_size=heads * draw(st.integers(2, 4 if narrow else 12)),
+        batch=draw(choice(5, 9) if size == "batch" else between(1, 3)),
+        prompt=draw(choice(16, 32, 64, 16, 17, 33, 65) if size == "prompt" else between(min_prompt, 9)),
+        steps=draw(between(min_steps, max(min_steps, max_steps))),
+        hidden_size=heads * draw(between(2, 4 if narrow else 12)),
         num_heads=heads,
         q_lora_rank=q_lora_rank,
-        kv_lora_rank=multiple * draw(st.integers(-(-2 // multiple), largest // multiple)),
-        qk_nope_head_dim=multiple * draw(st.integers(1, max(1, largest // 2 // multiple))),
+        kv_lora_rank=multiple * draw(between(-(-2 // multiple), max(1, largest // multiple))),
+        qk_nope_head_dim=multiple * draw(between(1, max(1, largest // 2 // multiple))),
         qk_rope_head_dim=rope_dim,
-        v_head_dim=draw(st.integers(1, largest // 2)),
-        **(draw(layer_options(supports, q_lora_rank, rope_dim)) if name == "none" else {"model": name}),
+        v_head_dim=draw(between(1, largest // 2)),
+        **(layer_options(draw, supports, q_lora_rank, rope_dim) if name == "none" else {"model": name}),
         start=start,
         weights="aligned" if narrow else "dense",
-        gain=draw(st.sampled_from(gains)),
-        hidden_scale=draw(st.sampled_from((1.0, 2.0**-10))),
+        gain=draw(choice(*gains)),
+        hidden_scale=draw(choice(1.0, 2.0**-10)),
     )
 
 
 @st.composite
+def layer_cases(draw: DrawFn, /, supports: Supports, profile: Profile, **keywords: Any) -> LayerCase:
+    """What ``draw_layer`` draws."""
+    return draw_layer(draw, supports, profile, **keywords)
+
+
+def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
+    """Every published model once, every scaling once, and the widths of DeepSeek-V3's cache."""
+    narrow, coarse = (format_of(profile.dtype).precision <= bits for bits in (11, 8))
+    multiple = supports.layer_dim_multiple
+    base = LayerCase(
+        dtype=profile.dtype,
+        prompt=3,
+        steps=1,
+        hidden_size=5,
+        q_lora_rank=5,
+        kv_lora_rank=multiple * -(-5 // multiple),
+        qk_nope_head_dim=multiple * -(-3 // multiple),
+        qk_rope_head_dim=8,
+        v_head_dim=3,
+        layout=supports.rope_layouts[0],
+        latent_norm_eps=supports.latent_norm_eps or 1e-6,
+        weights="aligned" if narrow else "dense",
+        gain=0.0625 if coarse else 0.5,
+    )
+    cases = []
+    for i, name in enumerate(supported_models(supports)):
+        fields, starts = layer_models()[name].fields, _starts(name, narrow)
+        start = starts[i % len(starts)]
+        far = start > 2**11 and profile.rope.angle != "float64"
+        case = replace(base, model=name, seed=i, start=start, gain=0.0625 if far else base.gain)
+        if fields["q_lora_rank"] is None:
+            case = replace(case, q_lora_rank=None)
+        cases.append(case if fields["qk_rope_head_dim"] else replace(case, qk_rope_head_dim=0))
+    cases += [replace(base, seed=i, start=250, **scaling) for i, scaling in enumerate(supported_scalings(supports))]
+    return [*cases, replace(base, kv_lora_rank=512, qk_rope_head_dim=64, num_heads=2, hidden_size=6)]
+
+
+def long_layers(supports: Supports, profile: Profile) -> list[LayerCase]:
+    """More than 4096 tokens: in formats of 16 bits in the widths of DeepSeek-V3's cache, else in narrow rows."""
+    case = every_option(supports, profile)[-1]
+    if format_of(profile.dtype).bits > 16:
+        case = replace(case, kv_lora_rank=case.qk_nope_head_dim, qk_rope_head_dim=8)
+    # aligned weights have a mean, so that outputs over many tokens do not average out to 0
+    case = replace(case, num_heads=1, hidden_size=5, gain=0.0625, q_lora_rank=None, weights="aligned")
+    return [replace(case, prompt=4161, steps=3)]
+
+
 def layer_options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rope_dim: int) -> dict[str, Any]:
     """Options that a layer of no published model has."""
     layout = "none"
     if rope_dim:
-        without = st.sampled_from(("none", *("rotary",) * 4)) if supports.rope_optional else st.just("rotary")
-        layout = "none" if draw(without) == "none" else draw(layouts(supports))
-    scaled = st.booleans() if supports.mla_scale_lora else st.just(False)
+        rotary = not supports.rope_optional or draw(between(0, 4)) > 0
+        layout = draw(layouts(supports)) if rotary else "none"
+    scaled = FLAGS if supports.mla_scale_lora else choice(False)
     return {
         "layout": layout,
-        "theta": draw(st.sampled_from(THETAS)),
+        "theta": draw(choice(*THETAS)),
         **(draw(scalings(supports)) if layout != "none" else {}),
-        "latent_norm_eps": supports.latent_norm_eps or draw(st.sampled_from((1e-6, 1e-5))),
+        "latent_norm_eps": supports.latent_norm_eps or draw(choice(1e-6, 1e-5)),
         "mla_scale_q_lora": q_lora_rank is not None and draw(scaled),
         "mla_scale_kv_lora": draw(scaled),
-        "llama_4_scaling": supports.llama_4_scaling and draw(st.booleans()),
+        "llama_4_scaling": supports.llama_4_scaling and draw(FLAGS),
     }
 
 
-def _starts(model: str, narrow: bool) -> SearchStrategy[int]:
+def _starts(model: str, narrow: bool) -> tuple[int, ...]:
     """First positions; those of a model with a temperature reach the first position that has one."""
     scaling = None if model == "none" else layer_models()[model].fields.get("llama_4_scaling")
     if scaling is not None:
         original = scaling["original_max_position_embeddings"]
-        return st.sampled_from((original - 2, original, 4 * original - 2, 0))
-    return st.sampled_from((0, 1, 60)) if narrow else st.sampled_from((0, 0, 1, 60, 4090))
+        return original - 2, original, 4 * original - 2, 0
+    return (0, 1, 60) if narrow else (0, 0, 1, 60, 4090)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn, SearchStrategy
+from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.layer import layer_models
 from mla_spec.operations.layer_gradients import LayerGradientCase
 from mla_spec.properties.strategies.layer import layer_options, supported_models
-from mla_spec.properties.strategies.sizes import SEEDS
+from mla_spec.properties.strategies.sizes import FLAGS, SEEDS, between, choice
 from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
 
@@ -24,38 +24,37 @@ def layer_gradient_cases(
     """
     narrow, coarse = (format_of(profile.dtype).precision <= bits for bits in (11, 8))
     names = supported_models(supports)
-    name = draw(st.just("none") | st.sampled_from(names)) if names else "none"
+    name = draw(choice(*names)) if names and draw(FLAGS) else "none"
     fields = {} if name == "none" else layer_models()[name].fields
-    heads, multiple = draw(st.integers(1, 2)), supports.layer_dim_multiple
-    q_lora_ranks: SearchStrategy[int | None] = st.integers(3, 5)
-    rope_halves = st.integers(0 if supports.rope_optional else 1, 3)
+    heads, multiple = draw(between(1, 2)), supports.layer_dim_multiple
     if name == "none":
-        q_lora_ranks = st.none() | q_lora_ranks
+        compressed = draw(FLAGS)
+        rope_dim = 2 * draw(between(0 if supports.rope_optional else 1, 3))
     else:
-        q_lora_ranks = st.none() if fields["q_lora_rank"] is None else q_lora_ranks
-        rope_halves = st.just(0) if fields["qk_rope_head_dim"] == 0 else st.just(4)
-    q_lora_rank, rope_dim = draw(q_lora_ranks), 2 * draw(rope_halves)
+        compressed = fields["q_lora_rank"] is not None
+        rope_dim = 0 if fields["qk_rope_head_dim"] == 0 else 8
+    q_lora_rank = draw(between(3, 5)) if compressed else None
     temperature = fields.get("llama_4_scaling")
     starts = (0, 1, 62) if temperature is None else (temperature["original_max_position_embeddings"] - 2, 0)
-    start = draw(st.sampled_from(starts))
+    start = draw(choice(*starts))
     aligned = narrow or (start > 2**12 and profile.rope.angle != "float64")
     return LayerGradientCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
-        batch=draw(st.integers(min_batch, max(min_batch, 1 if coarse else 2))),
-        prompt=draw(st.integers(2, 3) if aligned else st.integers(3, 4)),
-        hidden_size=heads * draw(st.integers(2, 4)) + (heads == 1),
+        batch=draw(between(min_batch, max(min_batch, 1 if coarse else 2))),
+        prompt=draw(between(2, 3) if aligned else between(3, 4)),
+        hidden_size=heads * draw(between(2, 4)) + (heads == 1),
         num_heads=heads,
         q_lora_rank=q_lora_rank,
-        kv_lora_rank=multiple * draw(st.integers(-(-3 // multiple), 5 // multiple)),
-        qk_nope_head_dim=multiple * draw(st.integers(1, max(1, 3 // multiple))),
+        kv_lora_rank=multiple * draw(between(-(-3 // multiple), max(1, 5 // multiple))),
+        qk_nope_head_dim=multiple * draw(between(1, max(1, 3 // multiple))),
         qk_rope_head_dim=rope_dim,
-        v_head_dim=draw(st.integers(2, 3)),
-        **(draw(layer_options(supports, q_lora_rank, rope_dim)) if name == "none" else {"model": name}),
+        v_head_dim=draw(between(2, 3)),
+        **(layer_options(draw, supports, q_lora_rank, rope_dim) if name == "none" else {"model": name}),
         start=start,
         weights="aligned" if aligned else "dense",
         gain=0.125 if coarse else 0.5,
-        hidden_scale=1.0 if aligned else draw(st.sampled_from((1.0, 2.0**-10))),
+        hidden_scale=1.0 if aligned else draw(choice(1.0, 2.0**-10)),
     )
 
 

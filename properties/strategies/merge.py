@@ -7,7 +7,16 @@ from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.merge import MergeCase
-from mla_spec.properties.strategies.sizes import HEADS, MANY_HEADS, MANY_SEQUENCES, SEEDS, large_size
+from mla_spec.properties.strategies.sizes import (
+    HEADS,
+    MANY_HEADS,
+    MANY_SEQUENCES,
+    SEEDS,
+    among,
+    between,
+    choice,
+    large_size,
+)
 from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
 
@@ -30,22 +39,21 @@ def merge_cases(
     ``min_empty`` is the least share of rows without keys; none occur where the subject has no rule for them.
     """
     u = format_of(profile.softmax).unit_roundoff
-    mean = draw(st.sampled_from([m for m in lse_means if abs(m) * u <= LSE_MEANS[-1] * 2.0**-24]))
-    many = st.integers(min_parts, 6) | st.sampled_from((8, 17, 33))
+    mean = draw(choice(*(m for m in lse_means if abs(m) * u <= LSE_MEANS[-1] * 2.0**-24)))
+    many = among(min_parts, 6, 8, 17, 33)
     size = large_size(draw, ("parts", "heads", "queries", "batch"))
     if size == "parts":
-        many = st.sampled_from((65, 129, 160))
-    widths = st.integers(1, 24) | st.sampled_from((128, 512))
+        many = choice(65, 129, 160)
     empties = [share for share in (0.0, 0.3, 0.7, 1.0) if share >= min_empty]
     return MergeCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
-        parts=draw(st.integers(min_parts, supports.max_parts) if supports.max_parts else many),
-        batch=draw(st.sampled_from(MANY_SEQUENCES) if size == "batch" else st.integers(0, 3)),
-        s=draw(st.sampled_from((9, 33, 65)) if size == "queries" else st.integers(1, 5)),
-        num_heads=draw(st.sampled_from(supports.num_heads or (MANY_HEADS if size == "heads" else HEADS))),
-        head_dim_v=draw(widths if size == "" else st.integers(1, 8)),
+        parts=draw(between(min_parts, supports.max_parts) if supports.max_parts else many),
+        batch=draw(choice(*MANY_SEQUENCES) if size == "batch" else between(0, 3)),
+        s=draw(choice(9, 33, 65) if size == "queries" else between(1, 5)),
+        num_heads=draw(choice(*supports.num_heads or (MANY_HEADS if size == "heads" else HEADS))),
+        head_dim_v=draw(among(1, 24, 128, 512) if size == "" else between(1, 8)),
         lse_mean=mean,
-        lse_std=draw(st.sampled_from((1.0, 4.0, 30.0, 0.01, 0.0, *([1000.0] if abs(mean) <= 200 else [])))),
-        empty=0.0 if supports.empty_row == "unsupported" else draw(st.sampled_from(empties)),
+        lse_std=draw(choice(1.0, 4.0, 30.0, 0.01, 0.0, *([1000.0] if abs(mean) <= 200 else []))),
+        empty=0.0 if supports.empty_row == "unsupported" else draw(choice(*empties)),
     )

@@ -2,51 +2,85 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.rope import LONGROPE, YARN, RopeCase
-from mla_spec.properties.strategies.sizes import MANY_HEADS, SEEDS, large_size
-from mla_spec.subjects.supports import Supports
+from mla_spec.properties.strategies.sizes import MANY_HEADS, SEEDS, among, between, choice, large_size
+from mla_spec.reference.config import YarnScaling
+from mla_spec.subjects.supports import YARN_OPTIONS, Supports
 
-THETAS = (10000.0, 50000.0, 1000000.0, 500.0)
+THETAS = (10000.0, 50000.0, 1000000.0, 500.0, 8e6, 8e7)
 
 
 def layouts(supports: Supports) -> SearchStrategy[str]:
     """Layouts of the rotated pairs."""
-    return st.sampled_from(supports.rope_layouts)
+    made: SearchStrategy[str] = choice(*supports.rope_layouts)
+    return made
 
 
-def scalings(supports: Supports) -> SearchStrategy[dict[str, str]]:
-    """The field of a case that names its YaRN or LongRoPE scaling, or none."""
-    yarns = list(YARN) if supports.yarn else ["none"]
-    if supports.yarn_mscale_rule == "equal":
-        yarns = [name for name in yarns if (y := YARN[name]) is None or y.mscale == y.mscale_all_dim]
-    longropes = [name for name in LONGROPE if name != "none"] if supports.longrope else []
-    return st.sampled_from([*({"yarn": name} for name in yarns), *({"longrope": name} for name in longropes)])
+def _supported(yarn: YarnScaling | None, supports: Supports) -> bool:
+    """Whether the subject has the scaling, as far as it states any."""
+    if yarn is None:
+        return True
+    plain = YarnScaling(factor=yarn.factor, original_max_position_embeddings=yarn.original_max_position_embeddings)
+    stated = [name for name in YARN_OPTIONS if getattr(yarn, name) != getattr(plain, name)]
+    rule = supports.yarn_mscale_rule == "any" or yarn.mscale == yarn.mscale_all_dim
+    return supports.yarn and rule and all(name in supports.yarn_options for name in stated)
+
+
+@cache
+def supported_scalings(supports: Supports) -> tuple[dict[str, Any], ...]:
+    """The field of a case that names its YaRN or LongRoPE scaling, for every one that the subject has, and for none."""
+    yarns = [{"yarn": name} for name, yarn in YARN.items() if _supported(yarn, supports)]
+    return (*yarns, *({"longrope": name} for name in LONGROPE if name != "none" and supports.longrope))
+
+
+@cache
+def scalings(supports: Supports) -> SearchStrategy[dict[str, Any]]:
+    """One of ``supported_scalings``."""
+    return st.sampled_from(supported_scalings(supports))
+
+
+def options(supports: Supports, profile: Profile) -> list[RopeCase]:
+    """Every scaling once in each layout, in few and many dims; the largest base of a published model."""
+    cases = []
+    for i, scaling in enumerate(supported_scalings(supports)):
+        for j, layout in enumerate(supports.rope_layouts):
+            dim = (16, 64, 8)[(i + j) % 3]
+            cases.append(
+                RopeCase(dtype=profile.dtype, s=3, heads=2, dim=dim, layout=layout, start=250, stride=5, **scaling)
+            )
+    return cases + [
+        RopeCase(dtype=profile.dtype, s=3, dim=dim, layout=supports.rope_layouts[0], theta=8e7, start=start, stride=17)
+        for dim, start in ((2, 60), (4, 4095), (24, 60), (64, 4095))
+    ]
 
 
 @st.composite
 def rope_cases(draw: DrawFn, supports: Supports, profile: Profile) -> RopeCase:
     """Vectors with and without a head axis, all layouts and scalings, positions up to 163,840."""
-    dim = 2 * draw(st.integers(1, 8) | st.just(32))
+    dim = 2 * draw(among(1, 8, 32))
     size = large_size(draw, ("heads", "tokens", "positions"))
-    starts = st.sampled_from((0, 1, 60, 63, 64, 1023, 4095, 4096)) | st.integers(0, 8192)
+    start = draw(among(0, 8192, 0, 1, 60, 63, 64, 1023, 4095, 4096))
     if size == "positions" and profile.rope.angle in ("float32", "float64"):
-        starts = st.sampled_from((16383, 32767, 65535, 131071, 163700))
-        dim = draw(st.sampled_from((16, 24, 64)))  # most pairs turn slowly: the angle of the first is off by 0.1 rad
+        start = draw(choice(16383, 32767, 65535, 131071, 163700))
+        dim = draw(choice(16, 24, 64))  # most pairs turn slowly: the angle of the first is off by 0.1 rad
     return RopeCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
-        batch=draw(st.integers(1, 3)),
-        s=draw(st.sampled_from((33, 65, 129)) if size == "tokens" else st.integers(1, 5)),
-        heads=draw(st.sampled_from(MANY_HEADS) if size == "heads" else st.integers(0, 3)),
+        batch=draw(between(1, 3)),
+        s=draw(choice(33, 65, 129) if size == "tokens" else between(1, 5)),
+        heads=draw(choice(*MANY_HEADS) if size == "heads" else between(0, 3)),
         dim=dim,
         layout=draw(layouts(supports)),
-        theta=draw(st.sampled_from(THETAS)),
+        theta=draw(choice(*THETAS)),
         **draw(scalings(supports)),
-        start=draw(starts),
-        stride=draw(st.sampled_from((1, 2, 17))),
-        shift=draw(st.integers(1, 4096)),
+        start=start,
+        stride=draw(choice(1, 2, 17)),
+        shift=draw(between(1, 4096)),
     )

@@ -1,14 +1,18 @@
-"""Sizes, seeds and spreads that the strategies of operations share.
+"""Sizes, seeds and spreads that the strategies of operations share, and strategies that are made once.
 
 Structure and seeds of a case are drawn; its values come from the seeded generator. Every strategy takes what the subject
 supports and its profile, so that it draws only what the subject can be given, and cases whose bound means something in that
 profile.
+
+To make a strategy takes Hypothesis longer than to draw from it. So ``choice``, ``between`` and ``among`` keep what they
+made, and what depends on earlier draws is chosen by a drawn number, not by a new union of strategies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
@@ -17,21 +21,64 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
 
-SEEDS = st.integers(0, 2**32 - 1)
-PAGE_SIZES = (1, 2, 3, 16, 64, 7, 128)
-HEADS = (1, 2, 3, 4, 5, 8, 16, 20)
-MANY_HEADS = (72, 128)
-"""More than a tile of 64, and in the first no whole number of tiles."""
+T = TypeVar("T")
 
-MANY_SEQUENCES = (9, 17, 33, 65)
+SEEDS = st.integers(0, 2**32 - 1)
+FLAGS = st.booleans()
+PAGE_SIZES = (1, 2, 3, 16, 64, 7, 128, 32, 256)
+HEADS = (1, 2, 3, 4, 5, 8, 16, 20)
+MANY_HEADS = (72, 128, 24, 32, 48, 64, 96, 112)
+"""More than a tile of 64, and in the first no whole number of tiles; and what tensor parallelism leaves of 128 or 96."""
+
+MANY_SEQUENCES = (9, 17, 33, 65, 128, 200)
 PREFILL_REGIMES = ("typical", "outlier", "ties", "negative")
 LOGIT_STDS = (1.0, 4.0, 0.1, 16.0, 64.0, 0.01, 256.0, 1e3, 1e4, 1e5)
 """The last puts whole rows of scores beyond -5e4, which some kernels use for -inf."""
 
 
+@lru_cache(4096, typed=True)  # 1 is not True
+def choice(*values: T) -> SearchStrategy[T]:
+    """One of ``values``."""
+    return st.sampled_from(values)
+
+
+@lru_cache(4096)
+def between(least: int, most: int) -> SearchStrategy[int]:
+    """An integer, ``most`` included."""
+    return st.integers(least, most)
+
+
+@lru_cache(4096)
+def among(least: int, most: int, *others: int) -> SearchStrategy[int]:
+    """In one of two draws an integer from ``least`` to ``most``, else one of ``others``."""
+    return between(least, most) | choice(*others)
+
+
+def several(draw: DrawFn, each: Callable[[], int], least: int, most: int) -> list[int]:
+    """From ``least`` to ``most`` integers."""
+    return [each() for _ in range(draw(between(least, most)))]
+
+
+def near(draw: DrawFn, unit: int, least: int, most: int, *, below: int = 1, above: int = 1) -> int:
+    """A multiple of ``unit``, from ``least`` to ``most`` of it, or up to ``below`` less or ``above`` more."""
+    return unit * draw(between(least, most)) + draw(between(-below, above))
+
+
+@cache
+def _large(sizes: tuple[str, ...]) -> SearchStrategy[str]:
+    others = tuple(size for size in sizes if size != "published")
+    eighth = ("published",) * ("published" in sizes)
+    count = max(1, len(others))
+    return choice(*("",) * (8 - 2 * bool(others) - len(eighth)) * count, *others * 2, *eighth * count)
+
+
 def large_size(draw: DrawFn, sizes: tuple[str, ...]) -> str:
-    """Which of a case's sizes is beyond the tiles, and the thresholds between kernels, that most have; "" in three of four."""
-    return draw(st.sampled_from(("",) * max(1, 3 * len(sizes)) + sizes))
+    """Which of a case's sizes is beyond the tiles, and the thresholds between kernels, that most have; "" in most draws.
+
+    In one of four draws it is one of ``sizes``, and, where they include it, in one of eight "published": all sizes are those of
+    a published model.
+    """
+    return draw(_large(sizes))
 
 
 def cycled(items: list[int], count: int) -> list[int]:
@@ -39,11 +86,13 @@ def cycled(items: list[int], count: int) -> list[int]:
     return [items[i % len(items)] for i in range(count)]
 
 
+@cache
 def supported(regimes: tuple[str, ...], supports: Supports) -> tuple[str, ...]:
     """Those of ``regimes`` that the subject can be given."""
     return tuple(regime for regime in regimes if supports.negative_scale or regime != "negative")
 
 
+@cache
 def judgeable_stds(logit_stds: tuple[float, ...], profile: Profile, head_dim: int) -> tuple[float, ...]:
     """Those that leave the scores an error below about 0.4, and so the bound a meaning."""
     rounding = profile.score_roundings * format_of(profile.score_format).unit_roundoff
@@ -60,4 +109,4 @@ def judgeable_stds(logit_stds: tuple[float, ...], profile: Profile, head_dim: in
 
 def narrowed(strategy: Callable[..., SearchStrategy[Any]], **keywords: Any) -> Callable[..., SearchStrategy[Any]]:
     """``strategy`` with keywords given, as ``law(cases=...)`` takes it."""
-    return lambda supports, profile: strategy(supports, profile, **keywords)
+    return lambda supports, profile, **more: strategy(supports, profile, **keywords, **more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ ROPES = {
     "plain": RopeConfig(dim=64),
     "plain, half": RopeConfig(dim=64, interleaved=False),
     "theta 5e5": RopeConfig(dim=64, theta=5e5),
+    "theta 8e7": RopeConfig(dim=64, theta=8e7),
     "YaRN": RopeConfig(dim=64, yarn=V3_YARN),
     "YaRN, half, with a factor": RopeConfig(
         dim=64, interleaved=False, yarn=replace(V3_YARN, mscale=1.0, mscale_all_dim=0.0)
@@ -140,6 +142,19 @@ def test_frequencies_in_float32_stay_within_the_bound(name: str) -> None:
     assert (error <= angle_error(np.array(1), rope, RopeProfile())).all()
 
 
+@pytest.mark.parametrize("dim", [2, 4, 24, 64, 192])
+def test_frequencies_as_exponentials_stay_within_the_bound(dim: int) -> None:
+    """exp(-ln(theta) · 2i/r) in float32, every step of it rounded; one rounding of the exponent would not cover it."""
+    rope = RopeConfig(dim=dim, theta=8e7)
+    pair, exact = np.arange(dim // 2, dtype=np.float32), rope_frequencies(rope)
+    exponent = -np.float32(math.log(8e7)) * (pair * np.float32(2) / np.float32(dim))
+    error = np.abs(np.exp(exponent).astype(float) - exact)
+    assert (error <= angle_error(np.array(1), rope, RopeProfile())).all()
+    if dim == 192:
+        once = 2.0**-24 * (math.log(8e7) * np.arange(dim // 2) * 2 / dim + 1) * exact
+        assert (error > once).any()
+
+
 @pytest.mark.parametrize("name", ROPES)
 def test_angles_at_their_largest_error_stay_within_the_bound(name: str) -> None:
     """Unit vectors turned too far: the bound is attained within a factor of two where the result moves fastest."""
@@ -200,7 +215,11 @@ def written_angle_error(position: int, pair: int, rope: RopeConfig, profile: Rop
     u, u_angle = UNIT_ROUNDOFF[profile.frequency], UNIT_ROUNDOFF[profile.angle]
     error = 0.0
     if frequency != 1:
-        error = u * (math.log(rope.theta) * 2 * pair / rope.dim + (8 if rope.longrope is None else 10)) * frequency
+        exponent = Fraction(2 * pair, rope.dim)
+        power_of_two = exponent.denominator & (exponent.denominator - 1) == 0
+        stored = power_of_two and exponent.numerator.bit_length() <= FORMATS[profile.frequency].precision
+        amplified = math.log(rope.theta) * 2 * pair / rope.dim * (2 if stored else 3)
+        error = u * (amplified + (8 if rope.longrope is None else 10)) * frequency
     if rope.yarn is not None:
         low, high = rope.yarn_correction_range()
         error += 4 * u * fast if low < pair < high else 0.0

@@ -1,0 +1,318 @@
+"""Fixed cases of the numbers that production has: sequences, heads, queries, pages, keys, tokens.
+
+Width and number can be tested apart. So rows are narrow where the subject leaves the choice, and one number at a time is that
+of a real load; where the subject declares wide rows, sequences share pages. Laws begin with these cases, whatever number of
+examples is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mla_spec.bounds.profile import Profile
+from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.indexer import IndexerCase
+from mla_spec.operations.merge import MergeCase
+from mla_spec.operations.prefill import PrefillCase
+from mla_spec.operations.quantised_cache import QuantisedDecodeCase, latent_formats
+from mla_spec.operations.rope import RopeCase
+from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
+from mla_spec.operations.write_cache import WriteCase
+from mla_spec.properties.strategies.sizes import cycled
+from mla_spec.reference.formats import format_of
+from mla_spec.subjects.supports import Supports
+
+FEW = (5, 37, 20, 1, 70)
+"""Lengths that come again and again in a large batch; none comes again after a power of two."""
+
+FEW_OF_LARGE_PAGES = (5, 300, 20, 1, 257)
+"""The same where pages have hundreds of tokens: nearly a whole one, and more than one."""
+
+ELEMENTS = 2**24
+"""Of the keys that all sequences of a case see, at most; beyond that exact laws take over, which need no reference."""
+
+LONG = (4161, 8193, 32769, 65606, 131142)
+"""Keys of a long sequence: just beyond a power of two, but for what no kernel's part divides."""
+
+
+def nearest(allowed: tuple[int, ...] | None, wanted: int) -> int:
+    """``wanted``, or the nearest that is allowed."""
+    return wanted if allowed is None else min(allowed, key=lambda n: abs(n - wanted))
+
+
+def latent_dims(supports: Supports) -> tuple[int, int]:
+    """The narrowest rows of a cache."""
+    return (6, 2) if supports.latent_dims is None else min(supports.latent_dims, key=sum)
+
+
+def prefill_dims(supports: Supports) -> tuple[int, int]:
+    """The narrowest rows of keys and values, V narrower than QK."""
+    return (6, 4) if supports.prefill_dims is None else min(supports.prefill_dims, key=sum)
+
+
+def placed(long: int, short: tuple[int, ...], place: int) -> tuple[int, ...]:
+    """A long sequence among short ones."""
+    return (*short[:place], long, *short[place:])
+
+
+def most_keys(profile: Profile) -> int:
+    """Keys of a sequence whose bound still says something.
+
+    Weights that are rounded after they are divided by their sum must be normal numbers, and rescaling by a rough exp in each
+    tile must not move out by more than a tenth.
+    """
+    most = float(LONG[-1])
+    if profile.row_sum == "normalised":
+        most = min(most, 1 / format_of(profile.probabilities).smallest_normal)
+    if profile.tile is not None:
+        most = min(most, 0.1 * profile.tile / (profile.exp_error * format_of(profile.softmax).unit_roundoff))
+    return int(most)
+
+
+DECODE_COUNTS = (
+    # sequences, queries, heads, page size
+    (96, 1, 24, 64),
+    (128, 2, 2, 64),
+    (256, 1, 3, 32),
+    (200, 1, 1, 256),
+    (3, 3, 32, 64),
+    (3, 5, 48, 32),
+    (2, 8, 128, 64),
+    (2, 6, 96, 256),
+    (3, 7, 112, 32),
+    (2, 8, 64, 16),
+)
+
+
+def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
+    """Many sequences, heads and queries, and pages of other sizes; one long sequence, at each place of a batch."""
+    c, r = latent_dims(supports)
+    shortest = supports.max_s or 8 if supports.empty_row == "unsupported" else 1
+
+    def case(seqlens: tuple[int, ...], s: int, heads: int, page_size: int, seed: int) -> DecodeCase:
+        page_size = nearest(supports.page_sizes, page_size)
+        pages = -(-max(seqlens) // page_size)
+        room = max(ELEMENTS // 8 // (page_size * (c + r)), 64)
+        return DecodeCase(
+            dtype=profile.dtype,
+            seed=seed,
+            seqlens=tuple(max(n, min(shortest, s)) for n in seqlens),
+            s=min(s, supports.max_s or s),
+            num_heads=nearest(supports.num_heads, heads),
+            kv_lora_rank=c,
+            qk_rope_head_dim=r,
+            page_size=page_size,
+            causal=supports.causal[seed % len(supports.causal)],
+            logit_std=1.0,
+            shared_pages=0 if pages * len(seqlens) <= room else room,
+        )
+
+    cases = [
+        case(tuple(cycled(list(FEW if page_size < 128 else FEW_OF_LARGE_PAGES), b)), s, heads, page_size, seed)
+        for seed, (b, s, heads, page_size) in enumerate(DECODE_COUNTS)
+    ]
+    for seed, (long, place) in enumerate(_places(3 * (c + r), most_keys(profile))):
+        cases.append(case(placed(long, (5, 70), place), 1 + seed % 2, 2, 1 if long > 2**16 else 64, seed))
+    return cases
+
+
+def _places(elements: int, most: int) -> Iterator[tuple[int, int]]:
+    """Long lengths at places 0 to 2 of a batch, where a key takes so many elements; each place, if they are not too long."""
+    for i, long in enumerate(n for n in LONG if n * elements <= ELEMENTS and n <= most):
+        yield from ((long, place) for place in (range(3) if long < 2**13 else (i % 3,)))
+
+
+PREFILL_COUNTS = (
+    # sequences, heads
+    (128, 2),
+    (2, 24),
+    (2, 48),
+    (1, 128),
+)
+
+
+def prefill(supports: Supports, profile: Profile) -> list[PrefillCase]:
+    """Many sequences, heads and queries; keys beyond 2^12 and 2^16 of a few queries, at each place among the sequences."""
+    d, v = prefill_dims(supports)
+    empty = supports.empty_row != "unsupported"
+
+    def case(queries: tuple[int, ...], keys: tuple[int, ...], heads: int, seed: int) -> PrefillCase:
+        return PrefillCase(
+            dtype=profile.dtype,
+            seed=seed,
+            seqlens_q=queries,
+            seqlens_k=keys if empty else tuple(max(n, t) for n, t in zip(queries, keys, strict=True)),
+            num_heads=nearest(supports.num_heads, heads),
+            qk_head_dim=d,
+            v_head_dim=v,
+            causal=supports.causal[seed % len(supports.causal)],
+        )
+
+    cases = []
+    for seed, (b, heads) in enumerate(PREFILL_COUNTS):
+        cases.append(case(tuple(cycled([1, 3, 0, 2, 1], b)), tuple(cycled(list(FEW), b)), heads, seed))
+    cases.append(case((2, 1100), (9, 1100), 1, 0))
+    heads = nearest(supports.num_heads, 1)
+    for seed, (long, place) in enumerate((n, p) for n in (4100, 8193, 65700) for p in (range(3) if n < 8193 else (1,))):
+        if long * heads * (d + v) <= ELEMENTS and long <= most_keys(profile):
+            cases.append(case((3, 2, 1), placed(long, (5, 70), place), 1, seed))
+    return cases
+
+
+SPARSE_HEADS = (24, 32, 48, 64, 96, 112, 128)
+
+
+def _sparse(supports: Supports, profile: Profile, topk: int, heads: int, seed: int) -> dict[str, Any]:
+    c, r = latent_dims(supports)
+    return {
+        "dtype": profile.dtype,
+        "seed": seed,
+        "num_heads": nearest(supports.num_heads, heads),
+        "kv_lora_rank": c,
+        "qk_rope_head_dim": r,
+        "topk": -(-topk // supports.topk_multiple) * supports.topk_multiple,
+        "invalid": 0.3 * (seed % 2),
+    }
+
+
+def sparse_prefill(supports: Supports, profile: Profile) -> list[SparsePrefillCase]:
+    """Many heads and queries; 2048 indices of more keys."""
+    cases = [
+        SparsePrefillCase(s_q=2, s_kv=70, **_sparse(supports, profile, 20, heads, seed))
+        for seed, heads in enumerate(SPARSE_HEADS)
+    ]
+    cases.append(SparsePrefillCase(s_q=1100, s_kv=70, **_sparse(supports, profile, 8, 1, 0)))
+    for seed, topk in enumerate((320, 576, 2048)):
+        cases.append(SparsePrefillCase(s_q=2, s_kv=4161, **_sparse(supports, profile, topk, 2, seed)))
+    return cases
+
+
+def sparse_decode(supports: Supports, profile: Profile) -> list[SparseDecodeCase]:
+    """Many sequences, heads and queries; 2048 indices of more slots."""
+
+    def case(b: int, s: int, heads: int, page_size: int, slots: int, topk: int, seed: int) -> SparseDecodeCase:
+        size = nearest(supports.page_sizes, page_size)
+        return SparseDecodeCase(
+            batch=b,
+            s=min(s, supports.max_s or s),
+            pages=-(-slots // size),
+            page_size=size,
+            **_sparse(supports, profile, topk, heads, seed),
+        )
+
+    cases = [case(2, 1 + i % 2, heads, 32, 70, 20, i) for i, heads in enumerate(SPARSE_HEADS)]
+    cases += [case(128, 1, 2, 64, 200, 12, 0), case(2, 8, 64, 256, 600, 12, 1)]
+    return [*cases, *(case(2, 1, 2, 64, 4161, topk, i) for i, topk in enumerate((576, 2048)))]
+
+
+def decode_quantized(supports: Supports, profile: Profile) -> list[QuantisedDecodeCase]:
+    """Many sequences, heads and queries, and more than 2048 keys at each place of a batch, in the first format."""
+
+    def case(name: str, seqlens: tuple[int, ...], s: int, heads: int, page_size: int, seed: int) -> QuantisedDecodeCase:
+        size = nearest(supports.page_sizes, page_size)
+        return QuantisedDecodeCase(
+            dtype=profile.dtype,
+            seed=seed,
+            format=name,
+            page_size=size,
+            seqlens=tuple(max(n, s) for n in seqlens),
+            s=min(s, supports.max_s or s),
+            num_heads=nearest(supports.num_heads, heads),
+            causal=supports.causal[seed % len(supports.causal)],
+            logit_std=0.1,  # what rounding dequantised rows to 16 bits leaves a meaning
+            power_of_two=True,
+            shared_pages=20 if len(seqlens) > 3 else 0,
+        )
+
+    cases = []
+    for name in latent_formats(supports)[:1]:
+        cases.append(case(name, tuple(cycled([5, 17, 9, 1, 20], 96)), 1, 2, 32, 0))
+        cases.append(case(name, (5, 37), 8, 64, 64, 1))
+        cases += [case(name, (20, 37), 1, heads, 64, heads) for heads in (24, 32, 128)]
+        cases += [case(name, placed(2100, (5,), place), 1, 2, 64, place) for place in (0, 1)]
+    return cases
+
+
+def merge(supports: Supports, profile: Profile) -> list[MergeCase]:
+    """Many rows: of sequences, heads and queries."""
+    return [
+        MergeCase(
+            dtype=profile.dtype,
+            seed=seed,
+            parts=min(3, supports.max_parts or 3),
+            batch=b,
+            s=s,
+            num_heads=nearest(supports.num_heads, heads),
+            head_dim_v=3,
+        )
+        for seed, (b, s, heads) in enumerate(((256, 1, 3), (2, 8, 128), (96, 2, 24), (1, 1100, 2)))
+    ]
+
+
+def write_cache(supports: Supports, profile: Profile) -> list[WriteCase]:
+    """More tokens than 2^16, where rows are narrow, in pages of several sizes."""
+    c, r = latent_dims(supports)
+    tokens = min(65_600, ELEMENTS // (2 * (c + r)))
+    return [
+        WriteCase(
+            dtype=profile.dtype,
+            tokens=tokens // count,
+            kv_lora_rank=c,
+            qk_rope_head_dim=r,
+            page_size=nearest(supports.page_sizes, size),
+            skipped=0.01,
+        )
+        for size, count in ((64, 1), (32, 8), (256, 8))
+    ]
+
+
+def rope(supports: Supports, profile: Profile) -> list[RopeCase]:
+    """2^17 pairs of a token and a head; many sequences."""
+    return [
+        RopeCase(dtype=profile.dtype, batch=b, s=s, heads=heads, dim=2, layout=layout)
+        for layout in supports.rope_layouts
+        for b, s, heads in ((1, 1040, 128), (4, 128, 64), (256, 1, 16), (1, 66_000, 0))
+    ]
+
+
+def indexer(supports: Supports, profile: Profile) -> list[IndexerCase]:
+    """Many heads; 2048 of more keys, 1500 of which tie with others."""
+    h, d = (3, 8) if supports.indexer_dims is None else min(supports.indexer_dims)
+    wide = (64, 16) if supports.indexer_dims is None else max(supports.indexer_dims)
+
+    def case(
+        queries: tuple[int, ...], keys: tuple[int, ...], dims: tuple[int, int], regime: str, most: int
+    ) -> IndexerCase:
+        return IndexerCase(
+            dtype=profile.dtype,
+            seqlens_q=queries,
+            seqlens_k=keys,
+            num_heads=dims[0],
+            head_dim=dims[1],
+            top_k=nearest(supports.indexer_top_k, most),
+            regime=regime,
+        )
+
+    # 3000 equal keys, of which some but not all are selected, are what "integers" has in few dims
+    least = 2 if supports.indexer_dims is None else d
+    return [
+        case((2, 3), (2500, 4161), (h, d), "typical", 2048),
+        case((2, 1), (5000, 9), (1, least) if supports.indexer_dims is None else (h, d), "integers", 2048),
+        case((3, 2), (70, 37), wide, "typical", 20),
+        case(tuple(cycled([1, 2, 0, 1, 1], 96)), tuple(cycled(list(FEW), 96)), (h, d), "typical", 8),
+    ]
+
+
+PRODUCTION: dict[str, Callable[[Supports, Profile], list[Any]]] = {
+    "rope": rope,
+    "prefill": prefill,
+    "decode": decode,
+    "merge": merge,
+    "write_cache": write_cache,
+    "decode_quantized": decode_quantized,
+    "sparse_prefill": sparse_prefill,
+    "sparse_decode": sparse_decode,
+    "indexer": indexer,
+}
+"""By the operation's name, its cases."""

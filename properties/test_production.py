@@ -1,0 +1,30 @@
+"""Laws of the numbers that production has: see ``mla_spec.properties.strategies.production``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from mla_spec.judging.law import Law, Run, as_test
+from mla_spec.operations.all import CALLED
+from mla_spec.operations.operation import Operation
+from mla_spec.properties.strategies.production import PRODUCTION
+
+
+def agrees_at_production_counts(operation: Operation, run: Run, case: Any) -> None:
+    """Hundreds of sequences and heads, and thousands of keys, tokens or indices, give what few of them give."""
+    inputs = operation.build(case)
+    run.agrees(operation, inputs, run.call(operation, inputs))
+
+
+def production_law(operation: Operation) -> Law:
+    """The law of one operation."""
+    check = partial(agrees_at_production_counts, operation)
+    check.__doc__ = agrees_at_production_counts.__doc__
+    name = f"test_{operation.name}_at_production_counts"
+    return Law(name, (operation.name,), PRODUCTION[operation.name], check, operation.missing)
+
+
+LAWS = tuple(production_law(operation) for operation in CALLED if operation.name in PRODUCTION)
+
+globals().update({made.name: as_test(made, __name__) for made in LAWS})
