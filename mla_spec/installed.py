@@ -47,6 +47,7 @@ LAW_MODULES = (
     "test_quantised_cache",
     "test_quantised_decode",
     "test_layer",
+    "test_layer_weights",
     "test_layer_gradients",
     "test_tensor_parallel",
     "test_context_parallel",

@@ -53,6 +53,8 @@ class Supports:
         longrope: whether LongRoPE is implemented.
         mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors.
         llama_4_scaling: whether a layer's queries may have a temperature by position.
+        layer_weights: what a layer sees when the weights it was made from are overwritten: "live" where its next call uses
+            the new ones, "copied" where it keeps those it was made with, and has to be made anew.
         layer_dim_multiple: kv_lora_rank and qk_nope_head_dim of a layer must be multiples of it.
         latent_norm_eps: the only eps of the latent norms, or None for any.
         cache_page: tokens to which a layer's cache is rounded up.
@@ -60,7 +62,7 @@ class Supports:
             to know a length cannot.
 
     Raises:
-        ValueError: an unknown dtype, cache format, empty-row rule or rope layout.
+        ValueError: an unknown dtype, cache format, empty-row rule, rope layout or rule for weights.
     """
 
     dtypes: tuple[str, ...] = DTYPES
@@ -95,6 +97,7 @@ class Supports:
     longrope: bool = True
     mla_scale_lora: bool = True
     llama_4_scaling: bool = True
+    layer_weights: Literal["live", "copied"] = "live"
     layer_dim_multiple: int = 1
     latent_norm_eps: float | None = None
     cache_page: int = 1
@@ -108,6 +111,7 @@ class Supports:
         _require_known("indexer_rope_layouts", self.indexer_rope_layouts, ("interleaved", "half"))
         _require_known("empty_row", (self.empty_row,), ("zero/-inf", "zero/+inf", "unsupported"))
         _require_known("indexer_ties", (self.indexer_ties,), ("smaller index", "any"))
+        _require_known("layer_weights", (self.layer_weights,), ("live", "copied"))
         _require_known("yarn_mscale_rule", (self.yarn_mscale_rule,), ("any", "equal"))
 
     def may_differentiate(self, operation: str) -> bool:
