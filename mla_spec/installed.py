@@ -29,6 +29,7 @@ SHIPPED = {
 
 LAW_MODULES = (
     "test_rope",
+    "test_rope_gradients",
     "test_absorb",
     "test_weights",
     "test_decode",

@@ -18,6 +18,7 @@ from mla_spec.operations import (
     project_indexer,
     quantised_cache,
     rope,
+    rope_gradients,
     shards,
     sparse,
     write_cache,
@@ -84,6 +85,7 @@ _REGIMES: dict[type[Case], tuple[Regime, ...]] = {
     layer.LayerCase: (*layer.REGIMES, *layer.DECODING),
     dequantize_weight.QuantisedLayerCase: layer.REGIMES,
     layer_gradients.LayerGradientCase: layer.REGIMES,
+    rope_gradients.RopeBackwardCase: rope.REGIMES,
     shards.ShardedLayerCase: shards.REGIMES,
 }
 KINDS: dict[str, type[Case]] = {case.kind: case for case in _REGIMES}

@@ -185,15 +185,15 @@ class BackwardDriver(Driver):
 
         ``tensors`` are the arguments, ``out_grad`` and, where wanted, ``lse_grad``.
         """
-        leaves = _leaves(tensors, names)
-        out, lse = self.raw(PREFILL, inputs, leaves)
-        return self.gradients("prefill", leaves, names, out, lse)
+        recorded = leaves(tensors, names)
+        out, lse = self.raw(PREFILL, inputs, recorded)
+        return self.gradients("prefill", recorded, names, out, lse)
 
     def sparse_gradients(self, inputs: SparseInputs, tensors: Tensors, names: Sequence[str] = ("q", "kv")) -> Gradients:
         """Gradients of q and kv, as ``prefill_gradients``."""
-        leaves = _leaves(tensors, names)
-        out, _, lse = self.raw(SPARSE_PREFILL, inputs, leaves)
-        return self.gradients("sparse_prefill", leaves, names, out, lse)
+        recorded = leaves(tensors, names)
+        out, _, lse = self.raw(SPARSE_PREFILL, inputs, recorded)
+        return self.gradients("sparse_prefill", recorded, names, out, lse)
 
     def gradients(self, operation: str, tensors: Tensors, names: Sequence[str], out: Any, lse: Any) -> Gradients:
         """What ``backward`` leaves in the ``grad`` of the tensors called ``names``.
@@ -227,7 +227,7 @@ class BackwardDriver(Driver):
         return NotOffered(message) if self.supports.backward is None else Violation(message)
 
 
-def _leaves(tensors: Tensors, names: Sequence[str]) -> Tensors:
+def leaves(tensors: Tensors, names: Sequence[str]) -> Tensors:
     """The same with those called ``names`` as leaves of their own that require a gradient; their strides stay."""
     return tensors | {name: tensors[name].detach().requires_grad_() for name in names}
 

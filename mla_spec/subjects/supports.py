@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from mla_spec.reference.cache_layout import LAYOUTS
 
-BACKWARD = ("prefill", "sparse_prefill", "layer")
-
+BACKWARD = ("prefill", "sparse_prefill", "layer", "rope", "merge")
+"""Operations whose gradients are judged."""
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -39,8 +39,8 @@ class Supports:
         indexer_norm_eps: the only eps of the LayerNorm on the indexer's keys, or None for any.
         indexer_ties: of equal logits that not all can be selected, the ones with the "smaller index" are, or "any".
         lse: whether attention returns the LSE.
-        backward: operations that autograd differentiates, of "prefill", "sparse_prefill" and "layer"; where None, those
-            whose outputs require a gradient when their arguments do.
+        backward: operations that autograd differentiates, of "prefill", "sparse_prefill", "layer", "rope" and "merge"; where
+            None, those whose outputs require a gradient when their arguments do.
         lse_backward: whether gradients come through the LSE too.
         negative_scale: whether softmax_scale may be negative: a kernel that subtracts the largest product q·k before it
             scales cannot take one.

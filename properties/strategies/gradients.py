@@ -13,6 +13,8 @@ from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.gradients import PrefillBackwardCase, SparseBackwardCase
+from mla_spec.operations.rope_gradients import RopeBackwardCase
+from mla_spec.properties.strategies.rope import rope_cases
 from mla_spec.properties.strategies.sizes import SEEDS, large_size, supported
 from mla_spec.properties.strategies.sparse import sparse_prefill_cases
 from mla_spec.reference.formats import format_of
@@ -131,3 +133,9 @@ def sparse_backward_cases(draw: DrawFn, /, supports: Supports, profile: Profile,
         "s_kv": max(case.s_kv, 2 * case.topk if narrow else 4),
     }
     return SparseBackwardCase(**vars(case) | changes)
+
+
+@st.composite
+def rope_backward_cases(draw: DrawFn, supports: Supports, profile: Profile) -> RopeBackwardCase:
+    """As ``rope_cases``."""
+    return RopeBackwardCase(**vars(draw(rope_cases(supports, profile))))
