@@ -40,6 +40,7 @@ LAW_MODULES = (
     "test_prefill",
     "test_backward",
     "test_merge",
+    "test_merge_gradients",
     "test_write_cache",
     "test_sparse",
     "test_project_indexer",

@@ -14,6 +14,7 @@ from mla_spec.operations import (
     layer,
     layer_gradients,
     merge,
+    merge_gradients,
     prefill,
     project_indexer,
     quantised_cache,
@@ -86,6 +87,7 @@ _REGIMES: dict[type[Case], tuple[Regime, ...]] = {
     dequantize_weight.QuantisedLayerCase: layer.REGIMES,
     layer_gradients.LayerGradientCase: layer.REGIMES,
     rope_gradients.RopeBackwardCase: rope.REGIMES,
+    **merge_gradients.REGIMES,
     shards.ShardedLayerCase: shards.REGIMES,
 }
 KINDS: dict[str, type[Case]] = {case.kind: case for case in _REGIMES}

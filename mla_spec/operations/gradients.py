@@ -27,7 +27,7 @@ from mla_spec.operations.regimes import Regime, values
 from mla_spec.operations.sparse import SPARSE_PREFILL, SparseInputs, SparsePrefillCase
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array, IntArray
-from mla_spec.subjects.driver import TORCH_DTYPES, Driver, Result
+from mla_spec.subjects.driver import Driver, Result
 from mla_spec.subjects.views import ROW_PADDING, slice_of_wider, transposed, viewed
 from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation
 
@@ -203,11 +203,7 @@ class BackwardDriver(Driver):
         """
         outputs = {name: x for name, x in (("out", out), ("lse", lse)) if f"{name}_grad" in tensors}
         for name, x in outputs.items():
-            if not isinstance(x, torch.Tensor) or not x.requires_grad:
-                raise self._missing(
-                    f"{name} of {operation} does not require grad though {', '.join(names)} do: no gradient flows through it; "
-                    f"supports.{'lse_backward' if name == 'lse' else 'backward'} must say so"
-                )
+            self.require_recorded(operation, name, x, names)
         wanted = [
             tensors[f"{name}_grad"].to(x.dtype) if name == "lse" else tensors["out_grad"] for name, x in outputs.items()
         ]
@@ -219,8 +215,16 @@ class BackwardDriver(Driver):
             x, gradient = tensors[name], tensors[name].grad
             if gradient is None:
                 raise Violation(f"{name} got no gradient from the backward pass of {operation}")
-            found[name] = self.result(gradient, f"gradient of {name}", tuple(x.shape), (TORCH_DTYPES[self.dtype],))
+            found[name] = self.result(gradient, f"gradient of {name}", tuple(x.shape), (x.dtype,))
         return found
+
+    def require_recorded(self, operation: str, name: str, x: Any, names: Sequence[str]) -> None:
+        """Raise Violation, or NotOffered, unless autograd has recorded how output ``name`` depends on ``names``."""
+        if not isinstance(x, torch.Tensor) or not x.requires_grad:
+            raise self._missing(
+                f"{name} of {operation} does not require grad though {', '.join(names)} do: no gradient flows through it; "
+                f"supports.{'lse_backward' if name == 'lse' else 'backward'} must say so"
+            )
 
     def _missing(self, message: str) -> Violation | NotOffered:
         """A subject that never spoke of gradients may have none at all."""
