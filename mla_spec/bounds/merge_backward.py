@@ -69,7 +69,7 @@ def _shares(parts: Parts, lse_error: Array, profile: Profile) -> Bounded:
     exponent = parts.exponent_error(fmt.unit_roundoff) + parts.exponent_error(_U64) + parts.moved_lses + lse_error
     relative = (profile.exp_error + 3) * (fmt.unit_roundoff + _U64)
     growth = np.expm1(exponent) * (1 + relative) + relative
-    return Bounded(parts.exact_shares, parts.exact_shares * growth + fmt.smallest_normal)
+    return _present(Bounded(parts.exact_shares, parts.exact_shares * growth + fmt.smallest_normal), parts.present)
 
 
 def _products(out_grad: Array, outs: Bounded, u: float) -> Bounded:

@@ -27,7 +27,8 @@ from mla_spec.operations.regimes import Regime, values
 from mla_spec.operations.sparse import SPARSE_PREFILL, SparseInputs, SparsePrefillCase
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array, IntArray
-from mla_spec.subjects.driver import Driver, Result
+from mla_spec.subjects.driver import Driver, Result, tensor_bits
+from mla_spec.subjects.signature import Signature
 from mla_spec.subjects.views import ROW_PADDING, slice_of_wider, transposed, viewed
 from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation
 
@@ -159,6 +160,23 @@ Tensors = dict[str, torch.Tensor]
 Gradients = dict[str, Result]
 
 
+@dataclass(frozen=True)
+class Branched:
+    """What a backward pass left where another branch of the network was added to ``out``.
+
+    Attributes:
+        before: bits of out when the call had returned.
+        out: the same tensor after the backward pass.
+        branch: the gradient of the other branch.
+        gradients: of the arguments.
+    """
+
+    before: IntArray
+    out: torch.Tensor
+    branch: torch.Tensor
+    gradients: Gradients
+
+
 class BackwardDriver(Driver):
     """A driver whose calls autograd records."""
 
@@ -217,6 +235,20 @@ class BackwardDriver(Driver):
                 raise Violation(f"{name} got no gradient from the backward pass of {operation}")
             found[name] = self.result(gradient, f"gradient of {name}", tuple(x.shape), (x.dtype,))
         return found
+
+    def beside_a_branch(self, operation: Signature, inputs: Any, tensors: Tensors, names: Sequence[str]) -> Branched:
+        """Gradients where a branch of the network is added to the operation's first output.
+
+        The branch is older than the call, so that autograd comes to it when it is done with the operation.
+        """
+        recorded, other = leaves(tensors, names), torch.zeros_like(tensors["out_grad"]).requires_grad_()
+        branch = other * 1
+        out = self.raw(operation, inputs, recorded)[0]
+        before = tensor_bits(out)
+        added = out + branch if out.requires_grad else out
+        gradients = self.gradients(operation.name, recorded, names, added, None)
+        assert other.grad is not None
+        return Branched(before, out.detach(), other.grad, gradients)
 
     def require_recorded(self, operation: str, name: str, x: Any, names: Sequence[str]) -> None:
         """Raise Violation, or NotOffered, unless autograd has recorded how output ``name`` depends on ``names``."""

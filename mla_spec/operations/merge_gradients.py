@@ -20,6 +20,7 @@ from mla_spec.operations.case import Case
 from mla_spec.operations.gradients import (
     NOISE,
     BackwardDriver,
+    Branched,
     Gradients,
     PrefillBackwardCase,
     Tensors,
@@ -140,6 +141,10 @@ class MergeGradientDriver:
         recorded = leaves(tensors, names)
         out, lse = self.driver.raw(MERGE, None, recorded)
         return self.driver.gradients("merge", recorded, names, out, lse)
+
+    def beside_a_branch(self, tensors: Tensors) -> Branched:
+        """Gradients of outs and lses where another branch is added to out."""
+        return self.driver.beside_a_branch(MERGE, None, tensors, ("outs", "lses"))
 
     def through_parts(self, parts: Sequence[KeyPart], out_grad: Array) -> list[Gradients]:
         """Gradients of the q, k and v of every part, for the gradient of the merged output."""

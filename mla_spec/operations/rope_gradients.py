@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from mla_spec.operations.gradients import BackwardDriver, Tensors, leaves
+from mla_spec.operations.gradients import BackwardDriver, Branched, Tensors, leaves
 from mla_spec.operations.operation import View
 from mla_spec.operations.rope import OPERATION as ROPE
 from mla_spec.operations.rope import RopeCase, RopeInputs
 from mla_spec.reference.formats import round_to
-from mla_spec.reference.typing import Array, IntArray
-from mla_spec.subjects.driver import Driver, Result, tensor_bits
+from mla_spec.reference.typing import Array
+from mla_spec.subjects.driver import Driver, Result
 from mla_spec.subjects.views import ROW_PADDING, slice_of_wider, transposed, viewed
 
 
@@ -71,18 +70,6 @@ class RopeGradientDriver:
             for (tensors, _), out in zip(recorded, outs, strict=True)
         ]
 
-    def beside_a_branch(
-        self, inputs: RopeBackwardInputs, tensors: Tensors
-    ) -> tuple[IntArray, torch.Tensor, torch.Tensor, Result]:
-        """(bits of out, out after the backward pass, the gradient of a branch added to it, the gradient of x).
-
-        The branch is older than the call, so that autograd comes to it when it is done with ``rope``.
-        """
-        recorded, other = leaves(tensors, ("x",)), torch.zeros_like(tensors["out_grad"]).requires_grad_()
-        branch = other * 1
-        (out,) = self.driver.raw(ROPE, inputs.forward, recorded)
-        before = tensor_bits(out)
-        added = out + branch if out.requires_grad else out
-        got = self.driver.gradients("rope", recorded, ("x",), added, None)["x"]
-        assert other.grad is not None
-        return before, out.detach(), other.grad, got
+    def beside_a_branch(self, inputs: RopeBackwardInputs, tensors: Tensors) -> Branched:
+        """The gradient of x where another branch is added to out."""
+        return self.driver.beside_a_branch(ROPE, inputs.forward, tensors, ("x",))

@@ -103,7 +103,7 @@ class SharesOfOverflowingExponentials(FusedMerge):
 
 @planted(
     "K34",
-    source=("https://github.com/RL-Align/RL-Kernel/pull/238",),
+    source=("https://github.com/pytorch/pytorch/pull/196170",),
     symptom="one padded query makes all gradients NaN",
     shows_when="no part of a row has keys",
     killed_by=(EMPTY, AGREES),
@@ -183,6 +183,21 @@ class GradientWrittenOverOuts(FusedMerge):
 
 
 @planted(
+    "X-merge-gradient-scaled-in-place",
+    symptom="the gradient of a residual branch beside attention is that of one rank's part",
+    shows_when="something else uses the gradient of out",
+    killed_by=(UNMODIFIED,),
+)
+class OutGradientScaledInPlace(FusedMerge):
+    """The gradient of the first part is left in the memory of that of out."""
+
+    def merge_gradients(self, *args: Tensor) -> tuple[Tensor, Tensor]:
+        outs_grad, lses_grad = super().merge_gradients(*args)
+        args[4].copy_(outs_grad[0])
+        return outs_grad, lses_grad
+
+
+@planted(
     "X-merge-out-gradient-ignores-strides",
     symptom="wrong gradients where the merged output is transposed or summed next",
     shows_when="the gradient of out is a view",
@@ -206,10 +221,8 @@ class NothingForLsesAlone(FusedMerge):
     """The backward pass is skipped for all where outs need no gradient."""
 
     def merge(self, outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-        if outs.requires_grad:
-            return super().merge(outs, lses)
         out, lse = super().merge(outs, lses)
-        return with_gradient(out, torch.zeros_like), lse
+        return out if outs.requires_grad else with_gradient(out, torch.zeros_like), lse
 
 
 @planted(
