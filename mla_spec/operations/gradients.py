@@ -187,7 +187,8 @@ class BackwardDriver(Driver):
         try:
             return super().guard(call)
         except SubjectCrashed as error:
-            if self.supports.backward is None and re.search("grad|derivative", str(error)):
+            told = str(error.__cause__)  # not where, which may be a file called gradients
+            if self.supports.backward is None and re.search("grad|derivative", told):
                 raise NotOffered(f"autograd cannot record it: {error}") from error
             raise
 
