@@ -29,6 +29,7 @@ SHIPPED = {
 
 LAW_MODULES = (
     "test_rope",
+    "test_rope_gradients",
     "test_absorb",
     "test_weights",
     "test_decode",
@@ -39,6 +40,7 @@ LAW_MODULES = (
     "test_prefill",
     "test_backward",
     "test_merge",
+    "test_merge_gradients",
     "test_write_cache",
     "test_sparse",
     "test_project_indexer",
@@ -47,6 +49,7 @@ LAW_MODULES = (
     "test_quantised_cache",
     "test_quantised_decode",
     "test_layer",
+    "test_layer_weights",
     "test_layer_gradients",
     "test_tensor_parallel",
     "test_context_parallel",

@@ -12,7 +12,8 @@ STATISTICS = (
     "test_decode_error_is_as_small_as_declared",
 )
 EXACT = ("test_decode_one_hot_*", "test_decode_two_equal_maxima_*", "test_decode_equal_scores_*")
-CALLED_TWICE = ("test_reset_*", "test_cache_bytes_*", "test_layer_allocates_*", "test_layers_are_independent")
+CHANGED = ("test_layer_uses_weights_*", "test_layer_made_again_*")
+CALLED_TWICE = ("test_reset_*", "test_cache_bytes_*", "test_layer_allocates_*", "test_layers_are_independent", *CHANGED)
 DECODING = ("test_layer_decode_*", "test_layer_decodes_*", *CALLED_TWICE)
 
 DECODE: tuple[Reason, ...] = (

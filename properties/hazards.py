@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mla_spec.judging.law import CaseSource, Law, Run
 from mla_spec.operations.all import CALLED
+from mla_spec.operations.gradients import Branched, Gradients
 from mla_spec.operations.operation import Operation
 from mla_spec.properties.far import far_apart, left_out_where_too_large
 from mla_spec.properties.strategies.all import STRATEGIES
@@ -42,6 +43,19 @@ def require_unmodified(run: Run, operation: str, tensors: Tensors, call: Callabl
     for name, x in tensors.items():
         changed = int((tensor_bits(x) != before[name]).sum())
         run.require(changed == 0, f"{operation} changed {changed} of {x.numel()} elements of its argument {name}")
+
+
+def require_backward_unmodified(run: Run, operation: str, tensors: Tensors, call: Callable[[], Branched]) -> Gradients:
+    """The gradients; Violation if the backward pass changes an argument, out, or the gradient that another branch gets."""
+    done: list[Branched] = []
+    require_unmodified(run, f"the backward pass of {operation}", tensors, lambda: done.append(call()))
+    (left,) = done
+    run.require(bool((tensor_bits(left.out) == left.before).all()), f"the backward pass changed the out of {operation}")
+    changed = int((tensor_bits(left.branch) != tensor_bits(tensors["out_grad"])).sum())
+    run.require(
+        changed == 0, f"a branch added to out got another gradient in {changed} of {left.branch.numel()} elements"
+    )
+    return left.gradients
 
 
 def owns_its_outputs(operation: Operation, run: Run, case: Any) -> None:

@@ -192,8 +192,9 @@ class TorchAbsorbed(TorchSparseByQuery, TorchBlockWeightsByBlock, TorchExplicit)
 
     def shares(self, lses: Tensor) -> tuple[Tensor, Tensor]:
         """With the LSE itself, and no division, as kernels that combine splits do."""
-        lse = lses.logsumexp(dim=0)
-        return torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0)), lse
+        empty = (lses == -torch.inf).all(dim=0)
+        lse = lses.masked_fill(empty, 0.0).logsumexp(dim=0)  # its gradient is NaN where all are -inf
+        return torch.exp(lses - lse), lse.masked_fill(empty, -torch.inf)
 
     def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -243,8 +244,10 @@ class TorchSDPA(TorchSparseSDPA, TorchAbsorbed):
         """In base 2, as kernels compute it."""
         binary = lses * (1 / math.log(2))
         m = binary.amax(dim=0).clamp(min=torch.finfo(lses.dtype).min)
-        lse = m + torch.exp2(binary - m).sum(dim=0).log2()
-        return torch.exp2(binary - lse.masked_fill(lse == -torch.inf, 0.0)), lse * math.log(2)
+        total = torch.exp2(binary - m).sum(dim=0)
+        empty = total == 0
+        lse = m + total.masked_fill(empty, 1.0).log2()
+        return torch.exp2(binary - lse), (lse * math.log(2)).masked_fill(empty, -torch.inf)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
         if k.shape[-2] == 0:

@@ -98,7 +98,10 @@ class TorchLayerSteps(TorchRope, TorchAttention):
 
 
 class TorchLayer:
-    """One layer of a PyTorch subject, with its latent cache."""
+    """One layer of a PyTorch subject, with its latent cache.
+
+    It keeps views of its weights only, so that what is written to them later is what it uses.
+    """
 
     def __init__(self, subject: TorchLayerSteps, weights: Mapping[str, Tensor], config: MLAConfig) -> None:
         self.subject = subject

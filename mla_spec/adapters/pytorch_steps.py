@@ -94,8 +94,10 @@ class TorchAttention:
         m = m.masked_fill(m == -torch.inf, 0.0)
         weights = torch.exp(scores - m)
         total = weights.sum(dim=-1, keepdim=True)
-        lse = (m + total.log()).squeeze(-1)
-        return weights / total.masked_fill(total == 0, 1.0), lse
+        empty = total == 0
+        total = total.masked_fill(empty, 1.0)  # before the logarithm, whose gradient at 0 is infinite
+        lse = (m + total.log()).masked_fill(empty, -torch.inf).squeeze(-1)
+        return weights / total, lse
 
     def weighted_values(self, p: Tensor, v: Tensor) -> Tensor:
         return p @ v.to(p.dtype)

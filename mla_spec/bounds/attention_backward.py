@@ -47,11 +47,13 @@ def attention_backward_with_bound(
     inherited: InheritedError | None = None,
     out_grad_error: Array | None = None,
     lse_grad: Array | None = None,
+    lse_grad_error: Array | None = None,
 ) -> Gradients:
     """``attention_backward`` and the worst-case error of computing it as ``profile`` says, rounded to the profile's dtype.
 
     Arguments, shapes and errors are those of ``attention_backward``; ``inherited`` is what earlier stages may have changed in
-    q, k and v, ``out_grad_error`` how far the gradient that arrives may be from ``out_grad``. The errors cover the reference's
+    q, k and v, ``out_grad_error`` and ``lse_grad_error`` how far the gradients that arrive may be from ``out_grad`` and
+    ``lse_grad``. The errors cover the reference's
     own rounding too; they are 0 for queries that see no key and for keys that no query sees, which must be finite. Memory is
     O(s · h · t).
     """
@@ -65,7 +67,7 @@ def attention_backward_with_bound(
         causal=causal,
         inherited=inherited,
     )
-    gradients = attention.gradients(out_grad, out_grad_error, lse_grad)
+    gradients = attention.gradients(out_grad, out_grad_error, lse_grad, lse_grad_error)
     dq, dk, dv = (stored(x, profile.dtype, profile.output_rounding) for x in gradients)
     return dq, dk, dv
 
@@ -160,13 +162,17 @@ class BackwardAttention:
 
     @np.errstate(over="ignore", invalid="ignore")
     def gradients(
-        self, out_grad: Array, out_grad_error: Array | None = None, lse_grad: Array | None = None
+        self,
+        out_grad: Array,
+        out_grad_error: Array | None = None,
+        lse_grad: Array | None = None,
+        lse_grad_error: Array | None = None,
     ) -> Gradients:
         """Of q [..., s, h, d], k [..., t, g, d] and v [..., t, g, dv], before they are stored; the heads of a group added."""
         g = self.key.value.shape[-3]
         error = np.zeros_like(out_grad) if out_grad_error is None else out_grad_error
         do = Bounded(heads_to_rows(out_grad, g), heads_to_rows(error, g))
-        dlse = np.zeros(self.share.value.shape) if lse_grad is None else lse_grad.reshape(self.share.value.shape)
+        dlse = Bounded(*(self._per_row(x) for x in (lse_grad, lse_grad_error)))
         p = self._narrow_at_any_share(multiply(self.p, self.share, self.rates.u))
         dp = self._narrow_at_any_share(matmul(do, _transposed(self.value), self._rate(do.value.shape[-1])))
         ds = self._scores(p, dp, do, dlse)  # [..., g, rows, t], times the scale
@@ -175,6 +181,11 @@ class BackwardAttention:
         dq = _masked(dq, np.asarray(self.seen.any(axis=-1, keepdims=True)))
         by_head = dq.map(lambda x: rows_to_heads(x, s, self.heads))
         return by_head, self._of_keys(ds, self.query, s), self._of_keys(p, do, s)
+
+    def _per_row(self, x: Array | None) -> Array:
+        """[..., g, rows, 1] of [..., h, s]; 0 for None."""
+        shape = self.share.value.shape
+        return np.zeros(shape) if x is None else x.reshape(shape)
 
     def _rate(self, n: int) -> float:
         """The error of a sum of n products, scaled by the roots of the scale or the scale itself."""
@@ -212,15 +223,15 @@ class BackwardAttention:
         through_lse = of_weights(self._narrow_at_any_share(self.p)).error + taken
         return Bounded(mean.value, np.where(self._sunk, np.maximum(error, through_lse), error))
 
-    def _scores(self, p: Bounded, dp: Bounded, do: Bounded, dlse: Array) -> Bounded:
+    def _scores(self, p: Bounded, dp: Bounded, do: Bounded, dlse: Bounded) -> Bounded:
         """Of the scores before they are scaled: σ (P (dP − D) + P dlse), where a sink changes the first P only."""
         u, t = self.rates.u, p.value.shape[-1]
         gauge = (self.p.value * (np.abs(dp.value) + dp.error)).sum(axis=-1, keepdims=True)  # at least |D|
         mean = self._mean(p, dp, do, gauge)
-        size = np.abs(dp.value) + dp.error + gauge + mean.error + np.abs(dlse)
+        size = np.abs(dp.value) + dp.error + gauge + mean.error + np.abs(dlse.value) + dlse.error
         centred = Bounded(dp.value - mean.value, dp.error + mean.error + 4 * (u + _U64) * size)
-        ds, of_lse = multiply(p, centred, 4 * u), multiply(self.p, Bounded(dlse, np.zeros(())), 4 * u)
-        if dlse.any():
+        ds, of_lse = multiply(p, centred, 4 * u), multiply(self.p, dlse, 4 * u)
+        if dlse.value.any() or dlse.error.any():
             ds = Bounded(ds.value + of_lse.value, ds.error + of_lse.error)
         # Plain steps subtract the row's largest score, whose own gradient is 0 but for the rounding of sums.
         weighted = ((self.p.value + self.p.error) * size).sum(axis=-1, keepdims=True) * (self.share.value > 0)

@@ -20,7 +20,7 @@ from mla_spec.bounds.error_bound import ErrorBound, half_ulp, overflowed
 from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.reference.formats import FORMATS, format_of
 from mla_spec.reference.merge import merge, merge_weights, part_columns
-from mla_spec.reference.typing import Array
+from mla_spec.reference.typing import Array, BoolArray
 
 _OWN_EXP_ERROR = 4.0
 
@@ -43,9 +43,20 @@ class BoundedMerge:
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """Parts as they may reach the merge: magnitudes with their inherited errors. [parts, ..., h, s] but for ``outs``."""
+class Parts:
+    """Parts as they may reach the merge, [parts, ..., h, s] but for outs: exact numbers, and the largest magnitudes.
 
+    Where a part has no keys, magnitudes and errors are 0.
+    """
+
+    present: BoolArray
+    exact_outs: Array  # [parts, ..., s, h, dv]
+    exact_lses: Array  # −inf where a part has no keys
+    exact_shares: Array
+    exact_lse: Array  # [..., h, s]
+    moved_outs: Array  # how far the outs may be from ``exact_outs``
+    moved_lses: Array
+    stretch: Array  # 1 + Σ_i p_i expm1(moved_lses), [..., h, s]
     lses: Array
     distances: Array  # lse − L_i
     shares: Array  # exp(L_i − lse)
@@ -54,10 +65,49 @@ class _Parts:
     lse: Array  # [..., h, s]
     log_total: Array  # lse − M, [..., h, s]
 
+    @classmethod
+    @np.errstate(over="ignore", invalid="ignore")
+    def of(cls, outs: Array, lses: Array, out_errors: Array | None, lse_errors: Array | None) -> Parts:
+        """Of the arguments of ``merge_with_bound``."""
+        shares, lse = merge_weights(outs, lses)
+        present = ~np.isneginf(lses)  # [parts, ..., h, s]
+        seen = ~np.isneginf(lse)  # [..., h, s]
+        moved_lses = np.where(present, 0.0 if lse_errors is None else lse_errors, 0.0)
+        moved_outs = np.where(part_columns(present), 0.0 if out_errors is None else out_errors, 0.0)
+        outs = np.where(part_columns(present), outs, 0.0)
+        largest_error = moved_lses.max(axis=0, initial=0)  # [..., h, s]
+        excess = np.expm1(moved_lses)  # [parts, ..., h, s]
+        stretch = 1 + (shares * excess).sum(axis=0)  # [..., h, s]
+        return cls(
+            present=present,
+            exact_outs=outs,
+            exact_lses=lses,
+            exact_shares=shares,
+            exact_lse=lse,
+            moved_outs=moved_outs,
+            moved_lses=moved_lses,
+            stretch=stretch,
+            lses=np.where(present, np.abs(lses), 0.0) + moved_lses,
+            distances=np.where(present, lse - lses, 0.0) + moved_lses + np.log(stretch),
+            shares=shares * (1 + excess) * stretch,
+            outs=np.abs(outs) + moved_outs,
+            largest=np.abs(np.where(seen, lses.max(axis=0, initial=-np.inf), 0.0)) + largest_error,
+            lse=np.abs(np.where(seen, lse, 0.0)) + np.log(stretch),
+            log_total=-np.log(shares.max(axis=0, initial=np.finfo(np.float64).tiny)) + largest_error + np.log(stretch),
+        )
+
     @property
     def gauge(self) -> Array:
         """Σ_i p_i |O_i| before summation, [parts, ..., s, h, dv]."""
         return part_columns(self.shares) * self.outs
+
+    def exponent_error(self, u: float) -> Array:
+        """Δ: of an exponent L_i − M or L_i − lse in arithmetic with the roundoff u, [parts, ..., h, s].
+
+        In base 2, L_i and M are rounded when multiplied by log2(e), whose own rounding multiplies their difference.
+        """
+        reach = self.lses + np.maximum(self.largest, self.lse)
+        return u * (1 + gamma(2, u)) * reach + gamma(2, u) * self.distances
 
 
 def merge_with_bound(
@@ -77,40 +127,26 @@ def merge_with_bound(
     Raises:
         ValueError: as ``merge``.
     """
-    shares, lse = merge_weights(outs, lses)
     out, _ = merge(outs, lses)
-    present = ~np.isneginf(lses)  # [parts, ..., h, s]
-    seen = ~np.isneginf(lse)  # [..., h, s]
-    moved_lses = np.where(present, 0.0 if lse_errors is None else lse_errors, 0.0)
-    moved_outs = np.where(part_columns(present), 0.0 if out_errors is None else out_errors, 0.0)
-    outs = np.where(part_columns(present), outs, 0.0)
-    largest_error = moved_lses.max(axis=0, initial=0)  # [..., h, s]
+    size = Parts.of(outs, lses, out_errors, lse_errors)
     with np.errstate(over="ignore", invalid="ignore"):
-        excess = np.expm1(moved_lses)  # [parts, ..., h, s]
-        stretch = 1 + (shares * excess).sum(axis=0)  # [..., h, s]
-        size = _Parts(
-            lses=np.where(present, np.abs(lses), 0.0) + moved_lses,
-            distances=np.where(present, lse - lses, 0.0) + moved_lses + np.log(stretch),
-            shares=shares * (1 + excess) * stretch,
-            outs=np.abs(outs) + moved_outs,
-            largest=np.abs(np.where(seen, lses.max(axis=0, initial=-np.inf), 0.0)) + largest_error,
-            lse=np.abs(np.where(seen, lse, 0.0)) + np.log(stretch),
-            log_total=-np.log(shares.max(axis=0, initial=np.finfo(np.float64).tiny)) + largest_error + np.log(stretch),
-        )
         # A changed LSE moves weight between parts: softmax is shift invariant, hence O_i − out.
-        moved = part_columns(shares * excess * stretch) * np.abs(outs - out)
-        inherited = (moved + part_columns(size.shares) * moved_outs).sum(axis=0)
-        out_error, lse_error = _declared(size, inherited, np.log(stretch), out, profile)
+        moved = part_columns(size.exact_shares * np.expm1(size.moved_lses) * size.stretch) * np.abs(
+            size.exact_outs - out
+        )
+        inherited = (moved + part_columns(size.shares) * size.moved_outs).sum(axis=0)
+        out_error, lse_error = _declared(size, inherited, np.log(size.stretch), out, profile)
+    seen = ~np.isneginf(size.exact_lse)  # [..., h, s]
     return BoundedMerge(
         out=out,
         out_error=out_error.map(lambda x: np.where(part_columns(seen), x, 0.0)),
-        lse=lse,
+        lse=size.exact_lse,
         lse_error=lse_error.map(lambda x: np.where(seen, x, 0.0)),
     )
 
 
 def _declared(
-    size: _Parts, inherited: Array, inherited_lse: Array, out: Array, profile: Profile
+    size: Parts, inherited: Array, inherited_lse: Array, out: Array, profile: Profile
 ) -> tuple[ErrorBound, ErrorBound]:
     """The errors in the profile's arithmetic and the reference's own."""
     own_weights, own_sum, own_lse = _arithmetic(size, "float64", _OWN_EXP_ERROR)
@@ -138,13 +174,11 @@ def _declared(
     return of_out, of_lse
 
 
-def _arithmetic(size: _Parts, softmax: str, exp_error: float) -> tuple[Array, Array, Array]:
+def _arithmetic(size: Parts, softmax: str, exp_error: float) -> tuple[Array, Array, Array]:
     """What the shares and the weighted sum cost the output, and the error of the LSE."""
     fmt, n = FORMATS[softmax], len(size.lses)
     u, eps = fmt.unit_roundoff, exp_error * fmt.unit_roundoff
-    reach = size.lses + np.maximum(size.largest, size.lse)  # [parts, ..., h, s]
-    # In base 2, L_i and M are rounded when multiplied by log2(e), whose own rounding multiplies their difference.
-    delta = u * (1 + gamma(2, u)) * reach + gamma(2, u) * size.distances
+    delta = size.exponent_error(u)
     log = np.log1p((size.shares * np.expm1(delta)).sum(axis=0)) - np.log1p(-eps) - np.log1p(-gamma(n, u))
     log = log + gamma(1, u) * (size.largest + size.lse) + eps * size.log_total  # [..., h, s]
     eps = eps + 3 * u  # the division by the total, or the rounding of 1 / total and of a product

@@ -27,9 +27,18 @@ def prefill_backward_with_bound(
     softmax_scale: float,
     profile: Profile,
     causal: bool = True,
+    out_grad_error: Array | None = None,
     lse_grad: Array | None = None,
+    lse_grad_error: Array | None = None,
 ) -> Gradients:
-    """``prefill_backward`` and its worst-case error; arguments and errors are those of both."""
+    """``prefill_backward`` and its worst-case error; arguments and errors are those of both.
+
+    ``out_grad_error`` [tokens, h, dv] and ``lse_grad_error`` [h, tokens] are those of ``attention_backward_with_bound``.
+    """
+
+    def queries_of(x: Array | None, queries: slice) -> Array | None:
+        return None if x is None else x[..., queries]
+
     parts = [
         attention_backward_with_bound(
             q[queries],
@@ -39,7 +48,9 @@ def prefill_backward_with_bound(
             softmax_scale=softmax_scale,
             profile=profile,
             causal=causal,
-            lse_grad=None if lse_grad is None else lse_grad[:, queries],
+            out_grad_error=None if out_grad_error is None else out_grad_error[queries],
+            lse_grad=queries_of(lse_grad, queries),
+            lse_grad_error=queries_of(lse_grad_error, queries),
         )
         for queries, keys in packed_sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     ]

@@ -100,3 +100,14 @@ def rope_with_bound(
             "the reference's own float64": 4 * FORMATS["float64"].unit_roundoff * norm,
         }
     )
+
+
+def rope_backward_with_bound(
+    out_grad: Array, positions: IntArray, rope: RopeConfig, profile: RopeProfile, *, output: str
+) -> tuple[Array, ErrorBound]:
+    """``rope_backward`` and the worst-case error of computing it as ``profile`` says, rounded to format ``output``.
+
+    It is a rotation by the same angles the other way round: cos and sin come from the same table, and each element is two
+    products and their sum again, in whatever order autograd adds them.
+    """
+    return rope_with_bound(out_grad, -positions, rope, profile, output=output)

@@ -14,10 +14,12 @@ from mla_spec.operations import (
     layer,
     layer_gradients,
     merge,
+    merge_gradients,
     prefill,
     project_indexer,
     quantised_cache,
     rope,
+    rope_gradients,
     shards,
     sparse,
     write_cache,
@@ -84,6 +86,8 @@ _REGIMES: dict[type[Case], tuple[Regime, ...]] = {
     layer.LayerCase: (*layer.REGIMES, *layer.DECODING),
     dequantize_weight.QuantisedLayerCase: layer.REGIMES,
     layer_gradients.LayerGradientCase: layer.REGIMES,
+    rope_gradients.RopeBackwardCase: rope.REGIMES,
+    **merge_gradients.REGIMES,
     shards.ShardedLayerCase: shards.REGIMES,
 }
 KINDS: dict[str, type[Case]] = {case.kind: case for case in _REGIMES}

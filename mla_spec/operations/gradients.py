@@ -27,7 +27,8 @@ from mla_spec.operations.regimes import Regime, values
 from mla_spec.operations.sparse import SPARSE_PREFILL, SparseInputs, SparsePrefillCase
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array, IntArray
-from mla_spec.subjects.driver import TORCH_DTYPES, Driver, Result
+from mla_spec.subjects.driver import Driver, Result, tensor_bits
+from mla_spec.subjects.signature import Signature
 from mla_spec.subjects.views import ROW_PADDING, slice_of_wider, transposed, viewed
 from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation
 
@@ -159,6 +160,23 @@ Tensors = dict[str, torch.Tensor]
 Gradients = dict[str, Result]
 
 
+@dataclass(frozen=True)
+class Branched:
+    """What a backward pass left where another branch of the network was added to ``out``.
+
+    Attributes:
+        before: bits of out when the call had returned.
+        out: the same tensor after the backward pass.
+        branch: the gradient of the other branch.
+        gradients: of the arguments.
+    """
+
+    before: IntArray
+    out: torch.Tensor
+    branch: torch.Tensor
+    gradients: Gradients
+
+
 class BackwardDriver(Driver):
     """A driver whose calls autograd records."""
 
@@ -169,7 +187,8 @@ class BackwardDriver(Driver):
         try:
             return super().guard(call)
         except SubjectCrashed as error:
-            if self.supports.backward is None and re.search("grad|derivative", str(error)):
+            told = str(error.__cause__)  # not where, which may be a file called gradients
+            if self.supports.backward is None and re.search("grad|derivative", told):
                 raise NotOffered(f"autograd cannot record it: {error}") from error
             raise
 
@@ -185,15 +204,15 @@ class BackwardDriver(Driver):
 
         ``tensors`` are the arguments, ``out_grad`` and, where wanted, ``lse_grad``.
         """
-        leaves = _leaves(tensors, names)
-        out, lse = self.raw(PREFILL, inputs, leaves)
-        return self.gradients("prefill", leaves, names, out, lse)
+        recorded = leaves(tensors, names)
+        out, lse = self.raw(PREFILL, inputs, recorded)
+        return self.gradients("prefill", recorded, names, out, lse)
 
     def sparse_gradients(self, inputs: SparseInputs, tensors: Tensors, names: Sequence[str] = ("q", "kv")) -> Gradients:
         """Gradients of q and kv, as ``prefill_gradients``."""
-        leaves = _leaves(tensors, names)
-        out, _, lse = self.raw(SPARSE_PREFILL, inputs, leaves)
-        return self.gradients("sparse_prefill", leaves, names, out, lse)
+        recorded = leaves(tensors, names)
+        out, _, lse = self.raw(SPARSE_PREFILL, inputs, recorded)
+        return self.gradients("sparse_prefill", recorded, names, out, lse)
 
     def gradients(self, operation: str, tensors: Tensors, names: Sequence[str], out: Any, lse: Any) -> Gradients:
         """What ``backward`` leaves in the ``grad`` of the tensors called ``names``.
@@ -203,11 +222,7 @@ class BackwardDriver(Driver):
         """
         outputs = {name: x for name, x in (("out", out), ("lse", lse)) if f"{name}_grad" in tensors}
         for name, x in outputs.items():
-            if not isinstance(x, torch.Tensor) or not x.requires_grad:
-                raise self._missing(
-                    f"{name} of {operation} does not require grad though {', '.join(names)} do: no gradient flows through it; "
-                    f"supports.{'lse_backward' if name == 'lse' else 'backward'} must say so"
-                )
+            self.require_recorded(operation, name, x, names)
         wanted = [
             tensors[f"{name}_grad"].to(x.dtype) if name == "lse" else tensors["out_grad"] for name, x in outputs.items()
         ]
@@ -219,15 +234,37 @@ class BackwardDriver(Driver):
             x, gradient = tensors[name], tensors[name].grad
             if gradient is None:
                 raise Violation(f"{name} got no gradient from the backward pass of {operation}")
-            found[name] = self.result(gradient, f"gradient of {name}", tuple(x.shape), (TORCH_DTYPES[self.dtype],))
+            found[name] = self.result(gradient, f"gradient of {name}", tuple(x.shape), (x.dtype,))
         return found
+
+    def beside_a_branch(self, operation: Signature, inputs: Any, tensors: Tensors, names: Sequence[str]) -> Branched:
+        """Gradients where a branch of the network is added to the operation's first output.
+
+        The branch is older than the call, so that autograd comes to it when it is done with the operation.
+        """
+        recorded, other = leaves(tensors, names), torch.zeros_like(tensors["out_grad"]).requires_grad_()
+        branch = other * 1
+        out = self.raw(operation, inputs, recorded)[0]
+        before = tensor_bits(out)
+        added = out + branch if out.requires_grad else out
+        gradients = self.gradients(operation.name, recorded, names, added, None)
+        assert other.grad is not None
+        return Branched(before, out.detach(), other.grad, gradients)
+
+    def require_recorded(self, operation: str, name: str, x: Any, names: Sequence[str]) -> None:
+        """Raise Violation, or NotOffered, unless autograd has recorded how output ``name`` depends on ``names``."""
+        if not isinstance(x, torch.Tensor) or not x.requires_grad:
+            raise self._missing(
+                f"{name} of {operation} does not require grad though {', '.join(names)} do: no gradient flows through it; "
+                f"supports.{'lse_backward' if name == 'lse' else 'backward'} must say so"
+            )
 
     def _missing(self, message: str) -> Violation | NotOffered:
         """A subject that never spoke of gradients may have none at all."""
         return NotOffered(message) if self.supports.backward is None else Violation(message)
 
 
-def _leaves(tensors: Tensors, names: Sequence[str]) -> Tensors:
+def leaves(tensors: Tensors, names: Sequence[str]) -> Tensors:
     """The same with those called ``names`` as leaves of their own that require a gradient; their strides stay."""
     return tensors | {name: tensors[name].detach().requires_grad_() for name in names}
 

@@ -5,6 +5,10 @@
 ``cache_bytes()`` is what its rows occupy. weights have their checkpoint names and shapes
 (``mla_spec.reference.mla.weight_shapes``), and ``config`` is an ``MLAConfig``.
 
+The tensors of weights stay the caller's, who may overwrite what they hold, as an optimizer does, or a trainer that sends its
+weights to an inference engine. After that and a ``reset()`` a layer uses the new ones, unless ``supports.layer_weights`` is
+"copied".
+
 Between calls a layer keeps no more memory than its cache, tables and workspaces aside, which are made once. Layers that one
 subject makes are independent of each other.
 """
@@ -210,8 +214,17 @@ class LayerDriver:
     @classmethod
     def of(cls, driver: Driver, weights: Mapping[str, Array], config: MLAConfig) -> LayerDriver:
         """A layer of the driver's subject."""
-        tensors = {name: driver.tensor(w) for name, w in weights.items()}
+        return cls.holding(driver, {name: driver.tensor(w) for name, w in weights.items()}, config)
+
+    @classmethod
+    def holding(cls, driver: Driver, tensors: Tensors, config: MLAConfig) -> LayerDriver:
+        """A layer made from these very tensors."""
         return cls(driver, driver.guard(lambda: driver.subject.layer(tensors, config)), tensors)
+
+    def overwrite_weights(self, weights: Mapping[str, Array]) -> None:
+        """Write other weights where these lie, without a trace in autograd's count of versions."""
+        for name, w in weights.items():
+            self.weights[name].data.copy_(self.driver.tensor(w))
 
     def run(self, method: str, hidden: Array, positions: IntArray) -> Result:
         """``prefill`` or ``decode`` of hidden [b, s, e] at positions [b, s]."""

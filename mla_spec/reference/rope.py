@@ -153,6 +153,14 @@ def apply_rope(x: Array, positions: IntArray, rope: RopeConfig) -> Array:
     return join_pairs((first * cos - second * sin) * factor, (first * sin + second * cos) * factor, rope.interleaved)
 
 
+def rope_backward(out_grad: Array, positions: IntArray, rope: RopeConfig) -> Array:
+    """The gradient of x where that of ``apply_rope(x, positions, rope)`` is ``out_grad``, whose arguments and errors these are.
+
+    A pair is multiplied by factor · R, and its gradient by factor · Rᵀ, which is the rotation by the negative angle.
+    """
+    return apply_rope(out_grad, -np.asarray(positions), rope)
+
+
 def split_pairs(x: Array, interleaved: bool) -> tuple[Array, Array]:
     """The first and second members of the rotated pairs, each [..., r/2]."""
     half = x.shape[-1] // 2

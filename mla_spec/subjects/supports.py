@@ -10,8 +10,8 @@ from mla_spec.reference.cache_layout import LAYOUTS
 
 YARN_OPTIONS = ("attention_factor", "softmax_mscale", "truncate", "applies")
 
-BACKWARD = ("prefill", "sparse_prefill", "layer")
-
+BACKWARD = ("prefill", "sparse_prefill", "layer", "rope", "merge")
+"""Operations whose gradients are judged."""
 
 SIZES: dict[str, tuple[str, ...]] = {
     "dequantize_weight": ("weight_block_sizes",),
@@ -59,8 +59,8 @@ class Supports:
         indexer_norm_eps: the only eps of the LayerNorm on the indexer's keys, or None for any.
         indexer_ties: of equal logits that not all can be selected, the ones with the "smaller index" are, or "any".
         lse: whether attention returns the LSE.
-        backward: operations that autograd differentiates, of "prefill", "sparse_prefill" and "layer"; where None, those
-            whose outputs require a gradient when their arguments do.
+        backward: operations that autograd differentiates, of "prefill", "sparse_prefill", "layer", "rope" and "merge"; where
+            None, those whose outputs require a gradient when their arguments do.
         lse_backward: whether gradients come through the LSE too.
         negative_scale: whether softmax_scale may be negative: a kernel that subtracts the largest product q·k before it
             scales cannot take one.
@@ -75,6 +75,8 @@ class Supports:
         longrope: whether LongRoPE is implemented.
         mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors.
         llama_4_scaling: whether a layer's queries may have a temperature by position.
+        layer_weights: what a layer sees when the weights it was made from are overwritten: "live" where its next call uses
+            the new ones, "copied" where it keeps those it was made with, and has to be made anew.
         layer_dim_multiple: kv_lora_rank and qk_nope_head_dim of a layer must be multiples of it.
         latent_norm_eps: the only eps of the latent norms, or None for any.
         cache_page: tokens to which a layer's cache is rounded up.
@@ -82,7 +84,7 @@ class Supports:
             to know a length cannot.
 
     Raises:
-        ValueError: an unknown dtype, cache format, empty-row rule or rope layout.
+        ValueError: an unknown dtype, cache format, empty-row rule, rope layout or rule for weights.
     """
 
     dtypes: tuple[str, ...] = DTYPES
@@ -118,6 +120,7 @@ class Supports:
     longrope: bool = True
     mla_scale_lora: bool = True
     llama_4_scaling: bool = True
+    layer_weights: Literal["live", "copied"] = "live"
     layer_dim_multiple: int = 1
     latent_norm_eps: float | None = None
     cache_page: int = 1
@@ -132,6 +135,7 @@ class Supports:
         _require_known("empty_row", (self.empty_row,), ("zero/-inf", "zero/+inf", "unsupported"))
         _require_known("indexer_ties", (self.indexer_ties,), ("smaller index", "any"))
         _require_known("yarn_options", self.yarn_options, YARN_OPTIONS)
+        _require_known("layer_weights", (self.layer_weights,), ("live", "copied"))
         _require_known("yarn_mscale_rule", (self.yarn_mscale_rule,), ("any", "equal"))
 
     def may_differentiate(self, operation: str) -> bool:

@@ -13,6 +13,10 @@ from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.gradients import PrefillBackwardCase, SparseBackwardCase
+from mla_spec.operations.merge_gradients import MergeBackwardCase, RingCase
+from mla_spec.operations.rope_gradients import RopeBackwardCase
+from mla_spec.properties.strategies.merge import merge_cases
+from mla_spec.properties.strategies.rope import rope_cases
 from mla_spec.properties.strategies.sizes import SEEDS, between, choice, large_size, several, supported
 from mla_spec.properties.strategies.sparse import draw_sparse_prefill
 from mla_spec.reference.formats import format_of
@@ -141,3 +145,33 @@ def sparse_backward_cases(draw: DrawFn, /, supports: Supports, profile: Profile,
         "s_kv": max(case.s_kv, 2 * case.topk if narrow else 4),
     }
     return SparseBackwardCase(**vars(case) | changes)
+
+
+@st.composite
+def rope_backward_cases(draw: DrawFn, supports: Supports, profile: Profile) -> RopeBackwardCase:
+    """As ``rope_cases``."""
+    return RopeBackwardCase(**vars(draw(rope_cases(supports, profile))))
+
+
+LSE_MEANS = (0.0, 5.0, -5.0, 200.0, -200.0)
+"""Of parts to merge: near 1e5 the exponents' rounding alone exceeds what gradients of the LSEs differ by."""
+
+
+@st.composite
+def merge_backward_cases(draw: DrawFn, /, supports: Supports, profile: Profile, **keywords: Any) -> MergeBackwardCase:
+    """As ``merge_cases``."""
+    case = draw(merge_cases(supports, profile, **{"lse_means": LSE_MEANS} | keywords))
+    return MergeBackwardCase(**vars(case))
+
+
+@st.composite
+def ring_cases(draw: DrawFn, supports: Supports, profile: Profile) -> RingCase:
+    """As ``prefill_backward_cases``, in two or three parts, whose errors add up: aligned in 16 bits, and no peaked scores."""
+    case = draw(prefill_backward_cases(supports, profile))
+    aligned = format_of(profile.dtype).bits <= 16
+    changes = {
+        "parts": draw(st.integers(2, min(3, supports.max_parts or 3))),
+        "regime": "aligned" if aligned else case.regime,
+        "logit_std": min(case.logit_std, ALIGNED_STDS[0] if aligned else 1.0),
+    }
+    return RingCase(**vars(case) | changes)

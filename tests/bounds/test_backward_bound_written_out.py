@@ -215,14 +215,17 @@ class Row:
         return value, error
 
     @cached_property
-    def dlse(self) -> float:
-        return 0.0 if self.case.lse_grad is None else float(self.case.lse_grad[self.head, self.query])
+    def dlse(self) -> Number:
+        if self.case.lse_grad is None:
+            return exact(0.0)
+        value = float(self.case.lse_grad[self.head, self.query])
+        return value, self.case.error * abs(value)
 
     @cached_property
     def ds(self) -> list[Number]:
         """Times the scale."""
         highest = max(s - delta for s, delta in self.scores)
-        sizes = [size(dp) + self.gauge + self.mean[1] + abs(self.dlse) for dp in self.dp]
+        sizes = [size(dp) + self.gauge + self.mean[1] + size(self.dlse) for dp in self.dp]
         # Plain steps subtract the row's largest score, whose own gradient is 0 but for rounding.
         of_largest = sum(size(p) * each for p, each in zip(self.weights, sizes, strict=True)) * (self.share[0] > 0)
         result = []
@@ -231,7 +234,7 @@ class Row:
             centred = dp[0] - self.mean[0], dp[1] + self.mean[1] + 4 * (self.u + U64) * sizes[j]
             value, error = times(self.p[j], centred, 4 * self.u)
             if self.case.lse_grad is not None:
-                of_lse = times(p, exact(self.dlse), 4 * self.u)
+                of_lse = times(p, self.dlse, 4 * self.u)
                 value, error = value + of_lse[0], error + of_lse[1]
             if s + delta >= highest:
                 error += gamma(2 * len(self.case.k) + 8, self.u) * of_largest
@@ -308,14 +311,15 @@ def options(case: Case) -> dict[str, Any]:
         "causal": len(set(case.seen)) > 1,
         "inherited": case.inherited if case.error else None,
         "out_grad_error": case.bounded(case.out_grad).error if case.error else None,
+        "lse_grad_error": None if case.lse_grad is None or not case.error else case.bounded(case.lse_grad).error,
     }
 
 
 def gradients(case: Case, profile: Profile) -> tuple[Bounded, Bounded, Bounded]:
     arguments = options(case)
-    out_grad_error = arguments.pop("out_grad_error")
+    errors = {name: arguments.pop(name) for name in ("out_grad_error", "lse_grad_error")}
     attention = BackwardAttention.of(case.q, case.k, case.v, profile=profile, attn_sink=case.sink, **arguments)
-    return attention.gradients(case.out_grad, out_grad_error, case.lse_grad)
+    return attention.gradients(case.out_grad, lse_grad=case.lse_grad, **errors)
 
 
 LSE_GRAD = np.array([[0.5, -1.0, 0.0], [2.0, 0.25, -0.125]])

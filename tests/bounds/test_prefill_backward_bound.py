@@ -73,6 +73,24 @@ def test_a_ragged_bound_is_that_of_each_sequence(name: str, with_lse: bool, opti
     assert [x.value.shape for x in got] == [x.shape for x in (q, k, v)]
 
 
+def test_errors_of_gradients_that_arrive_are_those_of_each_sequence() -> None:
+    (q, k, v), (cu_q, cu_k), out_grad, lse_grad = ragged("float32")
+    errors = {"out_grad_error": 0.01 * np.abs(out_grad), "lse_grad_error": 0.02 * np.abs(lse_grad)}
+    changes: dict[str, Any] = {"softmax_scale": 0.5, "profile": PROFILES["float32"]}
+    got = prefill_backward_with_bound(q, k, v, cu_q, cu_k, out_grad, lse_grad=lse_grad, **errors, **changes)
+    for i in range(len(QUERIES)):
+        rows, keys = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+        want = attention_backward_with_bound(
+            *(q[rows], k[keys], v[keys], out_grad[rows]),
+            out_grad_error=errors["out_grad_error"][rows],
+            lse_grad=lse_grad[:, rows],
+            lse_grad_error=errors["lse_grad_error"][:, rows],
+            **changes,
+        )
+        for have, of_sequence, part in zip(got, want, (rows, keys, keys), strict=True):
+            np.testing.assert_array_equal(have.error[part], of_sequence.error)
+
+
 def of_one_query(
     q: Array, rows: Array, dv: int, out_grad: Array, lse_grad: Array | None, sink: Array | None, profile: Profile
 ) -> tuple[Bounded, list[Bounded]]:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from mla_spec.bounds.profile import Profile, RopeProfile
-from mla_spec.bounds.rope import angle_error, rope_with_bound
+from mla_spec.bounds.rope import angle_error, rope_backward_with_bound, rope_with_bound
 from mla_spec.reference.config import LongRopeScaling, RopeConfig, YarnScaling
 from mla_spec.reference.formats import FORMATS, round_to
-from mla_spec.reference.rope import apply_rope, rope_cos_sin, rope_frequencies
+from mla_spec.reference.rope import apply_rope, rope_backward, rope_cos_sin, rope_frequencies
 from tests.bounds.bound_terms import (
     U64,
     UNIT_ROUNDOFF,
@@ -319,3 +319,40 @@ def test_the_output_is_rounded_at_the_largest_size_that_it_may_have() -> None:
     x[0, 0] = 1 - 2.0**-12
     _, bound = rope_with_bound(x, np.array([0]), WRITTEN_OUT["plain"], profile, output="bfloat16")
     assert bound.terms["rounding to bfloat16"][0, 0] == 2.0**-8 + FORMATS["float16"].smallest_subnormal
+
+
+@pytest.mark.parametrize("output", ["float16", "float32"])
+@pytest.mark.parametrize("profile", ROPE_PROFILES)
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_the_bound_of_the_gradient_is_the_one_written_out(name: str, profile: str, output: str) -> None:
+    """A pair of the gradient is g_1 cos + g_2 sin and g_2 cos − g_1 sin, with the table of the rotation."""
+    rope, formats = WRITTEN_OUT[name], ROPE_PROFILES[profile]
+    positions = np.array([0, 700, 70001])
+    out_grad = np.random.default_rng(8).standard_normal((3, 2, rope.dim))
+    gradient, bound = rope_backward_with_bound(out_grad, positions, rope, formats, output=output)
+    np.testing.assert_array_equal(gradient, rope_backward(out_grad, positions, rope))
+    cos, sin = rope_cos_sin(positions, rope)
+    for i, head, pair in np.ndindex(3, 2, rope.dim // 2):
+        first, second = (2 * pair, 2 * pair + 1) if rope.interleaved else (pair, pair + rope.dim // 2)
+        terms = written_rotation(
+            (out_grad[i, head, first], out_grad[i, head, second]),
+            (0.0, 0.0),
+            (float(cos[i, pair]), -float(sin[i, pair])),
+            written_angle_error(int(positions[i]), pair, rope, formats),
+            rope.cos_sin_factor,
+            formats,
+            output,
+        )
+        assert_terms(bound, (i, head, [first, second]), terms)
+
+
+@pytest.mark.parametrize("output", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ROPES)
+def test_the_gradient_of_float32_rope_stays_within_the_bound(name: str, output: str) -> None:
+    """Rotated by the table of negative positions; turned forward again, or by other positions, it does not."""
+    rope = ROPES[name]
+    x = round_to(np.random.default_rng(9).standard_normal((len(ROPE_POSITIONS), 3, rope.dim)), output)
+    expected, bound = rope_backward_with_bound(x, ROPE_POSITIONS, rope, RopeProfile(), output=output)
+    assert (np.abs(float32_rope(x, -ROPE_POSITIONS, rope, output) - expected) <= bound.total).all()
+    wrong = np.abs(float32_rope(x, ROPE_POSITIONS, rope, output) - expected) > bound.total
+    assert wrong[1:].any(axis=(1, 2)).all()

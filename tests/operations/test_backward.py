@@ -170,6 +170,13 @@ def test_only_who_has_gradients_or_speaks_of_them_is_judged(change: Any, verdict
     assert run_law(all_laws()[AGREES], Undeclared(change), Options(examples=8)).verdict == verdict
 
 
+def test_a_file_named_after_gradients_speaks_of_none() -> None:
+    """A crash is one wherever the code lies that raises it."""
+    namespace: dict[str, Any] = {}
+    exec(compile("def raises(*_):\n    raise RuntimeError('illegal memory access')", "gradients.py", "exec"), namespace)
+    assert run_law(all_laws()[AGREES], Undeclared(namespace["raises"]), Options(case=CASE)).verdict == "crashed"
+
+
 def test_an_lse_without_gradient_must_be_declared() -> None:
     law = all_laws()["test_prefill_gradients_through_the_lse"]
 

@@ -42,6 +42,7 @@ class RelaidWeights(TorchAbsorbed):
     """Correct: rope rows of the weights are put in the order of the half layout, which is then used."""
 
     name = "torch-relaid"
+    supports = replace(TorchAbsorbed.supports, layer_weights="copied")
 
     def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
         if config.rope is None or not config.rope.interleaved:

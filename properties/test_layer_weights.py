@@ -1,0 +1,80 @@
+"""Laws of the weights of a ``layer``: what it uses after they have changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mla_spec.bounds.layer import layer_with_bound
+from mla_spec.judging.law import Run, law
+from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
+from mla_spec.properties.strategies.layer import layer_cases
+from mla_spec.properties.strategies.sizes import narrowed
+from mla_spec.reference.typing import Array
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.violation import Violation
+
+LAYER = ("layer",)
+
+
+def _needs_live_weights(supports: Supports) -> str:
+    return "" if supports.layer_weights == "live" else "its layers keep a copy of the weights they were made with"
+
+
+def _later(case: LayerCase) -> LayerInputs:
+    """The same layer and tokens, with the weights of a later step of training."""
+    inputs = case.build()
+    return replace(inputs, weights=replace(case, seed=case.seed + 1).build().weights)
+
+
+def _changed(case: LayerCase, later: LayerInputs) -> dict[str, Array]:
+    """What a step of training writes: all weights, or one of them, as an adapter that is merged does."""
+    names = sorted(later.weights)
+    chosen = names if case.seed % 2 else [names[case.seed // 2 % len(names)]]
+    return {name: later.weights[name] for name in chosen}
+
+
+def _use(layer: LayerDriver, inputs: LayerInputs, case: LayerCase) -> None:
+    """A prompt, decoded tokens, and an empty cache again."""
+    layer.run("prefill", inputs.hidden[:, : case.prompt], inputs.positions[:, : case.prompt])
+    layer.run("decode", inputs.hidden[:, case.prompt :], inputs.positions[:, case.prompt :])
+    layer.reset()
+
+
+def _judge(run: Run, layer: LayerDriver, inputs: LayerInputs, case: LayerCase, why: str) -> None:
+    """The prompt, and the token after it, against the reference with the weights of ``inputs``."""
+    want, bound = layer_with_bound(inputs.hidden, inputs.positions, inputs.weights, inputs.config, run.profile)
+    run.meaningful(want, bound)
+    for method, tokens in (("prefill", np.s_[: case.prompt]), ("decode", np.s_[case.prompt :])):
+        got = layer.run(method, inputs.hidden[:, tokens], inputs.positions[:, tokens])
+        try:
+            run.within(got, want[:, tokens], bound[:, tokens], gate=False)
+        except Violation as violation:
+            raise Violation(f"{violation}\n{why}") from None
+
+
+@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1, max_steps=1), missing=_needs_live_weights, cost=2)
+def test_layer_uses_weights_overwritten_in_place(run: Run, case: LayerCase) -> None:
+    """After one or all of its weights were overwritten in place, a layer prefills and decodes with the new ones."""
+    inputs = case.build()
+    layer = LayerDriver.of(run.driver, inputs.weights, inputs.config)
+    _use(layer, inputs, case)
+    changed = _changed(case, _later(case))
+    layer.overwrite_weights(changed)
+    now = replace(inputs, weights=inputs.weights | changed)
+    _judge(run, layer, now, case, f"overwritten since the layer was made: {', '.join(changed)}")
+
+
+@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1, max_steps=1), cost=2)
+def test_layer_made_again_uses_its_own_weights(run: Run, case: LayerCase) -> None:
+    """A layer made after another of equal shapes is gone, whose memory its weights now have, uses none of the other's."""
+    inputs, later = case.build(), _later(case)
+    first = LayerDriver.of(run.driver, inputs.weights, inputs.config)
+    _use(first, inputs, case)
+    first.overwrite_weights(later.weights)
+    # New tensors at the old addresses, as an allocator gives them that keeps what was freed.
+    tensors = {name: w.data for name, w in first.weights.items()}
+    del first
+    second = LayerDriver.holding(run.driver, tensors, later.config)
+    _judge(run, second, later, case, "an earlier layer had other weights at the same addresses")
