@@ -139,14 +139,19 @@ LAYERS: tuple[Reason, ...] = (
     ),
 )
 
+OF_ATTENTION = (
+    *("test_prefill_gradients_*", "test_prefill_backward_*"),
+    *("test_sparse_prefill_gradients_*", "test_sparse_prefill_backward_*", "test_gradients_through_merged_parts_*"),
+)
+
 GRADIENTS: tuple[Reason, ...] = (
     Reason(
-        ("test_prefill_gradients_*", "test_prefill_backward_*", "test_sparse_prefill_gradients_*"),
+        OF_ATTENTION,
         (*LARGE, "ties"),
         "softmax subtracts means on the way back; equal keys and decided rows leave gradients that are all error",
     ),
     Reason(
-        ("test_prefill_gradients_*", "test_prefill_backward_*", "test_sparse_prefill_gradients_*"),
+        OF_ATTENTION,
         ("typical", "outlier", "negative"),
         "the worst case of 16 bits says something for values of one size only",
         dtypes=("float16", "bfloat16"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.judging.law import Run, law
@@ -12,6 +14,7 @@ from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
 from mla_spec.properties.strategies.layer import layer_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.driver import TORCH_DTYPES, Tensors
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
 
@@ -66,6 +69,25 @@ def test_layer_uses_weights_overwritten_in_place(run: Run, case: LayerCase) -> N
     _judge(run, layer, now, case, f"overwritten since the layer was made: {', '.join(changed)}")
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is: its memory, and which Python object it is."""
+
+    storage: torch.UntypedStorage
+    size: torch.Size
+    identity: int
+
+
+def _tensors_at(places: Mapping[str, _Place], dtype: torch.dtype) -> Tensors:
+    """New tensors in the memory of those that are gone, and of many Python objects the ones that those were, if it can be."""
+    old, device = {place.identity for place in places.values()}, next(iter(places.values())).storage.device
+    fresh = [torch.empty(0, dtype=dtype, device=device) for _ in range(8 * len(places))]
+    again = {id(x): x for x in fresh if id(x) in old}
+    others = [x for x in fresh if id(x) not in old]
+    chosen = {name: again.get(place.identity, others[i]) for i, (name, place) in enumerate(places.items())}
+    return {name: x.set_(places[name].storage, 0, places[name].size) for name, x in chosen.items()}
+
+
 @law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1, max_steps=1), cost=2)
 def test_layer_made_again_uses_its_own_weights(run: Run, case: LayerCase) -> None:
     """A layer made after another of equal shapes is gone, whose memory its weights now have, uses none of the other's."""
@@ -73,8 +95,8 @@ def test_layer_made_again_uses_its_own_weights(run: Run, case: LayerCase) -> Non
     first = LayerDriver.of(run.driver, inputs.weights, inputs.config)
     _use(first, inputs, case)
     first.overwrite_weights(later.weights)
-    # New tensors at the old addresses, as an allocator gives them that keeps what was freed.
-    tensors = {name: w.data for name, w in first.weights.items()}
+    places = {name: _Place(w.untyped_storage(), w.size(), id(w)) for name, w in first.weights.items()}
     del first
+    tensors = _tensors_at(places, TORCH_DTYPES[run.driver.dtype])
     second = LayerDriver.holding(run.driver, tensors, later.config)
     _judge(run, second, later, case, "an earlier layer had other weights at the same addresses")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from mla_spec.adapters.pytorch_layer import TorchLayer
 from mla_spec.planted_bugs.registry import planted
 from mla_spec.reference.config import MLAConfig
 
+COPIED = replace(TorchAbsorbed.supports, layer_weights="copied")
 OVERWRITTEN = "test_layer_uses_weights_overwritten_in_place"
 MADE_AGAIN = "test_layer_made_again_uses_its_own_weights"
 
@@ -71,6 +73,8 @@ class AbsorbedByVersion(TorchAbsorbed):
 class AbsorbedByAddress(TorchAbsorbed):
     """Absorbed weights are kept by the address of the weight they were made from."""
 
+    supports = COPIED
+
     def __init__(self) -> None:
         self.absorbed: dict[Any, tuple[Tensor, Tensor]] = {}
 
@@ -78,6 +82,27 @@ class AbsorbedByAddress(TorchAbsorbed):
         made = super().layer(weights, config)
         weight = weights["kv_b_proj"]
         key = weight.data_ptr(), weight.shape, config
+        made.w_uk, made.w_uv = self.absorbed.setdefault(key, (made.w_uk.clone(), made.w_uv.clone()))
+        return made
+
+
+@planted(
+    "X-absorbed-by-identity",
+    symptom="now and then a reloaded model decodes with the weights of the one before",
+    shows_when="a tensor of the new weights is the Python object that an old one was",
+    killed_by=(MADE_AGAIN,),
+)
+class AbsorbedByIdentity(TorchAbsorbed):
+    """Absorbed weights are kept by ``id`` of the weight they were made from, which may be gone."""
+
+    supports = COPIED
+
+    def __init__(self) -> None:
+        self.absorbed: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
+        made = super().layer(weights, config)
+        key = id(weights["kv_b_proj"]), config
         made.w_uk, made.w_uv = self.absorbed.setdefault(key, (made.w_uk.clone(), made.w_uv.clone()))
         return made
 
