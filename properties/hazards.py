@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -80,10 +80,16 @@ def owns_its_outputs(operation: Operation, run: Run, case: Any) -> None:
 
 
 def starts_anew(operation: Operation, run: Run, case: Any) -> None:
-    """Nothing of a call (lengths, tables, values, scales) lives on in the next one with the same shapes."""
+    """Nothing of a call (lengths, tables, values, scales, masks) lives on in the next one with the same shapes."""
     first, (other, *rest) = operation.build(case), operation.others(case)
-    for inputs in (other, first, *rest):
+    for inputs in (other, first, *rest, *_unmasked(operation, run, case)):
         run.agrees(operation, inputs, run.call(operation, inputs))
+
+
+def _unmasked(operation: Operation, run: Run, case: Any) -> tuple[Any, ...]:
+    """The call of a causal case without the mask, where the subject can leave it out."""
+    leaves_out = getattr(case, "causal", False) and False in run.supports.causal
+    return (operation.build(replace(case, causal=False)),) if leaves_out else ()
 
 
 def reads_its_tensors_anew(operation: Operation, run: Run, case: Any) -> None:
@@ -105,7 +111,7 @@ def overwrite(tensors: Tensors, contents: Tensors) -> None:
 def reads_strides(operation: Operation, run: Run, case: Any) -> None:
     """Views of larger or transposed tensors are read by their strides."""
     inputs = operation.build(case)
-    for name, view in operation.views.items():
+    for name, view in operation.all_views.items():
         with Told(f"with {name}"):
             got = run.call(operation, inputs, view(run.driver.tensors(operation, inputs)))
             run.agrees(operation, inputs, got)

@@ -13,6 +13,7 @@ from mla_spec.operations.write_cache import OPERATION as WRITE
 from mla_spec.operations.write_cache import WriteCase, WriteInputs
 from mla_spec.properties.attention import judge_attention
 from mla_spec.properties.far import far_zeros, left_out_where_too_large
+from mla_spec.properties.hazards import reaches_far
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.properties.strategies.write_cache import write_cases
@@ -123,7 +124,7 @@ def test_write_cache_calls_are_independent(run: Run, case: WriteCase) -> None:
 @law(needs=WRITE, cases=write_cases)
 def test_write_cache_reads_strides(run: Run, case: WriteCase) -> None:
     """Views of larger tensors and pools are read and written by their strides, and nothing between their rows changes."""
-    for name, view in WRITE.views.items():
+    for name, view in WRITE.all_views.items():
         try:
             _Write(run, view(run.driver.tensors(WRITE, case.build()))).require_all()
         except Violation as violation:
@@ -132,7 +133,7 @@ def test_write_cache_reads_strides(run: Run, case: WriteCase) -> None:
 
 @law(needs=WRITE, cases=narrowed(write_cases, min_tokens=2))
 def test_write_cache_reaches_beyond_2_31_elements(run: Run, case: WriteCase) -> None:
-    """Pages so far apart that offsets exceed 2^31 elements are written as any other."""
+    """Pages, and tokens, so far apart that offsets exceed 2^31 elements are written as any other."""
     pages, page_size = 3, case.page_size
     count = min(case.tokens, pages * page_size)
     slots = np.random.default_rng([case.seed, 6]).permutation(pages * page_size)[:count]
@@ -149,6 +150,8 @@ def test_write_cache_reaches_beyond_2_31_elements(run: Run, case: WriteCase) -> 
         run.require(
             not tensor_bits(rest).any(), "write_cache changed slots of a pool with distant pages that were not named"
         )
+        del tensors, write, rest
+    reaches_far(WRITE, run, case)
 
 
 @law(needs=("write_cache", "decode"), cases=narrowed(decode_cases, min_length=1))

@@ -193,10 +193,15 @@ def shortened(inputs: DecodeInputs) -> DecodeInputs:
 
 
 def _others(case: DecodeCase) -> tuple[DecodeInputs, ...]:
-    """Half the lengths and half the scale; and the lengths of the same sequences in another order."""
+    """Half the lengths; the lengths of the same sequences in another order; and the same lengths at half the scale."""
     shorter = shortened(replace(case, seed=case.seed + 1).build())
-    shorter = replace(shorter, softmax_scale=shorter.softmax_scale / 2)
-    return shorter, replace(case, seed=case.seed + 2, seqlens=case.seqlens[::-1]).build()
+    mirrored = replace(case, seed=case.seed + 2, seqlens=case.seqlens[::-1]).build()
+    return shorter, mirrored, at_half_the_scale(replace(case, seed=case.seed + 3).build())
+
+
+def at_half_the_scale(inputs: DecodeInputs) -> DecodeInputs:
+    """The same, flatter."""
+    return replace(inputs, softmax_scale=inputs.softmax_scale / 2)
 
 
 DISTANT_PAGES = 3

@@ -21,6 +21,7 @@ from mla_spec.reference.typing import Array, BoolArray
 from mla_spec.subjects.driver import Result, Tensors
 from mla_spec.subjects.signature import Signature
 from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.views import behind_others
 
 View = Callable[[Tensors], Tensors]
 """From the tensor arguments, the same contents in other memory."""
@@ -110,3 +111,8 @@ class Operation(Signature):
     distant: Callable[[Any], Any]
     missing: Callable[[Supports], str] = lambda _: ""
     tight: Callable[[Any], Any] = lambda inputs: inputs
+
+    @property
+    def all_views(self) -> Mapping[str, View]:
+        """``views``, and one for all arguments, which do not begin where their memory does."""
+        return {**self.views, "every argument behind another in its memory": behind_others}

@@ -121,6 +121,10 @@ def _weights_stored_in_out(t: Tensors) -> Tensors:
     return t | {name: transposed(w, 0, 1) for name, w in t.items() if name.startswith("weights.") and w.ndim == 2}
 
 
+def _weights_as_every_other(t: Tensors) -> Tensors:
+    return t | {name: every_other(w) for name, w in t.items() if name.startswith("weights.") and w.ndim == 1}
+
+
 OPERATION = Operation(
     name="project_indexer",
     contract=__doc__,
@@ -142,6 +146,7 @@ OPERATION = Operation(
         "hidden and q_latent as slices of one row": _one_fused_projection,
         "positions as every other element": viewed(every_other, "positions"),
         "weights stored [in, out]": _weights_stored_in_out,
+        "vectors of weights as every other element": _weights_as_every_other,
     },
     regimes=(
         *ROTARY,
@@ -151,6 +156,7 @@ OPERATION = Operation(
     others=lambda case: (
         replace(case, seed=case.seed + 1, start=case.start + 17).build(),
         replace(case, seed=case.seed + 2, seqlens=case.seqlens[::-1]).build(),
+        replace(case, seed=case.seed + 3, theta=case.theta / 2).build(),
     ),
     distant=lambda case: replace(case, seqlens=(3,)).build(),
 )

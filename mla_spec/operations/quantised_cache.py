@@ -31,6 +31,7 @@ from mla_spec.operations.decode import (
     TABLE_VIEWS,
     DecodeCase,
     DecodeInputs,
+    at_half_the_scale,
     attention_expected,
     decode_expected,
     in_three_pages,
@@ -332,10 +333,15 @@ def quantised_decode_expected(inputs: QuantisedDecodeInputs, profile: Profile) -
 
 
 def _decode_others(case: QuantisedDecodeCase) -> tuple[QuantisedDecodeInputs, ...]:
-    """Half the lengths, and the lengths of the same sequences in another order."""
+    """Half the lengths; the lengths of the same sequences in another order; and the same lengths at half the scale."""
     shorter = replace(case, seed=case.seed + 1).build()
     mirrored = replace(case, seed=case.seed + 2, seqlens=case.seqlens[::-1]).build()
-    return replace(shorter, exact=shortened(shorter.exact)), mirrored
+    flatter = replace(case, seed=case.seed + 3).build()
+    return (
+        replace(shorter, exact=shortened(shorter.exact)),
+        mirrored,
+        replace(flatter, exact=at_half_the_scale(flatter.exact)),
+    )
 
 
 def _decode_distant(case: QuantisedDecodeCase) -> QuantisedDecodeInputs:

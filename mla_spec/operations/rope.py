@@ -158,10 +158,11 @@ def expected(inputs: RopeInputs, profile: Profile, supports: Supports) -> tuple[
 
 
 def _others(case: RopeCase) -> tuple[RopeInputs, ...]:
-    """Later positions, and the same positions in another order of the sequences."""
+    """Later positions; the same positions in another order of the sequences; and the same with another theta."""
     later = replace(case, seed=case.seed + 1, start=case.start + 1).build()
     permuted = replace(case, seed=case.seed + 2).build()
-    return later, replace(permuted, positions=permuted.positions[::-1])
+    faster = replace(case, seed=case.seed + 3, theta=case.theta / 2).build()
+    return later, replace(permuted, positions=permuted.positions[::-1]), faster
 
 
 OPERATION = Operation(
@@ -178,6 +179,7 @@ OPERATION = Operation(
     views={
         "x as a slice of a wider row": viewed(slice_of_wider, "x", -1, ROW_PADDING),
         "x with its first axes exchanged in memory": viewed(transposed, "x", 0, 1),
+        "x stored with heads before tokens": viewed(transposed, "x", -3, -2),
         "x with its last axes exchanged in memory": viewed(transposed, "x", -2, -1),
         "positions as every other element": viewed(every_other, "positions"),
     },

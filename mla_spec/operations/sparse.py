@@ -292,6 +292,7 @@ def _views(rows: str) -> dict[str, View]:
         "q stored with heads first": viewed(transposed, "q", 0, -2),
         "rows of keys longer than c + r": viewed(slice_of_wider, rows, -1, ROW_PADDING),
         "indices narrowed from wider rows": viewed(slice_of_wider, "indices", -1, 3),
+        "attn_sink as every other element": viewed(every_other, "attn_sink"),
         "topk_length as every other element": viewed(every_other, "topk_length"),
     }
 

@@ -77,10 +77,13 @@ def _deterministic(mode: bool) -> Iterator[None]:
 
 
 def share_memory(x: Any, y: Any) -> bool:
-    """Whether two tensors are views of one memory; False where one is no tensor, or has no elements."""
+    """Whether the memories that two tensors are views of overlap; False where one is no tensor, or has no elements."""
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or not x.numel() or not y.numel():
         return False
-    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+    a, b = x.untyped_storage(), y.untyped_storage()
+    return (
+        x.device == y.device and a.data_ptr() < b.data_ptr() + b.nbytes() and b.data_ptr() < a.data_ptr() + a.nbytes()
+    )
 
 
 def at_the_end(x: Tensor, *, guarded: bool) -> Tensor:

@@ -35,6 +35,21 @@ def every_other(x: Tensor) -> Tensor:
     return x.repeat_interleave(2, dim=-1)[..., ::2]
 
 
+def behind_others(t: Tensors) -> Tensors:
+    """Every tensor behind another of its shape in one memory."""
+    return {name: _behind_another(x) for name, x in t.items()}
+
+
+def _behind_another(x: Tensor) -> Tensor:
+    """x in memory that begins with its elements in reverse, or with 0, which is valid, where they are integers."""
+    lead = -(-x.numel() // ROW_PADDING) * ROW_PADDING
+    memory = x.new_zeros(lead + x.numel())
+    if x.is_floating_point() or x.dtype is torch.uint8:
+        memory[: x.numel()] = x.flatten().flip(0)
+    memory[lead:] = x.flatten()
+    return memory[lead:].view(x.shape)
+
+
 def viewed(view: Callable[..., Tensor], name: str, *arguments: int) -> Callable[[Tensors], Tensors]:
     """From tensor arguments, the same with the one called ``name``, where there is one, as ``view(x, *arguments)``."""
     return lambda t: t | {name: view(t[name], *arguments)} if name in t else t

@@ -1,247 +1,38 @@
-"""Faults of any call, whatever it computes: one behavior each, planted in every operation that had none.
-
-A behavior makes, from the correct method of a subject, a faulty one. Each is triggered by what triggers it in real kernels:
-offsets beyond 2^32, a number of rows that is no multiple of a tile, contents that change behind autograd's counter.
-"""
+"""Faults of any call, whatever it computes: one behavior each, planted in every operation that had none."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mla_spec.adapters.pytorch import TorchAbsorbed
-from mla_spec.operations.all import CALLED
+from mla_spec.planted_bugs.behaviors import OPERATIONS, Behavior
+from mla_spec.planted_bugs.behaviors_of_memory import (
+    alternates_between_buffers,
+    clobbers_its_first_argument,
+    ignores_strides,
+    leaves_the_last_tile_unwritten,
+    reads_beyond_its_first_argument,
+    reads_from_the_start_of_memory,
+    returns_one_buffer,
+    takes_memory_from_a_ring,
+    wraps_offsets_at_2_32,
+)
+from mla_spec.planted_bugs.behaviors_of_state import (
+    LENGTHS,
+    keeps_a_plan_by_address,
+    keeps_a_plan_by_shape,
+    keeps_a_plan_by_summary,
+    keeps_the_angles,
+    keeps_the_mask,
+    keeps_the_scale,
+    sums_in_another_order,
+)
 from mla_spec.planted_bugs.registry import planted
 
-Method = Callable[..., Any]
-Behavior = Callable[[str, Method], Method]
-
-TILE = 16
-NAMES = tuple(operation.name for operation in CALLED)
-
-
-def _tensors(returned: Any) -> list[Tensor]:
-    parts = returned if isinstance(returned, tuple) else (returned,)
-    return [x for x in parts if isinstance(x, Tensor)]
-
-
-def _each(change: Callable[[Tensor], Tensor], returned: Any) -> Any:
-    """The same with ``change`` made to every tensor."""
-    if isinstance(returned, tuple):
-        return tuple(change(x) if isinstance(x, Tensor) else x for x in returned)
-    return change(returned)
-
-
-def _store(subject: Any) -> dict[Any, Any]:
-    """What a subject keeps between calls."""
-    kept: dict[Any, Any] = subject.__dict__.setdefault("_kept", {})
-    return kept
-
-
-def clobbers_its_first_argument(operation: str, method: Method) -> Method:
-    """The first argument serves as scratch memory and is left in whatever state."""
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        returned = _each(torch.clone, method(self, *arguments, **options))
-        arguments[0].data.view(torch.uint8).zero_()
-        return returned
-
-    return call
-
-
-def returns_one_buffer(operation: str, method: Method) -> Method:
-    """Results of equal shapes are written to the same memory every time."""
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        def buffered(x: Tensor) -> Tensor:
-            buffer: Tensor = _store(self).setdefault((tuple(x.shape), x.dtype), torch.empty_like(x.contiguous()))
-            return buffer.copy_(x)
-
-        return _each(buffered, method(self, *arguments, **options))
-
-    return call
-
-
-def alternates_between_buffers(operation: str, method: Method) -> Method:
-    """Results are written to two buffers in turn, so that the call after the next overwrites them."""
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        kept = _store(self)
-        kept["calls"] = kept.get("calls", 0) + 1
-
-        def buffered(x: Tensor) -> Tensor:
-            key = (tuple(x.shape), x.dtype, kept["calls"] % 2)
-            buffer: Tensor = kept.setdefault(key, torch.empty_like(x.contiguous()))
-            return buffer.copy_(x)
-
-        return _each(buffered, method(self, *arguments, **options))
-
-    return call
-
-
-PLANNED = {
-    "rope": 1,
-    "absorb": 0,
-    "dequantize_weight": 1,
-    "prefill": 3,
-    "decode": 3,
-    "merge": 1,
-    "write_cache": 3,
-    "quantize_cache": 0,
-    "dequantize_cache": 0,
-    "decode_quantized": 2,
-    "sparse_prefill": 2,
-    "sparse_decode": 2,
-    "project_indexer": 2,
-    "indexer": 4,
-}
-"""The argument from which a plan is made, by its place in the call."""
-
-
-def keeps_a_plan_by_address(operation: str, method: Method) -> Method:
-    """What was planned for a tensor serves as long as its address and autograd's version of it stay the same."""
-    place = PLANNED[operation]
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        x = arguments[place]
-        key = x.data_ptr(), x._version, tuple(x.shape), x.dtype
-        plan, _ = _store(self).setdefault(key, (x.clone(), x))  # alive, so that the address is not used again
-        return method(self, *arguments[:place], plan, *arguments[place + 1 :], **options)
-
-    return call
-
-
-def keeps_a_plan_by_shape(operation: str, method: Method) -> Method:
-    """What was planned for the first tensor of a shape serves all that follow."""
-    place = PLANNED[operation]
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        key = tuple(tuple(x.shape) for x in arguments if isinstance(x, Tensor)), arguments[0].dtype, repr(options)
-        plan = _store(self).setdefault(key, arguments[place].clone())
-        return method(self, *arguments[:place], plan, *arguments[place + 1 :], **options)
-
-    return call
-
-
-LENGTHS = {"prefill": 4, "decode": 3, "decode_quantized": 3, "indexer": 4}
-"""The argument that says how long sequences are."""
-
-
-def keeps_a_plan_by_summary(operation: str, method: Method) -> Method:
-    """Work is divided among blocks by a plan that is kept for the batch, the longest sequence and the total."""
-    place = LENGTHS[operation]
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        lengths = arguments[place]
-        each = lengths.diff() if operation in ("prefill", "indexer") else lengths
-        shapes = tuple(tuple(x.shape) for x in arguments if isinstance(x, Tensor))
-        key = shapes, arguments[0].dtype, int(each.max()), int(each.sum())
-        plan = _store(self).setdefault(key, lengths.clone())
-        return method(self, *arguments[:place], plan, *arguments[place + 1 :], **options)
-
-    return call
-
-
-def ignores_strides(operation: str, method: Method) -> Method:
-    """The first argument is read as if its rows followed each other in memory."""
-
-    def call(self: Any, x: Tensor, *arguments: Any, **options: Any) -> Any:
-        dense = torch.empty(x.shape, device="meta").stride()
-        return method(self, x.as_strided(x.shape, dense, x.storage_offset()), *arguments, **options)
-
-    return call
-
-
-def _wrapped(x: Any, bits: int) -> Any:
-    """x as it is read through element offsets of so many bits without sign."""
-    if not isinstance(x, Tensor) or not x.numel() or (len(x) - 1) * x.stride(0) < 2**bits:
-        return x
-    rows = [
-        x.as_strided(x.shape[1:], x.stride()[1:], x.storage_offset() + i * x.stride(0) % 2**bits) for i in range(len(x))
-    ]
-    return torch.stack(rows)
-
-
-def wraps_offsets_at_2_32(operation: str, method: Method) -> Method:
-    """Offsets of elements are 32 bits wide and have no sign."""
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        return method(self, *(_wrapped(x, 32) for x in arguments), **options)
-
-    return call
-
-
-def leaves_the_last_tile_unwritten(operation: str, method: Method) -> Method:
-    """Rows of the output beyond the last whole tile are not written."""
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        def tiled(x: Tensor) -> Tensor:
-            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            rows = x.reshape(-1, x.shape[-1])
-            whole = len(rows) // TILE * TILE
-            out.view(-1, x.shape[-1])[:whole] = rows[:whole]
-            return out
-
-        return _each(lambda x: tiled(x) if x.numel() else x, method(self, *arguments, **options))
-
-    return call
-
-
-def sums_in_another_order(operation: str, method: Method) -> Method:
-    """Partial results are added as they come: every other call, the last bit of the first element differs."""
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        kept = _store(self)
-        kept["calls"] = kept.get("calls", 0) + 1
-
-        def moved(x: Tensor) -> Tensor:
-            x = x.clone()
-            bits = x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-            bits.view(-1)[:1] ^= kept["calls"] % 2
-            return x
-
-        returned = method(self, *arguments, **options)
-        if operation == "write_cache":
-            arguments[2].copy_(moved(arguments[2].contiguous()))
-            return returned
-        if operation == "indexer":
-            logits, indices = returned
-            return logits, indices.flip(-1) if kept["calls"] % 2 and int(indices.min()) >= 0 else indices
-        return _each(lambda x: moved(x) if x.numel() and x.is_contiguous() else x, returned)
-
-    return call
-
-
-def reads_beyond_its_first_argument(operation: str, method: Method) -> Method:
-    """A vector load takes one element more than the first argument has, and multiplies it by 0."""
-
-    def call(self: Any, x: Tensor, *arguments: Any, **options: Any) -> Any:
-        returned = method(self, x, *arguments, **options)
-        if not (x.is_contiguous() and x.numel() and x.device.type == "cpu"):
-            return returned
-        end = x.data_ptr() + x.numel() * x.element_size()
-        raw = torch.frombuffer(bytearray(ctypes.string_at(end, x.element_size())), dtype=torch.uint8)
-        spoiled = (
-            bool((raw == 255).all())
-            if x.dtype in (torch.uint8, torch.float8_e4m3fn)
-            else bool(raw.view(x.dtype).isnan())
-        )
-        if spoiled and operation == "write_cache":
-            arguments[1].fill_(torch.nan)
-        if not spoiled or operation == "write_cache":
-            return returned
-        return _each(
-            lambda y: torch.full_like(y, torch.nan if y.is_floating_point() else -1 if y.dtype != torch.uint8 else 255),
-            returned,
-        )
-
-    return call
-
+NAMES = tuple(OPERATIONS)
+RETURNING = tuple(name for name in NAMES if name != "write_cache")
 
 CELLS: Sequence[tuple[str, Behavior, str, str, str, Sequence[str]]] = (
     (
@@ -267,6 +58,38 @@ CELLS: Sequence[tuple[str, Behavior, str, str, str, Sequence[str]]] = (
         "results change when the call after the next is made",
         "a third call with the same shapes",
         ("absorb", "decode", "prefill"),
+    ),
+    (
+        "X-ring",
+        takes_memory_from_a_ring,
+        "output_is_not_aliased",
+        "results change when the call after the next is made",
+        "a third call with the same shapes",
+        RETURNING,
+    ),
+    (
+        "X-scale-by-shape",
+        keeps_the_scale,
+        "calls_are_independent",
+        "the second call uses the scale of the first",
+        "an equal shape with another scale than before",
+        ("decode_quantized", "sparse_prefill", "sparse_decode"),
+    ),
+    (
+        "X-mask-by-shape",
+        keeps_the_mask,
+        "calls_are_independent",
+        "tokens of a prompt see what follows them, or drafted tokens miss keys",
+        "an equal shape without the mask",
+        ("prefill", "decode", "decode_quantized"),
+    ),
+    (
+        "X-angles-by-shape",
+        keeps_the_angles,
+        "calls_are_independent",
+        "a second model in the process is rotated as the first",
+        "equal shapes with another theta",
+        ("rope",),
     ),
     (
         "X-plan-by-shape",
@@ -301,12 +124,20 @@ CELLS: Sequence[tuple[str, Behavior, str, str, str, Sequence[str]]] = (
         ("absorb", "rope"),
     ),
     (
+        "X-start-of-memory",
+        reads_from_the_start_of_memory,
+        "reads_strides",
+        "every layer but the first reads what belongs to the first one",
+        "arguments that do not begin where their memory does",
+        NAMES,
+    ),
+    (
         "X-offsets-of-32-bits",
         wraps_offsets_at_2_32,
         "reaches_beyond_2_31_elements",
         "rows far into a large tensor are read from its beginning",
         "offsets of 2^32 elements and more",
-        tuple(name for name in NAMES if name != "write_cache"),
+        NAMES,
     ),
     (
         "X-last-tile",
@@ -314,7 +145,7 @@ CELLS: Sequence[tuple[str, Behavior, str, str, str, Sequence[str]]] = (
         "writes_all_of_its_outputs",
         "garbage in the last rows",
         "a number of rows that is no multiple of 16",
-        tuple(name for name in NAMES if name != "write_cache"),
+        RETURNING,
     ),
     (
         "X-order-of-sums",

@@ -60,3 +60,44 @@ class TableIgnoresStrides(TorchAbsorbed):
 
     def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
         return super().gather_batch(kv_cache, as_if_contiguous(block_table), cache_seqlens)
+
+
+@planted(
+    "X-sink-ignores-strides",
+    symptom="every head but the first has the sink of another",
+    shows_when="the sinks are a view of a larger tensor",
+    killed_by=("test_sparse_prefill_reads_strides", "test_sparse_decode_reads_strides"),
+)
+class SinkIgnoresStrides(TorchAbsorbed):
+    """Sparse attention takes the sinks to be adjacent."""
+
+    def sink_share(self, lse: Tensor, attn_sink: Tensor) -> Tensor:
+        return super().sink_share(lse, as_if_contiguous(attn_sink))
+
+
+@planted(
+    "X-indexer-norm-ignores-strides",
+    symptom="the indexer selects other keys than the model was trained to",
+    shows_when="the vectors of its norm are views of larger tensors",
+    killed_by=("test_project_indexer_reads_strides",),
+)
+class IndexerNormIgnoresStrides(TorchAbsorbed):
+    """The norm of the indexer's keys takes its weight and bias to be adjacent."""
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return super().layer_norm(x, as_if_contiguous(weight), as_if_contiguous(bias), eps)
+
+
+@planted(
+    "X-heads-taken-as-adjacent",
+    symptom="rotary parts of all heads but the first are those of other tokens",
+    shows_when="x has heads before tokens in memory",
+    killed_by=("test_rope_reads_strides",),
+)
+class HeadsTakenAsAdjacent(TorchAbsorbed):
+    """The rotation asks for the step from token to token, and takes heads to be adjacent."""
+
+    def rope(self, x: Tensor, positions: Tensor, *, rope: RopeConfig) -> Tensor:
+        if x.ndim == positions.ndim + 2 and x.stride(-2) > x.stride(-3):
+            x = as_if_contiguous(x)
+        return super().rope(x, positions, rope=rope)
