@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.judging.law import Run, law
@@ -85,7 +86,12 @@ def _tensors_at(places: Mapping[str, _Place], dtype: torch.dtype) -> Tensors:
     again = {id(x): x for x in fresh if id(x) in old}
     others = [x for x in fresh if id(x) not in old]
     chosen = {name: again.get(place.identity, others[i]) for i, (name, place) in enumerate(places.items())}
-    return {name: x.set_(places[name].storage, 0, places[name].size) for name, x in chosen.items()}
+    return {name: _set(x, places[name]) for name, x in chosen.items()}
+
+
+def _set(x: Tensor, place: _Place) -> Tensor:
+    """x as a contiguous tensor at ``place``."""
+    return x.set_(place.storage, 0, place.size, torch.empty(place.size, device="meta").stride())
 
 
 @law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1, max_steps=1), cost=2)
