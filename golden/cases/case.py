@@ -20,6 +20,10 @@ from mla_spec.reference.indexer import IndexerConfig
 from mla_spec.reference.typing import Array
 
 Values = Mapping[str, NDArray[Any]]
+"""Arrays of a case by name."""
+
+Parameters = Mapping[str, Any]
+"""What an operation takes beside arrays, by name: plain JSON."""
 
 CANONICAL_NAN = np.array([0x7FF8000000000000], dtype="<u8").view("<f8")[0]
 
@@ -46,7 +50,7 @@ class Case:
     purpose: str
     catches: str
     sources: tuple[str, ...] = ()
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Parameters = field(default_factory=dict)
     inputs: Values
     dtype: str = "float64"
     dtypes: Mapping[str, str] = field(default_factory=dict)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.golden.cases.case import (
+    Parameters,
     Values,
     config_from,
     layer_weights,
@@ -43,8 +43,8 @@ class Computed:
     error: Array
 
 
-def _rope_table(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
-    rope, positions = rope_from(p["rope"]), x["positions"]
+def _rope_table(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    rope, positions = rope_from(parameters["rope"]), x["positions"]
     frequencies = rope_frequencies(rope)
     yield Computed("frequencies", frequencies, np.zeros_like(frequencies))  # promised to be correctly rounded
     cos, sin = rope_cos_sin(positions, rope)
@@ -56,24 +56,24 @@ def _rope_table(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
     yield Computed("sin", sin, np.broadcast_to(error, sin.shape))
 
 
-def _rope(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
-    out, bound = rope_with_bound(x["x"], x["positions"], rope_from(p["rope"]), PROFILE.rope, output="float64")
+def _rope(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    out, bound = rope_with_bound(x["x"], x["positions"], rope_from(parameters["rope"]), PROFILE.rope, output="float64")
     yield Computed("out", out, bound.terms[OWN])
 
 
-def _absorb(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
-    for name, rows in zip(("w_uk", "w_uv"), absorb(x["kv_b_proj"], config_from(p["config"])), strict=True):
+def _absorb(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    for name, rows in zip(("w_uk", "w_uv"), absorb(x["kv_b_proj"], config_from(parameters["config"])), strict=True):
         yield Computed(name, rows, np.zeros_like(rows))
 
 
-def _rms_norm(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
-    out = rms_norm(x["x"], x["weight"], p["eps"])
+def _rms_norm(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    out = rms_norm(x["x"], x["weight"], parameters["eps"])
     # A sum of n squares, all positive, then eight roundings at most, as in layer_bound.
     yield Computed("out", out, gamma(x["x"].shape[-1] + 8, _FORMAT.unit_roundoff) * np.abs(out))
 
 
-def _layer(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
-    config, weights, prompt = config_from(p["config"]), layer_weights(x), p["prompt"]
+def _layer(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    config, weights, prompt = config_from(parameters["config"]), layer_weights(x), parameters["prompt"]
     hidden, positions = x["hidden"], x["positions"]
     for form, attend in (("explicit", explicit), ("absorbed", absorbed)):
         profile = Profile.default("float64", form=form)
@@ -88,7 +88,7 @@ def _layer(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
         yield Computed("decode", np.concatenate(steps, axis=1), bound.total[:, prompt:])
 
 
-def _prefill(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+def _prefill(x: Values, parameters: Parameters) -> Iterator[Computed]:
     parts = []
     for i in range(len(x["cu_seqlens_q"]) - 1):
         queries, keys = slice(*x["cu_seqlens_q"][i : i + 2]), slice(*x["cu_seqlens_k"][i : i + 2])
@@ -97,8 +97,8 @@ def _prefill(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
                 x["q"][queries],
                 x["k"][keys],
                 x["v"][keys],
-                softmax_scale=p["softmax_scale"],
-                causal=p["causal"],
+                softmax_scale=parameters["softmax_scale"],
+                causal=parameters["causal"],
                 profile=PROFILE,
             )
         )
@@ -108,8 +108,8 @@ def _prefill(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
     yield Computed("lse", lse, np.concatenate([part.lse_error.terms[OWN] for part in parts], axis=1))
 
 
-def _decode(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
-    scale, causal, width = p["softmax_scale"], p["causal"], p["head_dim_v"]
+def _decode(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    scale, causal, width = parameters["softmax_scale"], parameters["causal"], parameters["head_dim_v"]
     rows = gather_rows(x["kv_cache"], x["block_table"], x["cache_seqlens"])[:, :, None]  # [b, t, 1, c+r]
     bounded = attention_with_bound(
         x["q"],
@@ -144,7 +144,7 @@ def merge_as_attention(outs: Array, lses: Array) -> tuple[Array, Array, Array, I
     return np.ones((*present.shape, 1, 1, 1)), scores[..., None, None], values[..., None, :], present
 
 
-def _merge(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
+def _merge(x: Values, parameters: Parameters) -> Iterator[Computed]:
     q, k, v, present = merge_as_attention(x["outs"], x["lses"])
     bounded = attention_with_bound(q, k, v, softmax_scale=1.0, cache_seqlens=present, causal=False, profile=PROFILE)
     merged_out, merged_lse = merge(x["outs"], x["lses"])
@@ -156,28 +156,30 @@ def exactly(name: str, value: Array) -> Iterator[Computed]:
     yield Computed(name, value, np.zeros(value.shape))
 
 
-def _bits(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
-    return exactly("out", decode_bits(x["bits"], p["format"]))
+def _bits(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    return exactly("out", decode_bits(x["bits"], parameters["format"]))
 
 
-def _round(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
-    return exactly("out", round_to(x["x"], p["format"], overflow=p["overflow"]))
+def _round(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    return exactly("out", round_to(x["x"], parameters["format"], overflow=parameters["overflow"]))
 
 
-def _pack(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
-    layout = layout_of(p["layout"])
+def _pack(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    layout = layout_of(parameters["layout"])
     none = np.zeros((len(x["codes"]), 0))
     stored = QuantisedRows(decode_bits(x["codes"], layout.code), x.get("scales", none), x.get("plain", none))
-    return exactly("pages", pack(stored, layout, p["page_size"]).astype(np.float64))
+    return exactly("pages", pack(stored, layout, parameters["page_size"]).astype(np.float64))
 
 
-def _unpack(x: Values, p: Mapping[str, Any]) -> Iterator[Computed]:
-    layout = layout_of(p["layout"])
-    stored = unpack(x["pages"].astype(np.uint8), layout, p["page_size"], tensor_scale=p["tensor_scale"])
-    return exactly("rows", dequantise(stored, layout).reshape(-1, layout.width)[: p["tokens"]])
+def _unpack(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    layout = layout_of(parameters["layout"])
+    stored = unpack(
+        x["pages"].astype(np.uint8), layout, parameters["page_size"], tensor_scale=parameters["tensor_scale"]
+    )
+    return exactly("rows", dequantise(stored, layout).reshape(-1, layout.width)[: parameters["tokens"]])
 
 
-COMPUTED: dict[str, Callable[[Values, Mapping[str, Any]], Iterator[Computed]]] = {
+COMPUTED: dict[str, Callable[[Values, Parameters], Iterator[Computed]]] = {
     "rope_table": _rope_table,
     "rope": _rope,
     "absorb": _absorb,

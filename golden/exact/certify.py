@@ -10,6 +10,7 @@ import numpy as np
 from flint import ctx
 
 from mla_spec.golden.cases.case import (
+    Parameters,
     Values,
     config_from,
     indexer_config_from,
@@ -108,38 +109,38 @@ def _worst(name: str, ulps: Array) -> Certified:
 # The reference's results and their gauges
 
 
-def _rope_table(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
-    config, positions = rope_from(p["rope"]), x["positions"]
+def _rope_table(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
+    config, positions = rope_from(parameters["rope"]), x["positions"]
     yield "frequencies", Gauged.of(rope_frequencies(config))
     for name, table in zip(("cos", "sin"), rope_cos_sin(positions, config), strict=True):
         yield name, Gauged(table, np.ones_like(table))
 
 
-def _rope(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
-    yield "out", rope(Gauged.of(x["x"]), x["positions"], rope_from(p["rope"]))
+def _rope(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
+    yield "out", rope(Gauged.of(x["x"]), x["positions"], rope_from(parameters["rope"]))
 
 
-def _absorb(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
-    for name, rows in zip(("w_uk", "w_uv"), mla.absorb(x["kv_b_proj"], config_from(p["config"])), strict=True):
+def _absorb(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
+    for name, rows in zip(("w_uk", "w_uv"), mla.absorb(x["kv_b_proj"], config_from(parameters["config"])), strict=True):
         yield name, Gauged.of(rows)
 
 
-def _absorption(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
-    w_uk, w_uv = mla.absorb(x["kv_b_proj"], config_from(p["config"]))
+def _absorption(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
+    w_uk, w_uv = mla.absorb(x["kv_b_proj"], config_from(parameters["config"]))
     q = Gauged.of(np.concatenate([x["q_nope"], x["q_pe"]], axis=-1))
-    scale = p["softmax_scale"]
+    scale = parameters["softmax_scale"]
     gauged, _ = explicit(q, Gauged.of(x["latent"]), Gauged.of(x["k_pe"]), w_uk, w_uv, softmax_scale=scale)
     for form in (mla.explicit, mla.absorbed):
         out, _ = form(x["q_nope"], x["q_pe"], x["latent"], x["k_pe"], w_uk, w_uv, softmax_scale=scale)
         yield "out", Gauged(out, gauged.gauge)
 
 
-def _rms_norm(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
-    yield "out", rms_norm(Gauged.of(x["x"]), x["weight"], p["eps"])
+def _rms_norm(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
+    yield "out", rms_norm(Gauged.of(x["x"]), x["weight"], parameters["eps"])
 
 
-def _layer(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
-    config, weights, prompt = config_from(p["config"]), layer_weights(x), p["prompt"]
+def _layer(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
+    config, weights, prompt = config_from(parameters["config"]), layer_weights(x), parameters["prompt"]
     hidden, positions = x["hidden"], x["positions"]
     gauge = layer(hidden, positions, weights, config).gauge
     for form in (mla.explicit, mla.absorbed):
@@ -150,19 +151,19 @@ def _layer(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
         yield "decode", Gauged(out, gauge[:, later])
 
 
-def _prefill(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
+def _prefill(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
     parts = []
     for i in range(len(x["cu_seqlens_q"]) - 1):
         queries, keys = slice(*x["cu_seqlens_q"][i : i + 2]), slice(*x["cu_seqlens_k"][i : i + 2])
         operands = (Gauged.of(a) for a in (x["q"][queries], x["k"][keys], x["v"][keys]))
-        parts.append(attend(*operands, softmax_scale=p["softmax_scale"], causal=p["causal"]))
+        parts.append(attend(*operands, softmax_scale=parameters["softmax_scale"], causal=parameters["causal"]))
     for name, axis, results in zip(("out", "lse"), (0, 1), zip(*parts, strict=True), strict=True):
         fields = ([getattr(result, field) for result in results] for field in ("value", "gauge"))
         yield name, Gauged(*(np.concatenate(arrays, axis=axis) for arrays in fields))
 
 
-def _decode(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
-    scale, causal, width = p["softmax_scale"], p["causal"], p["head_dim_v"]
+def _decode(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
+    scale, causal, width = parameters["softmax_scale"], parameters["causal"], parameters["head_dim_v"]
     lengths = x["cache_seqlens"]
     rows = gather_rows(x["kv_cache"], x["block_table"], lengths)[:, :, None]  # [b, t, 1, c+r]
     operands = (Gauged.of(a) for a in (x["q"], rows, rows[..., :width]))
@@ -172,7 +173,7 @@ def _decode(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
         yield name, Gauged(value, result.gauge)
 
 
-def _merge(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
+def _merge(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
     q, k, v, present = (Gauged.of(a) for a in merge_as_attention(x["outs"], x["lses"]))
     gauged_out, gauged_lse = attend(q, k, v, softmax_scale=1.0, cache_seqlens=present.value, causal=False)
     out, lse = merge(x["outs"], x["lses"])
@@ -180,8 +181,8 @@ def _merge(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
     yield "lse", Gauged(lse, np.swapaxes(gauged_lse.gauge[..., 0, 0], 1, 2))
 
 
-def _project_indexer(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gauged]]:
-    config, weights = indexer_config_from(p["config"]), layer_weights(x)
+def _project_indexer(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
+    config, weights = indexer_config_from(parameters["config"]), layer_weights(x)
     hidden, r = Gauged.of(x["hidden"]), config.rope_dim
     q = product("oc,...c->...o", weights["wq_b"], Gauged.of(x["q_latent"]))
     q = q.reshape(len(x["hidden"]), config.index_n_heads, config.index_head_dim)
@@ -194,7 +195,7 @@ def _project_indexer(x: Values, p: Mapping[str, Any]) -> Iterator[tuple[str, Gau
         yield name, Gauged(value, gauged.gauge)
 
 
-_RESULTS: dict[str, Callable[[Values, Mapping[str, Any]], Iterator[tuple[str, Gauged]]]] = {
+_RESULTS: dict[str, Callable[[Values, Parameters], Iterator[tuple[str, Gauged]]]] = {
     "rope_table": _rope_table,
     "rope": _rope,
     "absorb": _absorb,
