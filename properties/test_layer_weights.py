@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.judging.law import Run, law
@@ -76,6 +75,7 @@ class _Place:
 
     storage: torch.UntypedStorage
     size: torch.Size
+    stride: tuple[int, ...]
     identity: int
 
 
@@ -86,12 +86,10 @@ def _tensors_at(places: Mapping[str, _Place], dtype: torch.dtype) -> Tensors:
     again = {id(x): x for x in fresh if id(x) in old}
     others = [x for x in fresh if id(x) not in old]
     chosen = {name: again.get(place.identity, others[i]) for i, (name, place) in enumerate(places.items())}
-    return {name: _set(x, places[name]) for name, x in chosen.items()}
-
-
-def _set(x: Tensor, place: _Place) -> Tensor:
-    """x as a contiguous tensor at ``place``."""
-    return x.set_(place.storage, 0, place.size, torch.empty(place.size, device="meta").stride())
+    return {
+        name: x.set_(at.storage, 0, at.size, at.stride)
+        for (name, x), at in zip(chosen.items(), places.values(), strict=True)
+    }
 
 
 @law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1, max_steps=1), cost=2)
@@ -101,7 +99,7 @@ def test_layer_made_again_uses_its_own_weights(run: Run, case: LayerCase) -> Non
     first = LayerDriver.of(run.driver, inputs.weights, inputs.config)
     _use(first, inputs, case)
     first.overwrite_weights(later.weights)
-    places = {name: _Place(w.untyped_storage(), w.size(), id(w)) for name, w in first.weights.items()}
+    places = {name: _Place(w.untyped_storage(), w.size(), w.stride(), id(w)) for name, w in first.weights.items()}
     del first
     tensors = _tensors_at(places, TORCH_DTYPES[run.driver.dtype])
     second = LayerDriver.holding(run.driver, tensors, later.config)

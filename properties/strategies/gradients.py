@@ -16,7 +16,7 @@ from mla_spec.operations.gradients import PrefillBackwardCase, SparseBackwardCas
 from mla_spec.operations.merge_gradients import MergeBackwardCase, RingCase
 from mla_spec.operations.rope_gradients import RopeBackwardCase
 from mla_spec.properties.strategies.merge import merge_cases
-from mla_spec.properties.strategies.rope import rope_cases
+from mla_spec.properties.strategies.rope import options, rope_cases
 from mla_spec.properties.strategies.sizes import SEEDS, between, choice, large_size, several, supported
 from mla_spec.properties.strategies.sparse import draw_sparse_prefill
 from mla_spec.reference.formats import format_of
@@ -153,6 +153,11 @@ def rope_backward_cases(draw: DrawFn, supports: Supports, profile: Profile) -> R
     return RopeBackwardCase(**vars(draw(rope_cases(supports, profile))))
 
 
+def rope_backward_options(supports: Supports, profile: Profile) -> list[RopeBackwardCase]:
+    """As ``options`` of rope: every scaling in each layout."""
+    return [RopeBackwardCase(**vars(case)) for case in options(supports, profile)]
+
+
 LSE_MEANS = (0.0, 5.0, -5.0, 200.0, -200.0)
 """Of parts to merge: near 1e5 the exponents' rounding alone exceeds what gradients of the LSEs differ by."""
 
@@ -167,10 +172,10 @@ def merge_backward_cases(draw: DrawFn, /, supports: Supports, profile: Profile, 
 @st.composite
 def ring_cases(draw: DrawFn, supports: Supports, profile: Profile) -> RingCase:
     """As ``prefill_backward_cases``, in two or three parts, whose errors add up: aligned in 16 bits, and no peaked scores."""
-    case = draw(prefill_backward_cases(supports, profile))
+    case = draw_prefill_backward(draw, supports, profile)
     aligned = format_of(profile.dtype).bits <= 16
     changes = {
-        "parts": draw(st.integers(2, min(3, supports.max_parts or 3))),
+        "parts": draw(between(2, min(3, supports.max_parts or 3))),
         "regime": "aligned" if aligned else case.regime,
         "logit_std": min(case.logit_std, ALIGNED_STDS[0] if aligned else 1.0),
     }
