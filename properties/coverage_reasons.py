@@ -19,7 +19,6 @@ DECODING = ("test_layer_decode_*", "test_layer_decodes_*", *CALLED_TWICE)
 DECODE: tuple[Reason, ...] = (
     Reason(EXACT, OTHER_NUMBERS, "the law sets queries and keys itself, so that some keys lead or all are equal"),
     Reason(EXACT, ("no keys",), "a key must lead"),
-    Reason(("test_decode_one_hot_in_a_long_*",), ("several queries",), "the case is fixed; where its keys lie matters"),
     Reason(STATISTICS, (*OTHER_NUMBERS, "several queries"), "the few cases are fixed; many independent rows matter"),
     Reason(
         (*STATISTICS, "test_decode_roundings_do_not_add_up"), ("no keys",), "roundings of many weights are looked at"

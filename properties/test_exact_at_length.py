@@ -37,7 +37,7 @@ from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Results
 from mla_spec.subjects.supports import Supports
 
-MOST = 8 * ELEMENTS
+MOST = 32 * ELEMENTS
 """Elements of the keys of a call, at most."""
 
 PLACES = tuple((long, place) for i, long in enumerate(LONG) for place in (range(3) if long < 2**13 else (i % 3,)))
@@ -53,7 +53,7 @@ def _decode_cases(supports: Supports, profile: Profile) -> list[DecodeCase]:
         DecodeCase(
             dtype=profile.dtype,
             seed=seed,
-            seqlens=placed(long, SHORT, place),
+            seqlens=placed(long, SHORT[:others], place % (others + 1)),
             s=min(1 + seed % 2, supports.max_s or 2),
             num_heads=nearest(supports.num_heads, 2),
             kv_lora_rank=c,
@@ -62,8 +62,13 @@ def _decode_cases(supports: Supports, profile: Profile) -> list[DecodeCase]:
             causal=supports.causal[seed % len(supports.causal)],
         )
         for seed, (long, place) in enumerate(PLACES)
-        if 3 * long * (c + r) <= MOST
+        for others in _room(long * (c + r))
     ]
+
+
+def _room(elements: int) -> list[int]:
+    """How many sequences may stand beside one of so many elements, as a list of one number; [] where it is too long."""
+    return [min(2, MOST // elements - 1)] if elements <= MOST else []
 
 
 def _seen(length: int, s: int, *, causal: bool) -> int:
@@ -110,7 +115,7 @@ def test_decode_is_exact_at_length(run: Run, case: DecodeCase) -> None:
     q[..., c - 1] = QUERY
     seen = tuple(_seen(n, case.s, causal=case.causal) for n in case.seqlens)
     for each in rounds(case.seqlens, seen, seed=case.seed):
-        keys, pages, blocks = _paged(each, case.page_size, share=sum(case.seqlens) * d > ELEMENTS // 4)
+        keys, pages, blocks = _paged(each, case.page_size, share=sum(case.seqlens) * d > ELEMENTS)
         inputs = DecodeInputs(
             q=q,
             kv_cache=rows[pages][:, :, None],
@@ -128,7 +133,7 @@ def _quantised_cases(supports: Supports, profile: Profile) -> list[QuantisedDeco
     return [
         QuantisedDecodeCase(
             dtype=profile.dtype,
-            seed=seed,
+            seed=seed + long // 4096,
             format=name,
             page_size=nearest(supports.page_sizes, (64, 32)[seed % 2]),
             seqlens=placed(long, SHORT[:1], seed % 2),
@@ -192,7 +197,7 @@ def _prefill_cases(supports: Supports, profile: Profile) -> list[PrefillCase]:
             causal=supports.causal[seed % len(supports.causal)] if max(queries) < 9 else supports.causal[0],
         )
         for seed, (queries, keys) in enumerate(lengths)
-        if sum(keys) * heads * (d + v) <= MOST
+        if sum(keys) * heads * (d + v) <= MOST and sum(queries) * sum(keys) * heads <= MOST
     ]
 
 

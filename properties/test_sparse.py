@@ -293,6 +293,8 @@ def _all_visible(visible: IntArray, rng: np.random.Generator, unit: int) -> IntA
 )
 def test_sparse_prefill_over_all_keys_is_prefill(run: Run, case: SparsePrefillCase) -> None:
     """Indices of every key that a query sees give what prefill gives, causal or not."""
+    if run.supports.num_heads is None:  # prefill has keys of every head
+        case = replace(case, num_heads=min(case.num_heads, 16))
     inputs = case.build()
     s, h, _ = inputs.q.shape
     t = case.s_kv

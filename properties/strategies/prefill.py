@@ -78,7 +78,7 @@ def prefill_cases(
     elif size == "queries":
         queries[draw(between(0, len(queries) - 1))] = draw(choice(65, 129, 257))
     elif published:
-        queries = queries[: max(min_batch, 2)]
+        queries = [draw(between(min_queries, 5)) for _ in queries[: max(min_batch, 2)]]
     if not any(queries):
         queries[-1] = 1
     pasts = cycled([_few(draw, -3 if min_past is None else min_past, 12) for _ in range(7)], len(queries))

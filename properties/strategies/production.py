@@ -29,11 +29,17 @@ FEW = (5, 37, 20, 1, 70)
 FEW_OF_LARGE_PAGES = (5, 300, 20, 1, 257)
 """The same where pages have hundreds of tokens: nearly a whole one, and more than one."""
 
-ELEMENTS = 2**24
-"""Of the keys that all sequences of a case see, at most; beyond that exact laws take over, which need no reference."""
+ELEMENTS = 2**22
+"""Of the keys that all sequences of a case see, about; beyond that exact laws take over, which need no reference."""
 
 LONG = (4161, 8193, 32769, 65606, 131142)
 """Keys of a long sequence: just beyond a power of two, but for what no kernel's part divides."""
+
+
+def shortened(lengths: tuple[int, ...], elements: int) -> tuple[int, ...]:
+    """Lengths so cut that all keys of a batch, of so many elements each, are no more than ``ELEMENTS``."""
+    most = max(3, ELEMENTS // (len(lengths) * elements))
+    return tuple(min(n, most) for n in lengths)
 
 
 def nearest(allowed: tuple[int, ...] | None, wanted: int) -> int:
@@ -93,7 +99,7 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
     def case(seqlens: tuple[int, ...], s: int, heads: int, page_size: int, seed: int) -> DecodeCase:
         page_size = nearest(supports.page_sizes, page_size)
         pages = -(-max(seqlens) // page_size)
-        room = max(ELEMENTS // 8 // (page_size * (c + r)), 64)
+        room = max(ELEMENTS // 2 // (page_size * (c + r)), 64)
         return DecodeCase(
             dtype=profile.dtype,
             seed=seed,
@@ -108,8 +114,11 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
             shared_pages=0 if pages * len(seqlens) <= room else room,
         )
 
+    def lengths(b: int, page_size: int) -> tuple[int, ...]:
+        return shortened(tuple(cycled(list(FEW if page_size < 128 else FEW_OF_LARGE_PAGES), b)), c + r)
+
     cases = [
-        case(tuple(cycled(list(FEW if page_size < 128 else FEW_OF_LARGE_PAGES), b)), s, heads, page_size, seed)
+        case(lengths(b, page_size), s, heads, page_size, seed)
         for seed, (b, s, heads, page_size) in enumerate(DECODE_COUNTS)
     ]
     for seed, (long, place) in enumerate(_places(3 * (c + r), most_keys(profile))):
@@ -151,9 +160,11 @@ def prefill(supports: Supports, profile: Profile) -> list[PrefillCase]:
 
     cases = []
     for seed, (b, heads) in enumerate(PREFILL_COUNTS):
-        cases.append(case(tuple(cycled([1, 3, 0, 2, 1], b)), tuple(cycled(list(FEW), b)), heads, seed))
-    cases.append(case((2, 1100), (9, 1100), 1, 0))
+        keys = shortened(tuple(cycled(list(FEW), b)), nearest(supports.num_heads, heads) * (d + v))
+        cases.append(case(tuple(cycled([1, 3, 0, 2, 1], b)), keys, heads, seed))
     heads = nearest(supports.num_heads, 1)
+    if 1100**2 * heads <= ELEMENTS:
+        cases.append(case((2, 1100), (9, 1100), 1, 0))
     for seed, (long, place) in enumerate((n, p) for n in (4100, 8193, 65700) for p in (range(3) if n < 8193 else (1,))):
         if long * heads * (d + v) <= ELEMENTS and long <= most_keys(profile):
             cases.append(case((3, 2, 1), placed(long, (5, 70), place), 1, seed))
@@ -182,7 +193,9 @@ def sparse_prefill(supports: Supports, profile: Profile) -> list[SparsePrefillCa
         SparsePrefillCase(s_q=2, s_kv=70, **_sparse(supports, profile, 20, heads, seed))
         for seed, heads in enumerate(SPARSE_HEADS)
     ]
-    cases.append(SparsePrefillCase(s_q=1100, s_kv=70, **_sparse(supports, profile, 8, 1, 0)))
+    many = _sparse(supports, profile, 8, 1, 0)
+    elements = many["topk"] * (many["kv_lora_rank"] + many["qk_rope_head_dim"])
+    cases.append(SparsePrefillCase(s_q=min(1100, ELEMENTS // elements), s_kv=70, **many))
     for seed, topk in enumerate((320, 576, 2048)):
         cases.append(SparsePrefillCase(s_q=2, s_kv=4161, **_sparse(supports, profile, topk, 2, seed)))
     return cases
@@ -253,7 +266,7 @@ def merge(supports: Supports, profile: Profile) -> list[MergeCase]:
 def write_cache(supports: Supports, profile: Profile) -> list[WriteCase]:
     """More tokens than 2^16, where rows are narrow, in pages of several sizes."""
     c, r = latent_dims(supports)
-    tokens = min(65_600, ELEMENTS // (2 * (c + r)))
+    tokens = min(65_600, 2 * ELEMENTS // (c + r))
     return [
         WriteCase(
             dtype=profile.dtype,

@@ -365,3 +365,14 @@ def test_error_of_a_temperature_has_both_its_roundings(dtype: str) -> None:
     assert (bounded.error[:4] == 0).all()
     ratio = np.abs(got - bounded.value)[4:] / bounded.error[4:]
     assert 0.6 < ratio.max() <= 1
+
+
+@pytest.mark.parametrize("form", ["explicit", "absorbed"])
+def test_the_last_tokens_alone_have_the_bound_that_they_have_among_all(form: Any) -> None:
+    config = replace(LAYER, llama_4_scaling=Llama4Scaling(beta=0.1, original_max_position_embeddings=2))
+    hidden, positions, weights = layer_case(config, "float32", 0)
+    profile = Profile.default("float32", form=form)
+    whole, bound = layer_with_bound(hidden, positions, weights, config, profile)
+    last, last_bound = layer_with_bound(hidden, positions, weights, config, profile, last=2)
+    np.testing.assert_array_equal(last, whole[..., -2:, :])
+    np.testing.assert_allclose(last_bound.total, bound.total[..., -2:, :], rtol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record, VacuousCase, merge
 from mla_spec.operations.all import parse_case
 from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.indexer import IndexerCase
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.subjects.driver import computed
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.violation import Violation
+from mla_spec.subjects.violation import NotOffered, Violation
 
 LAWS = all_laws()
 FEW = Options(examples=16, seed=11)
@@ -318,3 +320,84 @@ def test_every_law_states_itself_in_one_line() -> None:
 def test_violation_is_not_an_assertion() -> None:
     # A subject's own failed assertion is a crash, not a violation.
     assert not issubclass(Violation, AssertionError)
+
+
+def test_a_law_whose_cases_are_all_trivial_is_incomplete() -> None:
+    record = run_law(make_law(lambda run, case: run.trivial("nothing is asked")), TorchAbsorbed(), FEW)
+    assert record.verdict == "incomplete"
+    assert record.message == "no subject could have failed any of its 4 cases: nothing is asked"
+    assert record.case
+
+
+def test_some_trivial_cases_do_no_harm() -> None:
+    def check(run: Any, case: DecodeCase) -> None:
+        if case.seed % 2:
+            run.trivial("the seed is odd")
+
+    record = run_law(make_law(check), TorchAbsorbed(), replace(FEW, examples=64))
+    assert record.verdict == "pass"
+    assert record.cases == 64
+
+
+def test_results_without_an_element_are_trivial() -> None:
+    nothing = computed(np.zeros((3, 0)), "out")
+    law = make_law(lambda run, case: run.within(nothing, nothing.value, ErrorBound({"none": nothing.value})))
+    record = run_law(law, TorchAbsorbed(), FEW)
+    assert record.verdict == "incomplete"
+    assert "no output has an element" in record.message
+
+
+@pytest.mark.parametrize(
+    ("supports", "law", "field"),
+    [
+        (Supports(num_heads=(0,)), "test_decode_agrees_with_reference", "num_heads=(0,)"),
+        (Supports(latent_dims=((0, 64),)), "test_write_cache_stores_latent_then_rope", "latent_dims=((0, 64),)"),
+        (Supports(prefill_dims=((192, 0),)), "test_prefill_at_production_counts", "prefill_dims=((192, 0),)"),
+        (Supports(indexer_top_k=(0,)), "test_indexer_selects_the_largest_logits", "indexer_top_k=(0,)"),
+    ],
+)
+def test_outputs_without_an_element_are_unsupported(supports: Supports, law: str, field: str) -> None:
+    subject = TorchAbsorbed()
+    subject.supports = supports
+    record = run_law(LAWS[law], subject, FEW)
+    assert record.verdict == "unsupported"
+    assert record.message == f"{field} leaves outputs without an element"
+
+
+def test_widths_without_rope_dims_leave_something_to_judge() -> None:
+    assert Supports(latent_dims=((512, 0),), num_heads=(0, 16)).nothing_to_judge(("decode",)) == ""
+
+
+def test_a_law_without_a_case_is_unsupported() -> None:
+    law = Law("law", ("decode",), lambda *_: [], lambda *_: None, lambda _: "")
+    record = run_law(law, TorchAbsorbed(), FEW)
+    assert record.verdict == "unsupported"
+    assert record.message == "no case fits what the subject supports"
+
+
+def test_a_law_unsupported_in_one_dtype_runs_in_the_others() -> None:
+    def check(run: Any, case: DecodeCase) -> None:
+        if case.dtype == "float64":
+            raise NotOffered("no such number")
+
+    record = run_law(make_law(check), TorchAbsorbed(), FEW)
+    assert record.verdict == "pass"
+    assert record.cases == 12
+
+
+class FirstKeys(TorchAbsorbed):
+    """Its indexer selects the first keys, and can select no fewer than 2048."""
+
+    supports = Supports(indexer_top_k=(2048,))
+
+    def largest(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:
+        return torch.arange(min(top_k, logits.shape[1])).expand(len(logits), -1)
+
+
+def test_a_selection_of_more_keys_than_there_usually_are_is_judged() -> None:
+    record = run_law(LAWS["test_indexer_selects_the_largest_logits"], FirstKeys(), replace(FEW, examples=3))
+    assert record.verdict == "fail", record.text()
+    shorter = IndexerCase(dtype="float32", seqlens_q=(2,), seqlens_k=(9,), top_k=2048)
+    record = run_law(LAWS["test_indexer_selects_the_largest_logits"], FirstKeys(), Options(case=shorter))
+    assert record.verdict == "incomplete"
+    assert "no query sees more than top_k = 2048 keys" in record.message

@@ -131,3 +131,22 @@ def test_seeds_give_different_values() -> None:
 def test_an_unreadable_id_is_named(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_case(text)
+
+
+def test_a_later_field_stands_in_the_id_only_where_it_says_something() -> None:
+    plain = DecodeCase(dtype="float32", seqlens=(3, 5), page_size=2)
+    assert "shared_pages" not in plain.id
+    shared = DecodeCase(dtype="float32", seqlens=(3, 5), page_size=2, shared_pages=4)
+    assert shared.id.endswith(",shared_pages=4")
+    assert parse_case(plain.id) == plain
+    assert parse_case(shared.id) == shared
+
+
+def test_shared_pages_come_again_in_other_orders() -> None:
+    case = DecodeCase(dtype="float32", seqlens=(40, 41, 64), page_size=8, shared_pages=5)
+    inputs = case.build()
+    named = [row[:count] for row, count in zip(inputs.block_table, case.pages_needed, strict=True)]
+    assert len(np.unique(np.concatenate(named))) == 5
+    assert len(inputs.kv_cache) == 8
+    assert not np.array_equal(named[0], named[1][:5])
+    assert len(np.unique(named[0])) == 5  # no page twice before all have come

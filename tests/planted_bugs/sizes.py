@@ -251,7 +251,7 @@ class GradientsOfFirstTileOfKeys(TorchAbsorbed):
     "X-keys-numbered-in-16-bits",
     symptom="contexts beyond 65536 tokens begin anew",
     shows_when="more than 65536 keys",
-    killed_by=("test_decode_one_hot_in_a_long_context",),
+    killed_by=("test_decode_is_exact_at_length",),
 )
 class KeysNumberedIn16Bits(TorchAbsorbed):
     """The number of a key has 16 bits."""
@@ -265,7 +265,7 @@ class KeysNumberedIn16Bits(TorchAbsorbed):
     "X-window-of-4096-keys",
     symptom="the beginning of a long conversation is forgotten",
     shows_when="more than 4096 keys",
-    killed_by=("test_decode_one_hot_in_a_long_context",),
+    killed_by=("test_decode_is_exact_at_length",),
 )
 class WindowOf4096Keys(TorchAbsorbed):
     """The sliding window of other layers of the model is applied to all."""
