@@ -13,7 +13,7 @@ from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
 from mla_spec.properties.hazards import overwrite
-from mla_spec.properties.strategies.layer import every_option, layer_cases, long_layers
+from mla_spec.properties.strategies.layer import every_option, layer_cases, long_layers, rotating_layer
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import Array, IntArray
@@ -120,7 +120,7 @@ def test_prefill_equals_token_by_token_decode(run: Run, case: LayerCase) -> None
         run.same_function(got, whole[:, one], bound[:, one], f"token {t}: decode differs from prefill")
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2), cost=2)
+@law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2), cost=2, first=rotating_layer)
 def test_layer_depends_on_relative_positions_only(run: Run, case: LayerCase) -> None:
     """All positions moved by as much, of a prompt and of what is decoded after it, outputs stay."""
     inputs = case.build()

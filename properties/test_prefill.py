@@ -13,7 +13,7 @@ from mla_spec.operations.decode import DecodeCase, declared_lse, decode_expected
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase, PrefillInputs, prefill_expected
 from mla_spec.properties.attention import judge_attention, judge_merged_results
-from mla_spec.properties.strategies import rare
+from mla_spec.properties.strategies import ordinary, rare
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.prefill import prefill_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -128,7 +128,12 @@ def _require_same(
             run.same_function(a, b, bound, why)
 
 
-@law(needs=PREFILL, cases=narrowed(prefill_cases, min_queries=2, causal=True), missing=_needs_causal)
+@law(
+    needs=PREFILL,
+    cases=narrowed(prefill_cases, min_queries=2, causal=True),
+    missing=_needs_causal,
+    first=ordinary.prefill,
+)
 def test_prefill_ignores_future_keys(run: Run, case: PrefillCase) -> None:
     """Changing the last key and value of a sequence changes no bit but of its last query (causal, bottom-right)."""
     inputs = case.build()

@@ -216,7 +216,32 @@ def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Op
 def _generate(law: Law, run: Run, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
     """Run the law's first cases, and then what Hypothesis draws; the last call of ``attempt`` is the smallest failure."""
     for case in law.first(run.supports, run.profile):
+        try:
+            attempt(case)
+        except _FAILURES:
+            _again(attempt, case)
+            if options.minimise:  # what is drawn may fail too, and is made smaller
+                _draw(law, run, examples, options, attempt)
+            _again(attempt, case)
+            raise
+    _draw(law, run, examples, options, attempt)
+
+
+def _again(attempt: Callable[[Case], None], case: Case) -> None:
+    """Run a case that failed once more.
+
+    Raises:
+        Flaky: it does not fail again.
+    """
+    try:
         attempt(case)
+    except _FAILURES:
+        return
+    raise Flaky("a first case failed once")
+
+
+def _draw(law: Law, run: Run, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
+    """Run what Hypothesis draws, and on a failure make it smaller; or all cases of a law that has a list of them."""
     cases = law.cases(run.supports, run.profile)
     if isinstance(cases, list):
         for case in cases:

@@ -172,3 +172,26 @@ def _starts(model: str, narrow: bool) -> tuple[int, ...]:
         original = scaling["original_max_position_embeddings"]
         return original - 2, original, 4 * original - 2, 0
     return (0, 1, 60) if narrow else (0, 0, 1, 60, 4090)
+
+
+def rotating_layer(supports: Supports, profile: Profile) -> list[LayerCase]:
+    """A small layer whose queries and keys are rotated, with decoded tokens."""
+    narrow, coarse = (format_of(profile.dtype).precision <= bits for bits in (11, 8))
+    multiple = supports.layer_dim_multiple
+    return [
+        LayerCase(
+            dtype=profile.dtype,
+            prompt=4,
+            steps=2,
+            hidden_size=8,
+            num_heads=2,
+            kv_lora_rank=multiple * -(-4 // multiple),
+            qk_nope_head_dim=multiple * -(-2 // multiple),
+            qk_rope_head_dim=4,
+            layout=supports.rope_layouts[0],
+            start=60,
+            latent_norm_eps=supports.latent_norm_eps or 1e-6,
+            weights="aligned" if narrow else "dense",
+            gain=0.125 if coarse else 0.5,
+        )
+    ]

@@ -57,7 +57,9 @@ def test_a_conforming_subject_gets_0_and_a_table(kernel: str, capsys: pytest.Cap
     assert "profile bfloat16 default, probabilities=float32, form=absorbed" in out
     header, row = out.splitlines()[5:7]
     assert header.split() == ["law", "verdict", "cases", "error/bound", "worst", "case"]
-    assert row.split()[:3] == ["test_decode_agrees_with_reference", "pass", "8"]
+    law, verdict, cases = row.split()[:3]
+    assert (law, verdict) == ("test_decode_agrees_with_reference", "pass")
+    assert int(cases) >= 8
     assert "decode:dtype=" in row
     assert "1 pass in" in out
 

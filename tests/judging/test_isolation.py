@@ -52,7 +52,7 @@ def test_a_lost_process_costs_one_law_and_names_the_case(tmp_path: Path, subject
     absorb, decode, rope = records(tmp_path, subject, timeout=15)
     assert (absorb.verdict, absorb.cases, absorb.message) == ("crashed", 1, message)
     assert (decode.verdict, decode.message) == ("crashed", message)
-    assert decode.cases > 1
+    assert decode.cases >= 1
     assert ",num_heads=5," in decode.case
     assert decode.replay.endswith(f":{subject} --law {LAWS[1]} --case {decode.case}")
     assert (rope.law, rope.verdict, rope.cases) == (LAWS[2], "pass", 60)

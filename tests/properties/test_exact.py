@@ -87,9 +87,11 @@ def test_one_wrong_bit_or_a_wrong_lse_is_a_violation() -> None:
     assert run.compared == 4
     wrong = right.copy()
     wrong[0, 2] = np.nextafter(np.float32(wrong[0, 2]), np.float32(9))
-    with pytest.raises(Violation, match=r"out\[0, 2\]: got .*, want exactly .*, since keys 0 \.\. 127 have equal weight; 1 of 4"):
+    with pytest.raises(
+        Violation, match=r"out\[0, 2\]: got .*, want exactly .*, since keys 0 \.\. 127 have equal weight; 1 of 4"
+    ):
         answer.judge(run, wrong, lse)
-    with pytest.raises(Violation, match="LSE: got .* want .* within"):
+    with pytest.raises(Violation, match=r"LSE: got .* want .* within"):
         answer.judge(run, right, np.array([np.log(127)]))
     with pytest.raises(Violation, match="LSE: got"):
         answer.judge(run, right, np.array([np.nan]))
@@ -103,7 +105,7 @@ def test_merges_by_lse_may_round() -> None:
     profile = Profile.default("float32", splits=4)
     answer, run = Answer.of(HALF, table, place, profile), a_run(profile)
     answer.judge(run, answer.out[None] * (1 + 2.0**-22), None)
-    with pytest.raises(Violation, match="want [^e]"):
+    with pytest.raises(Violation, match=r"want [^e]"):
         answer.judge(run, answer.out[None] * (1 + 2.0**-10), None)
 
 

@@ -45,7 +45,7 @@ def test_decode_reaches_the_counts_of_production() -> None:
     assert max(case.s * case.num_heads for case in cases) > 512
     assert {4161, 8193, 32769, 65606, 131142} <= {max(case.seqlens) for case in cases}
     assert {case.seqlens.index(4161) for case in cases if 4161 in case.seqlens} == {0, 1, 2}
-    assert any(case.page_size == 256 and 128 < max(case.seqlens) % 256 for case in cases)
+    assert any(case.page_size == 256 and max(case.seqlens) % 256 > 128 for case in cases)
 
 
 def test_some_page_of_a_long_sequence_has_no_number_of_16_bits() -> None:
