@@ -13,7 +13,7 @@ from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs, declared_lse, decode_expected
 from mla_spec.properties.attention import judge_attention
-from mla_spec.properties.strategies import rare
+from mla_spec.properties.strategies import ordinary, rare
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import BoolArray, IntArray
@@ -132,7 +132,7 @@ def _half(inputs: DecodeInputs, first: bool) -> DecodeInputs:
     return replace(inputs, kv_cache=cache, block_table=table, cache_seqlens=half.astype(np.int32))
 
 
-@law(needs=DECODE, cases=decode_cases)
+@law(needs=DECODE, cases=decode_cases, first=ordinary.decode)
 def test_decode_page_relabelling_changes_nothing(run: Run, case: DecodeCase) -> None:
     """Moving pages in the pool and renaming them in the table changes no bit."""
     inputs = case.build()
@@ -212,7 +212,7 @@ def test_decode_ignores_future_keys(run: Run, case: DecodeCase) -> None:
                 run.same_bits(got[past], want[past], why)
 
 
-@law(needs=DECODE, cases=decode_cases)
+@law(needs=DECODE, cases=decode_cases, first=ordinary.decode)
 def test_decode_last_key_matters(run: Run, case: DecodeCase) -> None:
     """The newest key carries its weight: when it holds all of it, the output is its value."""
     inputs = case.build()

@@ -14,7 +14,7 @@ from mla_spec.operations.indexer import OPERATION as INDEXER
 from mla_spec.operations.indexer import IndexerCase, IndexerInputs, Selection, indexer_expected, visible_keys
 from mla_spec.operations.rope import OPERATION as ROPE
 from mla_spec.operations.rope import RopeInputs
-from mla_spec.properties.strategies import production
+from mla_spec.properties.strategies import ordinary, production
 from mla_spec.properties.strategies.indexer import indexer_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.config import RopeConfig
@@ -128,6 +128,7 @@ def _shown(logits: Result, visible: BoolArray) -> Result:
     needs=(ROPE, INDEXER),
     cases=narrowed(indexer_cases, regimes=("typical",), min_head_dim=2),
     missing=_needs_rope_dims,
+    first=ordinary.indexer,
 )
 def test_indexer_of_rotated_operands(run: Run, case: IndexerCase) -> None:
     """With the leading dims of q and k rotated by the subject, in either layout, logits are those of exact rotation."""

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, declared_lse, decode_expected
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase, PrefillInputs, prefill_expected
 from mla_spec.properties.attention import judge_attention, judge_merged_results
-from mla_spec.properties.strategies import rare
+from mla_spec.properties.strategies import ordinary, rare
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.prefill import prefill_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -128,7 +129,16 @@ def _require_same(
             run.same_function(a, b, bound, why)
 
 
-@law(needs=PREFILL, cases=narrowed(prefill_cases, min_queries=2, causal=True), missing=_needs_causal)
+def _causal(supports: Supports, profile: Profile) -> list[PrefillCase]:
+    return [replace(case, causal=True) for case in ordinary.prefill(supports, profile)]
+
+
+@law(
+    needs=PREFILL,
+    cases=narrowed(prefill_cases, min_queries=2, causal=True),
+    missing=_needs_causal,
+    first=_causal,
+)
 def test_prefill_ignores_future_keys(run: Run, case: PrefillCase) -> None:
     """Changing the last key and value of a sequence changes no bit but of its last query (causal, bottom-right)."""
     inputs = case.build()

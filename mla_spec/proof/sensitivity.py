@@ -14,7 +14,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.judging.check import find_laws
 from mla_spec.judging.law import Law, Options, Run
 from mla_spec.judging.run import BACKEND
-from mla_spec.judging.verdict import VacuousCase
+from mla_spec.judging.verdict import TrivialCase, VacuousCase
 from mla_spec.operations.case import Case
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.proof.faults import (
@@ -76,7 +76,7 @@ class Detector:
             run.case_id = case.id
             try:
                 self.law.check(run, case)
-            except (VacuousCase, InvalidBound):
+            except (VacuousCase, InvalidBound, TrivialCase):
                 continue
             except (Violation, SubjectCrashed):
                 return count, case

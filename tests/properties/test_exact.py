@@ -87,7 +87,9 @@ def test_one_wrong_bit_or_a_wrong_lse_is_a_violation() -> None:
     assert run.compared == 4
     wrong = right.copy()
     wrong[0, 2] = np.nextafter(np.float32(wrong[0, 2]), np.float32(9))
-    with pytest.raises(Violation, match=r"out\[0, 2\]: got .*, want exactly .*, since keys 0 \.\. 127 have equal weight; 1 of 4"):
+    with pytest.raises(
+        Violation, match=r"out\[0, 2\]: got .*, want exactly .*, since keys 0 \.\. 127 have equal weight; 1 of 4"
+    ):
         answer.judge(run, wrong, lse)
     with pytest.raises(Violation, match="LSE: got .* want .* within"):
         answer.judge(run, right, np.array([np.log(127)]))
