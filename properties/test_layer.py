@@ -6,20 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.layer import layer_with_bound
+from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
 from mla_spec.properties.hazards import overwrite
-from mla_spec.properties.strategies.layer import every_option, layer_cases, long_layers, rotating_layer
+from mla_spec.properties.strategies.layer import every_option, layer_cases, long_layers
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.allocation import Allocations
 from mla_spec.subjects.driver import Result, Tensors, tensor_bits
 from mla_spec.subjects.memory import share_memory
+from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
 
 LAYER = ("layer",)
@@ -120,7 +123,14 @@ def test_prefill_equals_token_by_token_decode(run: Run, case: LayerCase) -> None
         run.same_function(got, whole[:, one], bound[:, one], f"token {t}: decode differs from prefill")
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2), cost=2, first=rotating_layer)
+def _rotary_layers(supports: Supports, profile: Profile) -> SearchStrategy[LayerCase]:
+    """Layers with rotary embedding, and without a temperature that depends on each position."""
+    rotary = replace(supports, rope_optional=False, llama_4_scaling=False)
+    cases: SearchStrategy[LayerCase] = layer_cases(rotary, profile, min_prompt=2)
+    return cases
+
+
+@law(needs=LAYER, cases=_rotary_layers, cost=2)
 def test_layer_depends_on_relative_positions_only(run: Run, case: LayerCase) -> None:
     """All positions moved by as much, of a prompt and of what is decoded after it, outputs stay."""
     inputs = case.build()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, declared_lse, decode_expected
@@ -128,11 +129,15 @@ def _require_same(
             run.same_function(a, b, bound, why)
 
 
+def _causal(supports: Supports, profile: Profile) -> list[PrefillCase]:
+    return [replace(case, causal=True) for case in ordinary.prefill(supports, profile)]
+
+
 @law(
     needs=PREFILL,
     cases=narrowed(prefill_cases, min_queries=2, causal=True),
     missing=_needs_causal,
-    first=ordinary.prefill,
+    first=_causal,
 )
 def test_prefill_ignores_future_keys(run: Run, case: PrefillCase) -> None:
     """Changing the last key and value of a sequence changes no bit but of its last query (causal, bottom-right)."""

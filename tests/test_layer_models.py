@@ -21,6 +21,7 @@ from mla_spec.subjects.supports import DTYPES, Supports
 
 LAWS = [law for law in all_laws().values() if law.needs == ("layer",)]
 GRADIENT_LAWS = [law for law in LAWS if law.check.__module__.endswith("test_layer_gradients")]
+RELATIVE = "test_layer_depends_on_relative_positions_only"
 WITHOUT_A_LAYER = {
     "Kimi-K3 (text)",
     "Mistral-Large-4-1T-A52B",
@@ -54,6 +55,11 @@ def small_case(model: str, dtype: str = "float32", **changes: object) -> LayerCa
         gain=0.125 if narrow else 1.0,
     )
     return replace(case, **changes)  # type: ignore[arg-type]
+
+
+def _depends_on_differences(case: LayerCase) -> bool:
+    """Whether scores depend on positions, and on their differences alone."""
+    return case.config.rope is not None and case.config.llama_4_scaling is None
 
 
 def gradient_case(case: LayerCase) -> LayerGradientCase:
@@ -98,7 +104,8 @@ def test_layer_laws_hold(name: str) -> None:
             if law in GRADIENT_LAWS:
                 case = gradient_case(case)
             record = run_law(law, TorchAbsorbed(), Options(case=case))
-            assert record.verdict == "pass", record.text()
+            shown = law.name != RELATIVE or _depends_on_differences(case)
+            assert record.verdict == ("pass" if shown else "incomplete"), record.text()
 
 
 KILLS = {

@@ -214,39 +214,41 @@ def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Op
 
 
 def _generate(law: Law, run: Run, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
-    """Run the law's first cases, and then what Hypothesis draws; the last call of ``attempt`` is the smallest failure."""
-    for case in law.first(run.supports, run.profile):
+    """Run the law's first cases, and then what Hypothesis draws; the last call of ``attempt`` is the smallest failure.
+
+    Where a first case fails, Hypothesis looks for a smaller one; where it finds none, the first one fails again, or the
+    subject is not deterministic.
+    """
+    cases = law.cases(run.supports, run.profile)
+    fixed = isinstance(cases, list)
+    failing = _first_failure(
+        [*law.first(run.supports, run.profile), *(cases if isinstance(cases, list) else ())], attempt
+    )
+    if not fixed and (failing is None or options.minimise):
+        try:
+            _draw(law, run, cases, examples, options, attempt)
+        except (VacuousCase, InvalidBound, NotOffered):
+            if failing is None:
+                raise
+    if failing is not None:
+        attempt(failing)
+        raise Flaky("a failure did not come back")
+
+
+def _first_failure(cases: list[Case], attempt: Callable[[Case], None]) -> Case | None:
+    """The first case that fails; what the subject turns out not to offer is raised."""
+    for case in cases:
         try:
             attempt(case)
-        except _FAILURES:
-            _again(attempt, case)
-            if options.minimise:  # what is drawn may fail too, and is made smaller
-                _draw(law, run, examples, options, attempt)
-            _again(attempt, case)
+        except NotOffered:
             raise
-    _draw(law, run, examples, options, attempt)
+        except _FAILURES:
+            return case
+    return None
 
 
-def _again(attempt: Callable[[Case], None], case: Case) -> None:
-    """Run a case that failed once more.
-
-    Raises:
-        Flaky: it does not fail again.
-    """
-    try:
-        attempt(case)
-    except _FAILURES:
-        return
-    raise Flaky("a first case failed once")
-
-
-def _draw(law: Law, run: Run, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
-    """Run what Hypothesis draws, and on a failure make it smaller; or all cases of a law that has a list of them."""
-    cases = law.cases(run.supports, run.profile)
-    if isinstance(cases, list):
-        for case in cases:
-            attempt(case)
-        return
+def _draw(law: Law, run: Run, cases: Any, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
+    """Run what Hypothesis draws from the strategy ``cases``."""
 
     @hypothesis.seed(zlib.crc32(f"{options.seed} {law.name} {run.driver.dtype}".encode()))
     @settings(

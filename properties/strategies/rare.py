@@ -27,7 +27,7 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
             dtype=profile.dtype,
             seqlens=(size + 1, 2 * size + 1, s, 3 * size + s - 1),
             s=s,
-            num_heads=nearest(supports.num_heads, 5),
+            num_heads=nearest(supports.num_heads, 3),
             kv_lora_rank=c,
             qk_rope_head_dim=r,
             page_size=size,
