@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.merge import BoundedMerge
+from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, decode_expected
@@ -13,6 +16,7 @@ from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase, PrefillInputs, prefill_expected
 from mla_spec.properties.attention import judge_merged_results
 from mla_spec.properties.ranks import PLACEMENTS, RingStep, decode_ranks, ring_steps
+from mla_spec.properties.strategies import ordinary
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.prefill import prefill_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -58,11 +62,22 @@ def test_context_parallel_decode_is_the_whole(run: Run, case: DecodeCase) -> Non
     judge_merged_results(run, got, want)
 
 
+def _self_attention(supports: Supports, profile: Profile) -> list[PrefillCase]:
+    """Sequences of hardly a token for each run of a rank, so that some steps have as many keys as queries."""
+    lengths = (5, 3)
+    return [
+        replace(case, seed=seed, seqlens_q=lengths, seqlens_k=lengths, causal=True)
+        for case in ordinary.prefill(supports, profile)
+        for seed in range(3)  # another number of ranks each
+    ]
+
+
 @law(
     needs=("prefill", "merge"),
     cases=narrowed(prefill_cases, min_queries=1, causal=True, self_attention=True, logit_stds=MERGEABLE),
     missing=_needs_ring,
     cost=5,
+    first=_self_attention,
 )
 def test_ring_attention_is_the_whole(run: Run, case: PrefillCase) -> None:
     """Tokens spread over ranks in zigzag, each rank's queries over the keys of one rank after the other, are the whole."""

@@ -43,7 +43,8 @@ def test_bug_is_killed(bug: PlantedBug, law: str) -> None:
     case = Options(case=parse_case(record.case), compile=bug.compile)
     if bug.id not in STATEFUL:
         assert run_law(all_laws()[law], bug.make(), case).verdict in ("fail", "crashed")
-    assert run_law(all_laws()[law], bug.base(), case).verdict == "pass"
+    # A case that shows little may be trivial, and yet too much for the bug.
+    assert run_law(all_laws()[law], bug.base(), case).verdict in ("pass", "incomplete")
 
 
 @pytest.mark.parametrize(("base", "law"), CONTROLS, ids=lambda x: getattr(x, "name", x))

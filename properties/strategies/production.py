@@ -26,7 +26,7 @@ from mla_spec.subjects.supports import Supports
 FEW = (5, 37, 20, 1, 70)
 """Lengths that come again and again in a large batch; none comes again after a power of two."""
 
-FEW_OF_LARGE_PAGES = (5, 300, 20, 1, 257)
+FEW_OF_LARGE_PAGES = (5, 450, 20, 1, 257)
 """The same where pages have hundreds of tokens: nearly a whole one, and more than one."""
 
 ELEMENTS = 2**22

@@ -106,7 +106,7 @@ def test_merges_by_lse_may_round() -> None:
     answer, run = Answer.of(HALF, table, place, profile), a_run(profile)
     answer.judge(run, answer.out[None] * (1 + 2.0**-22), None)
     with pytest.raises(Violation, match=r"want [^e]"):
-        answer.judge(run, answer.out[None] * (1 + 2.0**-10), None)
+        answer.judge(run, answer.out[None] * (1 + 2.0**-8), None)
 
 
 def test_losing_keys_have_no_weight_in_any_format() -> None:
