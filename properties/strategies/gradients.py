@@ -171,9 +171,10 @@ def merge_backward_cases(draw: DrawFn, /, supports: Supports, profile: Profile, 
 
 @st.composite
 def ring_cases(draw: DrawFn, supports: Supports, profile: Profile) -> RingCase:
-    """As ``prefill_backward_cases``, in two or three parts, whose errors add up: aligned in 16 bits, and no peaked scores."""
+    """As ``prefill_backward_cases``, in parts, whose errors add up: no peaked scores; aligned in 16 bits, and in float32 where rows are wide."""
     case = draw_prefill_backward(draw, supports, profile)
-    aligned = format_of(profile.dtype).bits <= 16
+    bits, wide = format_of(profile.dtype).bits, max(case.qk_head_dim, case.v_head_dim) > 24
+    aligned = bits <= 16 or (bits <= 32 and wide)
     changes = {
         "parts": draw(between(2, min(3, supports.max_parts or 3))),
         "regime": "aligned" if aligned else case.regime,
