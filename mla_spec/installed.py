@@ -55,6 +55,7 @@ LAW_MODULES = (
     "test_context_parallel",
     "test_production",
     "test_exact_at_length",
+    "test_load",
     "test_hazards",
     "test_cuda_graph",
     "test_compiled",

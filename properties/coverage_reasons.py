@@ -170,6 +170,7 @@ GRADIENTS: tuple[Reason, ...] = (
 ELSEWHERE: tuple[Reason, ...] = (
     Reason(("test_*_cuda_graph",), (EVERY_REGIME,), "needs a CUDA device: mla-spec check --device cuda"),
     Reason(("test_compiled_*",), (EVERY_REGIME,), "asked for by mla-spec check --compile BACKEND"),
+    Reason(("test_*_under_load",), (EVERY_REGIME,), "asked for by mla-spec check --production"),
 )
 
 REASONS: tuple[Reason, ...] = (*DECODE, *PREFILL, *OTHERS, *SPARSE, *LAYERS, *GRADIENTS, *ELSEWHERE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mla_spec.installed import all_laws
@@ -16,19 +18,26 @@ BUGS = list(PLANTED.values())
 STATEFUL = {"G8"}
 """These fail on what an earlier case left behind, so that a new subject may pass the record's case."""
 CLAIMS = [(bug, law) for bug in BUGS for law in bug.killed_by]
-KILLS = [(bug, law) for bug, law in CLAIMS if not all_laws()[law].unavailable(Options(compile=bug.compile))]
+
+
+def options_of(bug: PlantedBug, **more: Any) -> Options:
+    """The options with which a bug's laws run."""
+    return Options(compile=bug.compile, production=bug.production, **more)
+
+
+KILLS = [(bug, law) for bug, law in CLAIMS if not all_laws()[law].unavailable(options_of(bug))]
 """Claims that any machine can test: not those that need a GPU."""
 CONTROLS = sorted(
-    {(bug.base, law) for bug, law in KILLS if bug.compile is None}, key=lambda pair: (pair[0].__name__, pair[1])
+    {(bug.base, law) for bug, law in KILLS if bug.compile is bug.production is None}, key=lambda pair: (pair[0].__name__, pair[1])
 )
-"""On what fails on a bug that must be compiled, its base is run by ``test_bug_is_killed`` alone."""
+"""On what fails on a bug that must be compiled, or have a real load, its base is run by ``test_bug_is_killed`` alone."""
 
 
 def record_of(bug_id: str, law: str, *, minimise: bool = False) -> Record:
     """The record of the first dtype that fails, over the cases that the default options give that dtype."""
     bug, share = PLANTED[bug_id], -(-Options().examples // len(DTYPES))
     for dtype in DTYPES:
-        options = Options(examples=share, dtypes=(dtype,), spec=(bug.spec,), minimise=minimise, compile=bug.compile)
+        options = options_of(bug, examples=share, dtypes=(dtype,), spec=(bug.spec,), minimise=minimise)
         record = run_law(all_laws()[law], bug.make(), options)
         if record.verdict in ("fail", "crashed"):
             break
@@ -40,7 +49,7 @@ def test_bug_is_killed(bug: PlantedBug, law: str) -> None:
     """On the record's case a new subject with the bug fails again, and the one without it passes."""
     record = record_of(bug.id, law)
     assert record.verdict in ("fail", "crashed"), record.text()
-    case = Options(case=parse_case(record.case), compile=bug.compile)
+    case = options_of(bug, case=parse_case(record.case))
     if bug.id not in STATEFUL:
         assert run_law(all_laws()[law], bug.make(), case).verdict in ("fail", "crashed")
     # A case that shows little may be trivial, and yet too much for the bug.

@@ -8,11 +8,12 @@ from concurrent.futures import Future
 from typing import Any
 
 from mla_spec.front.device import require_device
+from mla_spec.front.production import production
 from mla_spec.front.report import exit_code, report_of
 from mla_spec.judging.check import check_subject, find_laws
 from mla_spec.judging.compiled import compiler_missing
 from mla_spec.judging.isolation import WorkerPool
-from mla_spec.judging.law import Options
+from mla_spec.judging.law import Options, Production
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import parse_case
 from mla_spec.subjects.description import describe
@@ -102,13 +103,23 @@ def _law_options(options: argparse.Namespace) -> dict[str, Any]:
         "device": options.device,
         "threads": options.threads,
         "compile": options.compile,
+        "production": _production(options),
         "dtypes": None if options.dtype is None else tuple(options.dtype),
         "case": None if options.case is None else parse_case(options.case),
     }
 
 
+def _production(options: argparse.Namespace) -> Production | None:
+    """What ``--production``, ``--budget`` and ``--workload`` ask for; a file of shapes asks for all of it."""
+    if not options.production and options.workload is None:
+        if options.budget is not None:
+            raise UsageError("--budget is of --production, which is not given")
+        return None
+    return production(options.budget, options.seed, options.workload)
+
+
 def _require_sensible(options: argparse.Namespace) -> None:
-    for name in ("examples", "threads", "jobs", "timeout"):
+    for name in ("examples", "threads", "jobs", "timeout", "budget"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name} must be positive, got {value}")

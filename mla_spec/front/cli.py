@@ -72,6 +72,7 @@ def _add_check(commands: Commands) -> None:
     parser.add_argument(
         "--compile", metavar="BACKEND", help="also check what torch.compile makes with it, e.g. inductor"
     )
+    _add_production(parser)
     parser.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="worker processes (2)")
@@ -79,6 +80,24 @@ def _add_check(commands: Commands) -> None:
     parser.add_argument("--in-process", action="store_true", help="no worker processes, for debuggers")
     parser.add_argument("--json", metavar="FILE", help="also write the records to FILE")
     _add_records(parser)
+
+
+def _add_production(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--production",
+        action="store_true",
+        help="also check whole published widths at loads that grow up to 128 sequences of 8192 keys, of which a stated sample "
+        "is judged",
+    )
+    parser.add_argument(
+        "--budget", type=float, metavar="S", help="seconds that each law of --production may take in all dtypes (60)"
+    )
+    parser.add_argument(
+        "--workload",
+        metavar="FILE",
+        help='--production with recorded shapes, a JSON object a line, e.g. {"operation": "decode", "seqlens": [8192, 300], '
+        '"s": 1, "num_heads": 128, "page_size": 64}; docs/production.md has the fields',
+    )
 
 
 def _add_records(parser: argparse.ArgumentParser) -> None:

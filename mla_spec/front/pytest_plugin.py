@@ -15,7 +15,7 @@ from mla_spec.subjects.exits import loud_exits
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
-    from mla_spec.judging.law import Law
+    from mla_spec.judging.law import Law, Production
 
 
 class StaleXfail(UserWarning):
@@ -45,6 +45,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="BACKEND",
         help="also check what torch.compile makes of operations with this backend, e.g. inductor",
+    )
+    group.addoption(
+        "--mla-production",
+        action="store_true",
+        help="also check whole published widths at loads that grow with --mla-budget",
+    )
+    group.addoption(
+        "--mla-budget", type=float, default=60.0, metavar="S", help="seconds that each law of --mla-production may take (60)"
+    )
+    group.addoption(
+        "--mla-workload", default=None, metavar="FILE", help="--mla-production with recorded shapes, a JSON object a line"
     )
     group.addoption("--mla-examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
     group.addoption("--mla-seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
@@ -93,6 +104,7 @@ def mla_check(request: pytest.FixtureRequest) -> Iterator[Callable[[Law], None]]
         device=config.getoption("--mla-device"),
         threads=config.getoption("--mla-threads"),
         compile=config.getoption("--mla-compile"),
+        production=_production(config),
         spec=(request.param,),
     )
     try:
@@ -105,6 +117,22 @@ def mla_check(request: pytest.FixtureRequest) -> Iterator[Callable[[Law], None]]
             yield lambda law: report_to_pytest(pool.submit(law.name, name, options).result())
     except UnknownSubject as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def _production(config: pytest.Config) -> Production | None:
+    """What the options ask of production laws."""
+    from mla_spec.front.production import production
+    from mla_spec.text.terminal import UsageError
+
+    workload, budget = config.getoption("--mla-workload"), config.getoption("--mla-budget")
+    if not config.getoption("--mla-production") and workload is None:
+        return None
+    if not budget > 0:
+        raise pytest.UsageError(f"--mla-budget must be positive, got {budget}")
+    try:
+        return production(budget, config.getoption("--mla-seed"), workload)
+    except UsageError as error:
+        raise pytest.UsageError(f"--mla-{str(error).removeprefix('--')}") from error
 
 
 def read_xfails(path: str) -> list[str]:

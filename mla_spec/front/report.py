@@ -23,7 +23,7 @@ def record_row(record: Record) -> tuple[str, ...]:
 
 
 def report_of(records: list[Record]) -> str:
-    """A table of the laws that apply, why others do not, the text of each law that does not hold, and a summary."""
+    """A table of the laws that apply, why others do not, what was sampled, each law that does not hold, and a summary."""
     applying = [record for record in records if record.verdict != "unsupported"]
     reasons = Counter(record.message for record in records if record.verdict == "unsupported")
     parts = [format_table([HEADER, *map(record_row, applying)])] if applying else []
@@ -31,6 +31,8 @@ def report_of(records: list[Record]) -> str:
         parts.append(
             "\n".join(f"unsupported: {count} law{'s' * (count > 1)}, {reason}" for reason, count in reasons.items())
         )
+    notes = [f"{record.law}: {line}" for record in applying for line in record.note.splitlines()]
+    parts += ["\n".join(notes)] if notes else []
     parts += [record.text() for record in applying if record.verdict != "pass"]
     return "\n\n".join([*parts, f"{summary(records)} in {sum(r.seconds for r in records):.1f} s"])
 

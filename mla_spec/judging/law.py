@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,13 +25,29 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 
+@dataclass(frozen=True, kw_only=True)
+class Production:
+    """How large the cases of production laws are.
+
+    Attributes:
+        budget: seconds that a law may take in all dtypes; cases grow until the next would take longer.
+        seed: of the cases.
+        workload: cases recorded elsewhere, of any dtype, which replace those of the suite; none for no such file.
+    """
+
+    budget: float = 60.0
+    seed: int = 0
+    workload: tuple[Case, ...] = ()
+
+
 @dataclass
 class Run:
     """What a law's function works with: a driver of the subject, and the judge.
 
     The judge's largest error / bound over the law's cases is kept in ``worst``, and what a law had to leave out in ``left_out``.
-    ``compared`` counts the elements that the judge saw of a case, None where it was not asked. ``compile`` and ``isolated``
-    are those of the options.
+    ``compared`` counts the elements that the judge saw of a case, None where it was not asked. ``note`` says what of the last
+    case was looked at, where that is not all, ``seconds`` how long calls of the subject took. ``compile``, ``isolated`` and
+    ``production`` are those of the options.
     """
 
     driver: Driver
@@ -43,10 +60,16 @@ class Run:
     compile: str | None = None
     isolated: bool = False
     left_out: str = ""
+    note: str = ""
+    seconds: float = 0.0
+    production: Production = Production()
 
     def call(self, operation: Operation, inputs: Any, tensors: Tensors | None = None) -> Results:
         """The outputs of an operation of the subject. ``tensors`` replace those built from ``inputs``."""
-        return self.driver.call(operation, inputs, tensors)
+        start = time.perf_counter()
+        results = self.driver.call(operation, inputs, tensors)
+        self.seconds += time.perf_counter() - start
+        return results
 
     def agrees(self, operation: Operation, inputs: Any, got: Results) -> None:
         """Judge the outputs of a call on ``inputs`` against what they must be."""
@@ -128,6 +151,7 @@ class Law:
         unavailable: from how laws are run, why this one cannot be, or "".
         cost: one case of it runs for every so many examples that were asked for.
         first: from the same as ``cases``, cases that run before any of them, whatever number of examples is asked for.
+        grown: from a run, cases in place of ``cases``, each chosen after the one before it has been judged.
     """
 
     name: str
@@ -138,6 +162,7 @@ class Law:
     unavailable: Callable[[Options], str] = field(default=lambda _: "", repr=False)
     cost: int = 1
     first: Callable[[Supports, Profile], list[Any]] = field(default=lambda *_: [], repr=False)
+    grown: Callable[[Run], Iterable[Any]] | None = field(default=None, repr=False)
 
     @property
     def statement(self) -> str:
@@ -194,6 +219,7 @@ class Options:
         case: run this one case instead.
         minimise: whether a failing case is made smaller.
         compile: backend of ``torch.compile`` with which laws of compiled operations run; None where they do not.
+        production: how large the cases of production laws are; None where they do not run.
         isolated: whether a subject that ends the process costs one law only.
         spec: arguments by which ``mla-spec check`` finds the subject, for replay commands; None where it cannot.
         announce: called with each case before it runs.
@@ -207,6 +233,7 @@ class Options:
     case: Case | None = None
     minimise: bool = True
     compile: str | None = None
+    production: Production | None = None
     isolated: bool = False
     spec: tuple[str, ...] | None = None
     announce: Callable[[Case], None] | None = None

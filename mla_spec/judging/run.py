@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import hypothesis
@@ -15,7 +17,7 @@ from hypothesis.errors import Flaky
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
 from mla_spec.bounds.error_bound import InvalidBound
-from mla_spec.judging.law import Law, Options, Run
+from mla_spec.judging.law import Law, Options, Production, Run
 from mla_spec.judging.verdict import (
     Record,
     TrivialCase,
@@ -69,6 +71,9 @@ def run_law(law: Law, subject: object, options: Options = Options()) -> Record:
     if reason:
         return Record(law.name, name, "unsupported", message=reason)
     share = max(1, -(-options.examples // (len(dtypes) * law.cost)))
+    if options.production is not None:
+        budget = options.production.budget / len(dtypes)
+        options = replace(options, production=replace(options.production, budget=budget))
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
@@ -93,6 +98,8 @@ def replay_command(law: str, case: Case, options: Options) -> str:
         device += ("--threads", str(options.threads))
     if options.compile is not None:
         device += ("--compile", options.compile)
+    if options.production is not None:
+        device += ("--production",)
     return shlex.join(["mla-spec", "check", *options.spec, "--law", law, "--case", case.id, *device])
 
 
@@ -176,15 +183,21 @@ def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Op
             case="" if case is None else case.id,
             replay="" if case is None else replay_command(law.name, case, options),
             seconds=time.perf_counter() - start,
+            note=run.note if run is not None else "",
         )
 
-    name = type(subject).__name__
+    name, run = type(subject).__name__, None
     try:
         with subject_code():
             name = subject_name(subject)
             driver = Driver(subject, dtype, options.device)
             run = Run(
-                driver, profile_of(subject, dtype), driver.supports, compile=options.compile, isolated=options.isolated
+                driver,
+                profile_of(subject, dtype),
+                driver.supports,
+                compile=options.compile,
+                isolated=options.isolated,
+                production=options.production or Production(),
             )
     except SubjectCrashed as error:
         return record("crashed", f"what it declares cannot be read: {error}")
@@ -209,7 +222,15 @@ def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Op
     verdict: Verdict = "incomplete" if run.left_out else "pass"
     seconds = time.perf_counter() - start
     return Record(
-        law.name, name, verdict, attempt.cases, run.worst, run.worst_case, message=run.left_out, seconds=seconds
+        law.name,
+        name,
+        verdict,
+        attempt.cases,
+        run.worst,
+        run.worst_case,
+        message=run.left_out,
+        seconds=seconds,
+        note=run.note,
     )
 
 
@@ -221,8 +242,9 @@ def _generate(law: Law, run: Run, examples: int, options: Options, attempt: Call
     """
     cases = law.cases(run.supports, run.profile)
     fixed = isinstance(cases, list)
+    grown = () if law.grown is None else law.grown(run)
     failing = _first_failure(
-        [*law.first(run.supports, run.profile), *(cases if isinstance(cases, list) else ())], attempt
+        chain(law.first(run.supports, run.profile), cases if isinstance(cases, list) else (), grown), attempt
     )
     if not fixed and (failing is None or options.minimise):
         try:
@@ -235,7 +257,7 @@ def _generate(law: Law, run: Run, examples: int, options: Options, attempt: Call
         raise Flaky("a failure did not come back")
 
 
-def _first_failure(cases: list[Case], attempt: Callable[[Case], None]) -> Case | None:
+def _first_failure(cases: Iterable[Case], attempt: Callable[[Case], None]) -> Case | None:
     """The first case that fails; what the subject turns out not to offer is raised."""
     for case in cases:
         try:

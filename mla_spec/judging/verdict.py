@@ -33,6 +33,7 @@ class Record:
         case: id of the smallest failing case.
         replay: command that runs that case again.
         seconds: wall time.
+        note: what of the cases was looked at, where that is not all; one line for each dtype.
     """
 
     law: str
@@ -45,6 +46,7 @@ class Record:
     case: str = ""
     replay: str = ""
     seconds: float = 0.0
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,4 +78,5 @@ def merge(records: list[Record]) -> Record:
         case=gravest.case,
         replay=gravest.replay,
         seconds=sum(r.seconds for r in records),
+        note="\n".join(r.note for r in records if r.note),
     )

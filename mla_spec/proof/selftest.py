@@ -182,7 +182,13 @@ def run_bug(bug: Any, options: Options, pool: WorkerPool, *, quick: bool) -> Bug
     Laws that the bug does not name run a quarter of the examples: most of them pass, and that takes the most time.
     """
     records: list[Record] = []
-    own = replace(options, spec=(bug.spec,), minimise=False, compile=bug.compile or options.compile)
+    own = replace(
+        options,
+        spec=(bug.spec,),
+        minimise=False,
+        compile=bug.compile or options.compile,
+        production=bug.production,
+    )
     unnamed = replace(own, examples=-(-own.examples // 4))
     for law in laws_for(bug):
         records.append(pool.submit(law, f"bug-{bug.id}", own if law in bug.killed_by else unnamed).result())

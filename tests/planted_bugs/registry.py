@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from mla_spec.judging.law import Production
+
 C = TypeVar("C", bound=type)
 
 
@@ -19,8 +21,9 @@ class PlantedBug:
         source: where the fault was reported or fixed.
         symptom: what its users saw.
         shows_when: the inputs that expose it.
-        killed_by: laws that fail on it with the default options and ``compile``; those that need a device fail there.
+        killed_by: laws that fail on it with the default options, ``compile`` and ``production``; those that need a device fail there.
         compile: backend with which laws of compiled operations run on it; None where they do not.
+        production: how large the cases of production laws are on it; None where they do not run.
     """
 
     id: str
@@ -30,6 +33,7 @@ class PlantedBug:
     shows_when: str
     killed_by: tuple[str, ...]
     compile: str | None = None
+    production: Production | None = None
 
     @property
     def spec(self) -> str:
@@ -54,6 +58,7 @@ def planted(
     shows_when: str,
     killed_by: tuple[str, ...],
     compile: str | None = None,
+    production: Production | None = None,
 ) -> Callable[[C], C]:
     """Decorate the class of a faulty subject: name it and enter it in ``PLANTED``."""
 
@@ -68,6 +73,7 @@ def planted(
             shows_when=shows_when,
             killed_by=killed_by,
             compile=compile,
+            production=production,
         )
         return cls
 
