@@ -50,6 +50,7 @@ LAW_MODULES = (
     "test_quantised_decode",
     "test_layer",
     "test_layer_weights",
+    "test_golden",
     "test_layer_gradients",
     "test_tensor_parallel",
     "test_context_parallel",

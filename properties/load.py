@@ -140,7 +140,9 @@ class Load:
                     largest, note = self.work(ladder[rung]), run.note
                 now = time.perf_counter()
                 took = Took(run.seconds - called, now - before)
-                larger = [r for r in range(rung + 1, len(ladder)) if took.promised(self._ratio(ladder, rung, r)) <= end - now]
+                larger = [
+                    r for r in range(rung + 1, len(ladder)) if took.promised(self._ratio(ladder, rung, r)) <= end - now
+                ]
                 rung = max(larger, default=None)
             left += len(ladder) - 1 - passed
         spared = f"; {given.budget:.3g} s were too few for {left} larger loads" if left else ""
@@ -406,7 +408,9 @@ def _prefill_ladders(supports: Supports, profile: Profile, seed: int) -> list[li
             causal=max(supports.causal),
         )
 
-    ladders = [[case(*rung, h, i) for i, rung in enumerate(PREFILL_RUNGS)] for h in (*_heads(supports), *_few(supports))]
+    ladders = [
+        [case(*rung, h, i) for i, rung in enumerate(PREFILL_RUNGS)] for h in (*_heads(supports), *_few(supports))
+    ]
     return [[c for c in ladder if sum(c.seqlens_k) * c.num_heads * d <= PREFILL_ELEMENTS] for ladder in ladders]
 
 

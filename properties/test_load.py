@@ -109,7 +109,9 @@ def _bounds(run: Run, case: DecodeCase, inputs: DecodeInputs) -> dict[Any, Any]:
         run.note = ""
         return {}
     rows = DECODE.rows(case, COMPARED)
-    run.note = f"of {whole_rows(case)} rows, {len(rows)} are compared between orders of the batch, all between names of pages"
+    run.note = (
+        f"of {whole_rows(case)} rows, {len(rows)} are compared between orders of the batch, all between names of pages"
+    )
     return {row: DECODE.expected(run, inputs, row) for row in rows}
 
 

@@ -28,7 +28,8 @@ def options_of(bug: PlantedBug, **more: Any) -> Options:
 KILLS = [(bug, law) for bug, law in CLAIMS if not all_laws()[law].unavailable(options_of(bug))]
 """Claims that any machine can test: not those that need a GPU."""
 CONTROLS = sorted(
-    {(bug.base, law) for bug, law in KILLS if bug.compile is bug.production is None}, key=lambda pair: (pair[0].__name__, pair[1])
+    {(bug.base, law) for bug, law in KILLS if bug.compile is bug.production is None},
+    key=lambda pair: (pair[0].__name__, pair[1]),
 )
 """On what fails on a bug that must be compiled, or have a real load, its base is run by ``test_bug_is_killed`` alone."""
 

@@ -144,6 +144,25 @@ def decode_cases() -> Iterator[Case]:
         )
 
 
+def kernel_cases() -> Iterator[Case]:
+    """The widths that kernels are built for, with few keys."""
+    yield _decode_case(
+        "decode-kernel-dims",
+        "512 + 64 in pages of 2, bfloat16: two queries of a sequence with five keys, the newest two of them their own",
+        "values read from the rope columns, or 576 of them; the second query without its own key; the scale of 576 columns",
+        "flashinfer-ai/flashinfer/pull/787",
+        "flashinfer-ai/flashinfer/pull/348",
+        seqlens=(5,),
+        s=2,
+        h=2,
+        c=512,
+        r=64,
+        page_size=2,
+        dtype="bfloat16",
+        scale=192**-0.5,
+    )
+
+
 def _large_logits() -> Iterator[Case]:
     for name, size, catches, sources in (
         (

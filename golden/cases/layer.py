@@ -10,7 +10,7 @@ import numpy as np
 
 from mla_spec.golden.cases.case import Case, Numbers, on_github
 from mla_spec.golden.cases.rope import RATIO_YARN, SHORT_YARN
-from mla_spec.reference.config import MLAConfig, RopeConfig
+from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig
 from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.typing import Array
 
@@ -118,36 +118,117 @@ def layer_cases() -> Iterator[Case]:
             ("NVIDIA/Megatron-LM/pull/3698", "AI-Hypercomputer/maxtext/issues/1370"),
         ),
     ):
-        fields: dict[str, Any] = {"q_lora_rank": None, **changes}
-        config = MLAConfig(
-            hidden_size=12,
-            num_heads=3,
-            kv_lora_rank=10,
-            qk_nope_head_dim=6,
-            qk_rope_head_dim=4,
-            v_head_dim=5,
-            **fields,
-        )
-        prompt, steps = 4, 2
-        numbers = Numbers(name)
-        weights = {f"weights.{key}": _weight(numbers, key, shape) for key, shape in weight_shapes(config).items()}
-        yield Case(
-            name=name,
-            operation="layer",
-            purpose=purpose,
-            catches=catches,
-            sources=on_github(*sources),
-            parameters={"config": asdict(config), "prompt": prompt},
-            inputs={
-                **weights,
-                "hidden": numbers.array(2, prompt + steps, 12, size=hidden_size),
-                "positions": np.array([[0], [start]]) + np.arange(prompt + steps),
-            },
-        )
+        yield _layer_case(name, changes, start, hidden_size, purpose, catches, sources)
 
 
-def _weight(numbers: Numbers, name: str, shape: tuple[int, ...]) -> Array:
+LONGROPE = LongRopeScaling(
+    original_max_position_embeddings=64, short_factor=(1.0, 1.25), long_factor=(1.5, 12.0), attention_factor=None
+)
+LLAMA_4 = Llama4Scaling(beta=0.1, original_max_position_embeddings=64)
+MOVED = 2**16 - 3
+"""By how much positions are moved: the fourth token of the first sequence is then at 2^16."""
+
+
+def variant_cases() -> Iterator[Case]:
+    """Layers with the options of single models, in bfloat16, and one layer at two places of a context."""
+    plain = RopeConfig(dim=4)
+    for name, changes, start, purpose, catches, sources in (
+        (
+            "layer-longrope",
+            {"q_lora_rank": 7, "rope": RopeConfig(dim=4, longrope=LONGROPE, max_position_embeddings=4096)},
+            100,
+            "LongRoPE in a model of long context: the long factors at every position, and its factor on cos and sin",
+            "factors chosen by the position of a token; the factor on cos and sin left out, or on queries alone",
+            (),
+        ),
+        (
+            "layer-mla-scale",
+            {"q_lora_rank": 7, "rope": plain, "mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+            3,
+            "LongCat-Flash's factors (e / rank)^1/2 on both latents after their norms",
+            "factors left out, inverted, or computed from the other rank; k_pe multiplied too",
+            (),
+        ),
+        (
+            "layer-llama-4-scaling",
+            {"q_lora_rank": 7, "rope": plain, "llama_4_scaling": LLAMA_4},
+            62,
+            "a temperature of queries that changes between the second and the third token of the second sequence",
+            "the temperature left out, on keys too, one position late, or the same for all tokens of a call",
+            ("antonellof/ferrox/pull/213",),
+        ),
+        (
+            "layer-at-its-place",
+            {"q_lora_rank": 7, "rope": plain},
+            11,
+            "the first of a pair: layer-moved has the same layer and tokens further on, and the same answers",
+            "a prompt rotated by its place in the call; a cached key rotated again with each token",
+            (),
+        ),
+    ):
+        yield _layer_case(name, changes, start, 1.0, purpose, catches, sources, dtype="bfloat16")
+    yield _layer_case(
+        "layer-moved",
+        {"q_lora_rank": 7, "rope": plain},
+        11,
+        1.0,
+        "the layer and the tokens of layer-at-its-place, every position 65,533 later: the same answers, bit for bit",
+        "positions in 16 bits or rounded to bfloat16; a table of cos and sin that ends; positions of a cached key counted anew",
+        ("flashinfer-ai/flashinfer/pull/793", "pytorch/torchtitan/pull/2575", "kekzl/imp/pull/913"),
+        dtype="bfloat16",
+        moved=MOVED,
+        like="layer-at-its-place",
+    )
+
+
+def _layer_case(
+    name: str,
+    changes: dict[str, Any],
+    start: int,
+    hidden_size: float,
+    purpose: str,
+    catches: str,
+    sources: tuple[str, ...],
+    *,
+    dtype: str = "float64",
+    moved: int = 0,
+    like: str = "",
+) -> Case:
+    """A layer, a prompt and two tokens after it; the second sequence starts at ``start``, and all are ``moved``.
+
+    ``like`` names the case whose numbers, and so answers, it has.
+    """
+    fields: dict[str, Any] = {"q_lora_rank": None, **changes}
+    config = MLAConfig(
+        hidden_size=12,
+        num_heads=3,
+        kv_lora_rank=10,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=5,
+        **fields,
+    )
+    prompt, steps = 4, 2
+    numbers = Numbers(like or name)
+    weights = {f"weights.{key}": _weight(numbers, key, shape, dtype) for key, shape in weight_shapes(config).items()}
+    return Case(
+        name=name,
+        operation="layer",
+        purpose=purpose,
+        catches=catches,
+        sources=on_github(*sources),
+        parameters={"config": asdict(config), "prompt": prompt},
+        inputs={
+            **weights,
+            "hidden": numbers.array(2, prompt + steps, 12, size=hidden_size, dtype=dtype),
+            "positions": moved + np.array([[0], [start]]) + np.arange(prompt + steps),
+        },
+        dtype=dtype,
+    )
+
+
+def _weight(numbers: Numbers, name: str, shape: tuple[int, ...], dtype: str) -> Array:
     norm = name.endswith("layernorm")
     size = 1.0 if name.startswith("q_") and not norm else 0.5
-    weight: Array = numbers.array(*shape, size=size, centre=1.0 if norm else 0.0)
+    weight: Array = numbers.array(*shape, size=size, centre=1.0 if norm else 0.0, dtype=dtype)
     return weight

@@ -55,6 +55,30 @@ def prefill_cases() -> Iterator[Case]:
         )
 
 
+def kernel_prefill_cases() -> Iterator[Case]:
+    """The widths that kernels are built for."""
+    name, scale = "prefill-kernel-dims", 192**-0.5
+    queries, keys = (np.array(offsets, dtype=np.int32) for offsets in ([0, 3, 4], [0, 3, 9]))
+    numbers = Numbers(name)
+    yield Case(
+        name=name,
+        operation="prefill",
+        purpose="QK of 128 + 64 and V of 128 in bfloat16: a new prompt of three tokens, and one token after five",
+        catches="V read with the stride of K, or padded to 192 and not cut; rope columns taken for those of the next head; "
+        "the scale of 128 columns",
+        sources=on_github("ROCm/aiter/pull/2954"),
+        parameters={"softmax_scale": scale, "causal": True},
+        inputs={
+            "q": numbers.array(4, 2, 192, size=2.0, dtype="bfloat16"),
+            "k": numbers.array(9, 2, 192, dtype="bfloat16"),
+            "v": np.array([1.0, -1.0] * 64) * numbers.array(9, 2, 128, centre=1.0, dtype="bfloat16"),
+            "cu_seqlens_q": queries,
+            "cu_seqlens_k": keys,
+        },
+        dtype="bfloat16",
+    )
+
+
 def merge_cases() -> Iterator[Case]:
     """Parts of one attention."""
     far = [(700.25, -700.5), (0.5, 0.25), (-40.0, -10.5), (10000.0, 10001.0), (-20000.0, -20003.0), (30.0, 0.0)]

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 
 from mla_spec.golden.cases.case import Case, Numbers, on_github
-from mla_spec.reference.config import RopeConfig, YarnScaling
+from mla_spec.reference.config import LongRopeScaling, RopeConfig, YarnScaling
 from mla_spec.reference.rope import half_from_interleaved
 
 POSITIONS = (0, 1, 4095, 4096, 163839, 2**20)
@@ -108,3 +108,34 @@ def rope_cases() -> Iterator[Case]:
             parameters={"rope": asdict(rope)},
             inputs={"x": values, "positions": positions},
         )
+
+
+def longrope_cases() -> Iterator[Case]:
+    """LongRoPE, in a model within its original context and in one beyond."""
+    scaling = LongRopeScaling(
+        original_max_position_embeddings=4096,
+        short_factor=(1.0, 1.125, 1.25, 1.5),
+        long_factor=(1.5, 3.5, 7.0, 31.0),
+    )
+    for name, context, catches in (
+        ("rope-table-longrope-short", 4096, "the long factors, or the extension, in a context that is not exceeded"),
+        ("rope-table-longrope-long", 131072, "one factor for all pairs; the short factors for positions below 4096"),
+    ):
+        yield Case(
+            name=name,
+            operation="rope_table",
+            purpose=f"each frequency divided by its own factor, in a model of {context} positions trained on 4096",
+            catches=catches,
+            parameters={"rope": asdict(RopeConfig(dim=8, longrope=scaling, max_position_embeddings=context))},
+            inputs={"positions": np.array(POSITIONS)},
+        )
+    numbers = Numbers("rope-longrope")
+    yield Case(
+        name="rope-longrope",
+        operation="rope",
+        purpose="LongRoPE beyond the original context: the factor sqrt(1 + ln 32 / ln 4096) on cos and sin",
+        catches="the factor left out, squared, or YaRN's in its place; factors chosen anew by the largest position of a call",
+        parameters={"rope": asdict(RopeConfig(dim=8, longrope=scaling, max_position_embeddings=131072))},
+        inputs={"x": numbers.array(len(POSITIONS), 2, 8, dtype="bfloat16"), "positions": np.array(POSITIONS)},
+        dtype="bfloat16",
+    )

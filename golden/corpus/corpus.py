@@ -10,8 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mla_spec.golden.cases.case import Case
 from mla_spec.golden.corpus import arrays, figures
 from mla_spec.golden.corpus.compare import compare
 from mla_spec.golden.corpus.error import CorpusError
+from mla_spec.golden.corpus.stored import StoredCase
 from mla_spec.golden.corpus.swap import PENDING, roll_back, swap
 
 __all__ = ["CorpusError", "StoredCase", "load", "regenerate", "verify"]
@@ -30,26 +30,6 @@ FORMAT, VERSION = "mla-spec golden corpus", 1
 MANIFEST, ARRAYS = "manifest.json", "arrays"
 _FILES = (ARRAYS, *figures.DOCUMENTS, MANIFEST)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True)
-class StoredCase:
-    """A case as read from disk, its values decoded.
-
-    Attributes:
-        inputs, expected: by name; floating-point values as float64, integers as int64.
-        exact: names of expected arrays whose bits float64 arithmetic reproduces.
-    """
-
-    name: str
-    operation: str
-    purpose: str
-    catches: str
-    sources: list[str]
-    parameters: Mapping[str, Any]
-    inputs: dict[str, NDArray[Any]]
-    expected: dict[str, NDArray[Any]]
-    exact: list[str]
 
 
 def installed() -> Path:

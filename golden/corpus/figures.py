@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from mla_spec.golden.corpus.bounds import bounds
 from mla_spec.golden.corpus.cache_tables import cache_sizes
 from mla_spec.golden.corpus.error import CorpusError
 from mla_spec.reference.cache import (
@@ -242,7 +243,7 @@ def headline_figures() -> dict[str, Any]:
     }
 
 
-DOCUMENTS = {"cache_sizes.json": cache_sizes, "headline_figures.json": headline_figures}
+DOCUMENTS = {"bounds.json": bounds, "cache_sizes.json": cache_sizes, "headline_figures.json": headline_figures}
 
 
 def first_difference(got: Any, want: Any, path: str = "") -> str | None:

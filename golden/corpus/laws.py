@@ -15,37 +15,19 @@ from typing import Any
 import numpy as np
 
 from mla_spec.bounds.layer import layer_with_bound
-from mla_spec.golden.cases.case import config_from, indexer_config_from, layer_weights, rope_from
+from mla_spec.golden.cases.case import config_from, layer_weights
+from mla_spec.golden.corpus.calls import CALLS, dtypes_of
 from mla_spec.golden.corpus.corpus import StoredCase, load
 from mla_spec.judging.law import Law, Options, Run
 from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
-from mla_spec.operations import (
-    absorb,
-    decode,
-    dequantize_weight,
-    indexer,
-    layer,
-    merge,
-    prefill,
-    project_indexer,
-    quantised_cache,
-    rope,
-    sparse,
-    write_cache,
-)
+from mla_spec.operations import layer
 from mla_spec.operations.case import Case
-from mla_spec.operations.operation import Exactly, Operation, Within
-from mla_spec.reference.block_scales import CODE, dequantise_weight
-from mla_spec.reference.cache_layout import layout_of
-from mla_spec.reference.formats import FORMATS, decode_bits, round_to
-from mla_spec.reference.quantised_cache import dequantised_cache
+from mla_spec.operations.operation import Exactly, Within
+from mla_spec.reference.formats import FORMATS, round_to
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.contract import subject_name, supports_of
 from mla_spec.subjects.supports import Supports
-
-WIDE = ("attn_sink", "lses", "scales", "weights")
-"""Inputs that are float32, or float64 where the case is, whatever the dtype of a subject."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,84 +36,6 @@ class GoldenCase(Case):
 
     kind = "golden"
     name: str = ""
-
-
-def _arguments(case: StoredCase, *names: str) -> dict[str, Any]:
-    """Inputs and parameters of a case by name; None for what it does not have."""
-    return {name: case.inputs.get(name, case.parameters.get(name)) for name in names}
-
-
-def _decode(case: StoredCase) -> Any:
-    names = ("q", "kv_cache", "block_table", "cache_seqlens", "head_dim_v", "softmax_scale", "causal")
-    return decode.DecodeInputs(**_arguments(case, *names))
-
-
-def _sparse(case: StoredCase, rows: str) -> Any:
-    names = ("q", "indices", "head_dim_v", "softmax_scale", "attn_sink", "topk_length")
-    return sparse.SparseInputs(kv=case.inputs[rows], **_arguments(case, *names))
-
-
-def _decode_quantized(case: StoredCase) -> Any:
-    page_size, pages = case.parameters["page_size"], case.inputs["pages"].astype(np.uint8)
-    scale = case.parameters["tensor_scale"]
-    rows = dequantised_cache(pages, layout_of(case.parameters["layout"]), page_size, tensor_scale=scale)
-    exact = _decode(replace(case, inputs={**case.inputs, "kv_cache": rows}))
-    return quantised_cache.QuantisedDecodeInputs(
-        pages=pages, exact=exact, format=case.parameters["layout"], page_size=page_size, tensor_scale=scale
-    )
-
-
-def _unpack(case: StoredCase) -> Any:
-    return quantised_cache.PagesInputs(
-        pages=case.inputs["pages"].astype(np.uint8),
-        rows=case.expected["rows"],
-        format=case.parameters["layout"],
-        page_size=case.parameters["page_size"],
-        tensor_scale=case.parameters["tensor_scale"],
-    )
-
-
-def _weight(case: StoredCase) -> Any:
-    codes, block_size = decode_bits(case.inputs["codes"], CODE), tuple(case.parameters["block_size"])
-    scales = case.inputs["scales"]
-    weight = dequantise_weight(codes, scales, block_size)
-    return dequantize_weight.WeightInputs(codes, scales, block_size, weight)
-
-
-def _project_indexer(case: StoredCase) -> Any:
-    names = ("hidden", "q_latent", "positions")
-    config = indexer_config_from(case.parameters["config"])
-    return project_indexer.ProjectIndexerInputs(
-        weights=layer_weights(case.inputs), config=config, **_arguments(case, *names)
-    )
-
-
-PREFILL = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "softmax_scale", "causal")
-INDEXER = ("q", "k", "weights", "cu_seqlens_q", "cu_seqlens_k", "top_k")
-WRITE = ("latent", "k_pe", "kv_cache", "slot_mapping")
-
-CALLS: dict[str, tuple[Operation, Callable[[StoredCase], Any]]] = {
-    "rope": (
-        rope.OPERATION,
-        lambda case: rope.RopeInputs(case.inputs["x"], case.inputs["positions"], rope_from(case.parameters["rope"])),
-    ),
-    "absorb": (
-        absorb.OPERATION,
-        lambda case: absorb.AbsorbInputs(case.inputs["kv_b_proj"], config_from(case.parameters["config"])),
-    ),
-    "prefill": (prefill.OPERATION, lambda case: prefill.PrefillInputs(**_arguments(case, *PREFILL))),
-    "decode": (decode.OPERATION, _decode),
-    "merge": (merge.OPERATION, lambda case: merge.MergeInputs(**_arguments(case, "outs", "lses"))),
-    "write_cache": (write_cache.OPERATION, lambda case: write_cache.WriteInputs(**_arguments(case, *WRITE))),
-    "dequantize_weight": (dequantize_weight.OPERATION, _weight),
-    "unpack": (quantised_cache.DEQUANTIZE_CACHE, _unpack),
-    "decode_quantized": (quantised_cache.DECODE_QUANTIZED, _decode_quantized),
-    "sparse_prefill": (sparse.SPARSE_PREFILL, partial(_sparse, rows="kv")),
-    "sparse_decode": (sparse.SPARSE_DECODE, partial(_sparse, rows="kv_cache")),
-    "project_indexer": (project_indexer.OPERATION, _project_indexer),
-    "indexer": (indexer.OPERATION, lambda case: indexer.IndexerInputs(**_arguments(case, *INDEXER))),
-}
-"""By the operation of a golden case, the operation of a subject that computes it, and the inputs of the call."""
 
 
 def _judge_call(case: StoredCase, run: Run, _: Case) -> None:
@@ -182,21 +86,6 @@ def _judge_layer(case: StoredCase, run: Run, _: Case) -> None:
         got = made.run("decode" if start else "prefill", hidden[:, tokens], positions[:, tokens])
         part = _frozen(Within(want[:, tokens], bound[:, tokens]), answer[:, tokens])
         part.judge(run, got)
-
-
-def dtypes_of(case: StoredCase, dtypes: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``dtypes`` that hold every input of a case exactly."""
-
-    def holds(dtype: str) -> bool:
-        for name, x in case.inputs.items():
-            if x.dtype.kind == "f":
-                wide = "float64" if dtype == "float64" else "float32"
-                fmt = wide if name in WIDE else dtype
-                if not np.array_equal(round_to(x, fmt), x, equal_nan=True):
-                    return False
-        return True
-
-    return tuple(dtype for dtype in dtypes if holds(dtype))
 
 
 def refused(case: StoredCase, supports: Supports) -> str:

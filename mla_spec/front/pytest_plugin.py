@@ -52,10 +52,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="also check whole published widths at loads that grow with --mla-budget",
     )
     group.addoption(
-        "--mla-budget", type=float, default=60.0, metavar="S", help="seconds that each law of --mla-production may take (60)"
+        "--mla-budget",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds that each law of --mla-production may take (60)",
     )
     group.addoption(
-        "--mla-workload", default=None, metavar="FILE", help="--mla-production with recorded shapes, a JSON object a line"
+        "--mla-workload",
+        default=None,
+        metavar="FILE",
+        help="--mla-production with recorded shapes, a JSON object a line",
     )
     group.addoption("--mla-examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
     group.addoption("--mla-seed", type=int, default=0, metavar="N", help="seed of the generation (0)")

@@ -195,34 +195,28 @@ _MAKE: Final[dict[str, Callable[..., Case]]] = {
 }
 
 
-def largest(case: Case) -> tuple[str, int]:
-    """The largest argument of a case that sequences cannot share, and its elements."""
+def elements(case: Case) -> dict[str, int]:
+    """Elements of what sequences of a case cannot share, by name."""
     if isinstance(case, PrefillCase):
-        counts = {"queries": sum(case.seqlens_q), "keys": sum(case.seqlens_k)}
-        what = max(counts, key=lambda name: counts[name])
-        return what, counts[what] * case.num_heads * case.qk_head_dim
+        row = case.num_heads * case.qk_head_dim
+        return {"queries": sum(case.seqlens_q) * row, "keys": sum(case.seqlens_k) * row}
     if isinstance(case, SparseDecodeCase):
-        width = case.kv_lora_rank + case.qk_rope_head_dim
-        counts = {
-            "queries": case.batch * case.s * case.num_heads * width,
-            "pages": case.pages * case.page_size * width,
-            "indices": case.batch * case.s * max(case.topk, case.pages * case.page_size),
+        width, slots = case.kv_lora_rank + case.qk_rope_head_dim, case.pages * case.page_size
+        rows = case.batch * case.s
+        return {
+            "queries": rows * case.num_heads * width,
+            "pages": slots * width,
+            "indices": rows * max(case.topk, slots),
         }
-        what = max(counts, key=lambda name: counts[name])
-        return what, counts[what]
     assert isinstance(case, DecodeCase | QuantisedDecodeCase)
-    if isinstance(case, DecodeCase):
-        width = case.kv_lora_rank + case.qk_rope_head_dim
-    else:
-        width = case.layout.width
-    longest = max(case.seqlens) * width  # gathered for the reference
-    counts = {"queries": len(case.seqlens) * case.s * case.num_heads * width, "the longest sequence": longest}
-    what = max(counts, key=lambda name: counts[name])
-    return what, counts[what]
+    width = case.layout.width if isinstance(case, QuantisedDecodeCase) else case.kv_lora_rank + case.qk_rope_head_dim
+    queries = len(case.seqlens) * case.s * case.num_heads * width
+    return {"queries": queries, "keys of one sequence": max(case.seqlens) * width}
 
 
 def _require_size(case: Case, where: str) -> None:
-    what, elements = largest(case)
-    most = 2 * ELEMENTS
-    if elements > most:
-        raise WorkloadError(f"{where}: {what} have {elements} elements; expected at most {most}, which a host can hold")
+    for what, count in elements(case).items():
+        if count > 2 * ELEMENTS:
+            raise WorkloadError(
+                f"{where}: {what} have {count} elements; expected at most {2 * ELEMENTS}, which a host can hold"
+            )
