@@ -154,7 +154,7 @@ def kernel_cases() -> Iterator[Case]:
         "flashinfer-ai/flashinfer/pull/348",
         seqlens=(5,),
         s=2,
-        h=2,
+        h=1,
         c=512,
         r=64,
         page_size=2,

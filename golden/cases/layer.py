@@ -159,7 +159,7 @@ def variant_cases() -> Iterator[Case]:
         ),
         (
             "layer-at-its-place",
-            {"q_lora_rank": 7, "rope": plain},
+            {"rope": plain},
             11,
             "the first of a pair: layer-moved has the same layer and tokens further on, and the same answers",
             "a prompt rotated by its place in the call; a cached key rotated again with each token",
@@ -169,7 +169,7 @@ def variant_cases() -> Iterator[Case]:
         yield _layer_case(name, changes, start, 1.0, purpose, catches, sources, dtype="bfloat16")
     yield _layer_case(
         "layer-moved",
-        {"q_lora_rank": 7, "rope": plain},
+        {"rope": plain},
         11,
         1.0,
         "the layer and the tokens of layer-at-its-place, every position 65,533 later: the same answers, bit for bit",

@@ -58,20 +58,20 @@ def prefill_cases() -> Iterator[Case]:
 def kernel_prefill_cases() -> Iterator[Case]:
     """The widths that kernels are built for."""
     name, scale = "prefill-kernel-dims", 192**-0.5
-    queries, keys = (np.array(offsets, dtype=np.int32) for offsets in ([0, 3, 4], [0, 3, 9]))
+    queries, keys = (np.array(offsets, dtype=np.int32) for offsets in ([0, 2, 3], [0, 2, 6]))
     numbers = Numbers(name)
     yield Case(
         name=name,
         operation="prefill",
-        purpose="QK of 128 + 64 and V of 128 in bfloat16: a new prompt of three tokens, and one token after five",
+        purpose="QK of 128 + 64 and V of 128 in bfloat16: a new prompt of two tokens, and one token after three",
         catches="V read with the stride of K, or padded to 192 and not cut; rope columns taken for those of the next head; "
         "the scale of 128 columns",
         sources=on_github("ROCm/aiter/pull/2954"),
         parameters={"softmax_scale": scale, "causal": True},
         inputs={
-            "q": numbers.array(4, 2, 192, size=2.0, dtype="bfloat16"),
-            "k": numbers.array(9, 2, 192, dtype="bfloat16"),
-            "v": np.array([1.0, -1.0] * 64) * numbers.array(9, 2, 128, centre=1.0, dtype="bfloat16"),
+            "q": numbers.array(3, 2, 192, size=2.0, dtype="bfloat16"),
+            "k": numbers.array(6, 2, 192, dtype="bfloat16"),
+            "v": np.array([1.0, -1.0] * 64) * numbers.array(6, 2, 128, centre=1.0, dtype="bfloat16"),
             "cu_seqlens_q": queries,
             "cu_seqlens_k": keys,
         },
