@@ -92,7 +92,7 @@ class Took:
 
     def promised(self, ratio: float) -> float:
         """What a case of so much more work will take: calls grow with it, what else is done with its root at most."""
-        return self.calls * ratio + (self.all - self.calls) * ratio**0.5
+        return self.calls * ratio + (self.all - self.calls) * math.sqrt(ratio)
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,8 @@ def _latent_dims(supports: Supports) -> tuple[int, int]:
 
 
 def _page_size(supports: Supports) -> int:
-    return nearest(supports.page_sizes, 64)
+    size: int = nearest(supports.page_sizes, 64)
+    return size
 
 
 def _queries(supports: Supports, heads: int) -> int:
