@@ -36,11 +36,18 @@ def workload(tmp_path: Path) -> str:
 def test_a_small_budget_is_kept_and_the_sample_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "torch-absorbed", *LAW, "--production", "--budget", "0.5", "--in-process"]) == 0
     out = capsys.readouterr().out
-    assert f"{SAMPLED}: 2 sequences × 128 heads × 1 query over 1 to 100 keys in float32: " in out
-    assert (
-        "the reference judges 64 of 256 rows at random and 4 at corners; probability that a fault escapes it: " in out
+    (note,) = [line for line in out.splitlines() if line.startswith(f"{SAMPLED}: ")]
+    stated = re.search(
+        r": (\d+) sequences × (\d+) heads × (\d) quer\w+ over [12] to \d+ keys in float32: the reference judges 64 of (\d+) "
+        r"rows at random and \d+ at corners; probability that a fault escapes it: one sequence of \1 with 0, "
+        r"one head of \2 with ([\d.]+), .*one row with ([\d.]+); 0\.5 s were too few for \d+ larger loads$",
+        note,
     )
-    assert "one head of 128 with 0.5, one row with 0.75; 0.5 s were too few for " in out
+    assert stated is not None
+    b, h, s, rows = (int(stated[i]) for i in range(1, 5))
+    assert rows == b * h * s
+    assert float(stated[5]) == 1 - min(64, h) / h
+    assert float(stated[6]) == pytest.approx(1 - 64 / rows, abs=5e-4)
 
 
 def test_recorded_shapes_run_in_a_worker_and_the_record_has_the_note(
