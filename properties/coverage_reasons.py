@@ -132,6 +132,11 @@ LAYERS: tuple[Reason, ...] = (
         dtypes=("float16", "bfloat16"),
     ),
     Reason(
+        ("test_cache_bytes_are_those_*",),
+        ("*",),
+        "what a cache takes depends on its width, its format and its tokens; the golden files have none in float64",
+    ),
+    Reason(
         ("test_shards_*", "test_outputs_of_shards_*", "test_every_shard_*", "test_gather*"),
         ("one rank",),
         "one rank has the whole layer",
