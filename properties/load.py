@@ -128,7 +128,7 @@ class Load:
             yield from self._recorded(run)
             return
         ladders = self.ladders(run.supports, run.profile, 1 + given.seed)
-        start, largest, note, left = time.perf_counter(), 0, "", 0
+        start, largest, note, left, memory = time.perf_counter(), 0, "", 0, False
         for i, ladder in enumerate(ladders):
             end = start + given.budget * (0.5 + 0.5 * i / max(1, len(ladders) - 1))
             rung: int | None = 0 if i == 0 or time.perf_counter() < end else None
@@ -136,6 +136,9 @@ class Load:
             while rung is not None:
                 before, called, passed = time.perf_counter(), run.seconds, rung
                 yield ladder[rung]
+                if run.exhausted:
+                    memory, run.exhausted = True, False
+                    break
                 if self.work(ladder[rung]) >= largest:
                     largest, note = self.work(ladder[rung]), run.note
                 now = time.perf_counter()
@@ -146,7 +149,7 @@ class Load:
                 rung = max(larger, default=None)
             left += len(ladder) - 1 - passed
         spared = f"; {given.budget:.3g} s were too few for {left} larger loads" if left else ""
-        run.note = f"{note}{spared}" if note else ""
+        run.note = f"{note}{spared}{'; memory was too small for one' * memory}" if note else ""
 
     def _ratio(self, ladder: list[Any], rung: int, other: int) -> float:
         """How much more work another rung is."""
@@ -164,6 +167,9 @@ class Load:
                 )
                 break
             yield replace(case, dtype=run.profile.dtype, seed=1 + run.production.seed + done)
+            if run.exhausted:
+                run.leave_out(f"case {done + 1} of {len(fitting)} of the workload is too large for the memory there is")
+                run.exhausted = False
         if len(fitting) < len(every) and fitting:
             run.note += f"; {len(every) - len(fitting)} of {len(every)} cases are not what the subject supports"
 

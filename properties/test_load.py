@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from mla_spec.judging.law import Law, Options, Run, as_test
 from mla_spec.operations.decode import DecodeCase, DecodeInputs
@@ -22,6 +23,7 @@ from mla_spec.properties.test_exact_at_length import test_prefill_is_exact_at_le
 from mla_spec.properties.test_exact_at_length import test_sparse_decode_is_exact_at_length as sparse_is_exact
 from mla_spec.reference.typing import IntArray
 from mla_spec.subjects.driver import Results
+from mla_spec.subjects.violation import SubjectCrashed
 
 COMPARED = 12
 """Rows of which the law of order needs the bound, where a subject's bits may depend on the batch."""
@@ -70,6 +72,22 @@ def _with_keys(case: Any) -> Any:
     return case
 
 
+def within_memory(check: Callable[[Run, Any], None], run: Run, case: Any) -> None:
+    """A check of which a case that does not fit into memory says nothing: loads grow no further then."""
+    try:
+        check(run, case)
+    except SubjectCrashed as error:
+        if not out_of_memory(error.__cause__):
+            raise
+        run.exhausted = True
+        run.trivial("it did not fit into the memory there is")
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an exception says that memory could not be had. On the CPU torch has no class for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def production_laws(load: Load) -> tuple[Law, ...]:
     """The laws of one operation."""
     made = []
@@ -81,8 +99,9 @@ def production_laws(load: Load) -> tuple[Law, ...]:
 
 
 def _law(name: str, load: Load, check: Callable[[Run, Any], None]) -> Law:
-    operation = load.operation
-    return Law(name, (operation.name,), lambda *_: [], check, operation.missing, asked_for, grown=load.grown)
+    operation, fitting = load.operation, partial(within_memory, check)
+    fitting.__doc__ = check.__doc__
+    return Law(name, (operation.name,), lambda *_: [], fitting, operation.missing, asked_for, grown=load.grown)
 
 
 def batches_in_another_order(run: Run, case: DecodeCase) -> None:

@@ -46,8 +46,8 @@ class Run:
 
     The judge's largest error / bound over the law's cases is kept in ``worst``, and what a law had to leave out in ``left_out``.
     ``compared`` counts the elements that the judge saw of a case, None where it was not asked. ``note`` says what of the last
-    case was looked at, where that is not all, ``seconds`` how long calls of the subject took. ``compile``, ``isolated`` and
-    ``production`` are those of the options.
+    case was looked at, where that is not all, ``seconds`` how long calls of the subject took, ``exhausted`` that the last case
+    was too large for the memory there is. ``compile``, ``isolated`` and ``production`` are those of the options.
     """
 
     driver: Driver
@@ -62,6 +62,7 @@ class Run:
     left_out: str = ""
     note: str = ""
     seconds: float = 0.0
+    exhausted: bool = False
     production: Production = Production()
 
     def call(self, operation: Operation, inputs: Any, tensors: Tensors | None = None) -> Results:

@@ -301,6 +301,48 @@ def test_renamed_pages_change_no_bit_of_any_row() -> None:
     assert "the pages of the pool were renamed" in record.message
 
 
+class Hungry(TorchExplicit):
+    """Takes memory as if there were no end, from so many sequences on."""
+
+    most = 4
+
+    def decode(self, q: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+        if len(q) >= self.most:
+            q.new_empty(2**52)
+        return super().decode(q, *arguments, **keywords)
+
+
+@pytest.mark.parametrize("name", [AGREES, EXACT, ORDER])
+def test_loads_grow_no_further_than_memory_allows(name: str) -> None:
+    seen: list[Any] = []
+    options = Options(production=Production(budget=30.0), dtypes=("float32",), announce=seen.append)
+    record = run_law(all_laws()[name], Hungry(), options)
+    assert record.verdict == "pass", record.text()
+    assert {len(case.seqlens) for case in seen if len(case.seqlens) < 4} == {2}
+    assert len([case for case in seen if len(case.seqlens) >= 4]) == 4  # once with each number of heads
+    assert name == EXACT or record.note.endswith("; memory was too small for one")
+
+
+def test_what_never_fits_into_memory_is_no_pass() -> None:
+    class Always(Hungry):
+        most = 1
+
+    record = run_law(all_laws()[AGREES], Always(), SMALL)
+    assert record.verdict == "incomplete"
+    assert "it did not fit into the memory there is" in record.message
+    record = run_law(all_laws()[AGREES], Hungry(), asked(ONE, replace(ONE, seqlens=(3, 4, 5, 6))))
+    assert record.verdict == "incomplete"
+    assert record.message == "case 2 of 2 of the workload is too large for the memory there is"
+
+
+def test_another_crash_is_one() -> None:
+    class Crashes(TorchExplicit):
+        def decode(self, *arguments: Any, **keywords: Any) -> Any:
+            raise RuntimeError("illegal memory access")
+
+    assert run_law(all_laws()[AGREES], Crashes(), SMALL).verdict == "crashed"
+
+
 # Recorded shapes
 
 
