@@ -16,7 +16,8 @@ import torch
 from mla_spec.judging.law import Law, Options, Run, as_test
 from mla_spec.operations.decode import DecodeCase, DecodeInputs
 from mla_spec.operations.prefill import PrefillCase
-from mla_spec.properties.load import DECODE, DECODE_QUANTIZED, LOADS, PREFILL, SPARSE_DECODE, Load
+from mla_spec.properties.load import Load
+from mla_spec.properties.loads import DECODE, DECODE_QUANTIZED, LOADS, PREFILL, SPARSE_DECODE
 from mla_spec.properties.test_exact_at_length import test_decode_is_exact_at_length as decode_is_exact
 from mla_spec.properties.test_exact_at_length import test_decode_quantized_is_exact_at_length as quantized_is_exact
 from mla_spec.properties.test_exact_at_length import test_prefill_is_exact_at_length as prefill_is_exact

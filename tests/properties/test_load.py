@@ -22,18 +22,8 @@ from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.prefill import PrefillCase
-from mla_spec.properties.load import (
-    DECODE,
-    LOADS,
-    PREFILL,
-    ROWS,
-    RUNGS,
-    Took,
-    corners,
-    escapes,
-    sample,
-    spread,
-)
+from mla_spec.properties.load import ROWS, Took, corners, escapes, sample, spread
+from mla_spec.properties.loads import DECODE, LOADS, PREFILL, RUNGS
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.supports import Supports
 
