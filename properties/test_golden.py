@@ -52,7 +52,10 @@ def _cases(supports: Supports, profile: Profile) -> list[LayerCase]:
 @law(needs="layer", cases=_cases)
 def test_cache_bytes_are_those_of_published_models(run: Run, case: LayerCase) -> None:
     """A layer whose cache is as wide as a published model's holds exactly the bytes that the golden files give for it."""
-    name = layer_models()[_widths()[case.kv_lora_rank, case.qk_rope_head_dim]].name
+    width = case.kv_lora_rank, case.qk_rope_head_dim
+    if width not in _widths():
+        run.trivial("no published model has a cache of this width")
+    name = layer_models()[_widths()[width]].name
     inputs, page = case.build(), run.supports.cache_page
     layer = LayerDriver.of(run.driver, inputs.weights, inputs.config)
     for tokens, method, called in (

@@ -19,7 +19,8 @@ from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.published import published_models
 from mla_spec.subjects.supports import DTYPES, Supports
 
-LAWS = [law for law in all_laws().values() if law.needs == ("layer",)]
+PUBLISHED_WIDTHS = "test_cache_bytes_are_those_of_published_models"
+LAWS = [law for law in all_laws().values() if law.needs == ("layer",) and law.name != PUBLISHED_WIDTHS]
 GRADIENT_LAWS = [law for law in LAWS if law.check.__module__.endswith("test_layer_gradients")]
 RELATIVE = "test_layer_depends_on_relative_positions_only"
 WITHOUT_A_LAYER = {
@@ -143,3 +144,9 @@ def test_subjects_get_the_models_whose_options_they_have() -> None:
         name for name, model in layer_models().items() if (model.fields["rope_scaling"] or {}).get("type") == "yarn"
     }
     assert lost(yarn=False) == yarn != set()
+
+
+def test_other_widths_say_nothing_of_published_caches() -> None:
+    record = run_law(all_laws()[PUBLISHED_WIDTHS], TorchAbsorbed(), Options(case=small_case("deepseek-v3")))
+    assert record.verdict == "incomplete"
+    assert "no published model has a cache of this width" in record.message
