@@ -24,6 +24,7 @@ class PublishedModel:
         unverified_fields: the fields of a verified entry that do.
         not_modelled: options of the model that ``MLAConfig`` does not express yet.
         source: where the figures were read.
+        absent: how a message says that a field is None.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PublishedModel:
     unverified_fields: tuple[str, ...]
     not_modelled: tuple[str, ...]
     source: tuple[str, ...]
+    absent: str = "is not published"
 
     @property
     def is_mla(self) -> bool:
@@ -53,7 +55,7 @@ class PublishedModel:
         if not self.is_mla:
             raise ValueError(f"{self.name}: attention is {self.fields['attention']!r}, not MLA")
         if self.num_cached_layers is None:
-            raise ValueError(f"{self.name}: the number of layers is not published")
+            raise ValueError(f"{self.name}: the number of layers {self.absent}")
         latent, rope = self.fields["kv_lora_rank"], self.fields["qk_rope_head_dim"]
         without = self.fields.get("num_nope_layers", 0)
         rows = [(self.num_cached_layers - without, latent + rope), (without, latent)]
@@ -87,7 +89,7 @@ class PublishedModel:
         dim, theta = self._published("qk_rope_head_dim"), self._published("rope_theta")
         scaling = self.fields["rope_scaling"]
         for name in [] if scaling is None else [key for key, value in scaling.items() if value is None]:
-            raise ValueError(f"{self.name}: rope_scaling.{name} is not published")
+            raise ValueError(f"{self.name}: rope_scaling.{name} {self.absent}")
         try:
             return RopeConfig.from_checkpoint(
                 dim=dim,
@@ -101,7 +103,7 @@ class PublishedModel:
 
     def _published(self, field: str) -> Any:
         if self.fields[field] is None:
-            raise ValueError(f"{self.name}: {field} is not published")
+            raise ValueError(f"{self.name}: {field} {self.absent}")
         return self.fields[field]
 
 
