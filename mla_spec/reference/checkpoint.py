@@ -287,7 +287,7 @@ def _cached_layers(config: dict[str, Any]) -> int | None:
     if group is not None and layers is not None:
         require_positive_int("layers", num_hidden_layers=layers, layer_group_size=group)
         whole = layers // group * group
-        return sum((i + 1) % group == 0 or i >= whole for i in range(layers))
+        return sum(bool((i + 1) % group == 0 or i >= whole) for i in range(layers))
     return layers
 
 
@@ -302,7 +302,7 @@ def _indexer(config: dict[str, Any]) -> dict[str, Any]:
     """The indexer's dimensions, and how many layers keep keys of their own; none where there is no indexer."""
     if config.get("index_head_dim") is None:
         return {}
-    dims = {key: config.get(key) for key in ("index_n_heads", "index_head_dim", "index_topk")}
+    dims = {key: config.get(key) for key in ("index_n_heads", "index_head_dim", "index_topk", "index_kpool")}
     require_positive_int("indexer", **{key: value for key, value in dims.items() if value is not None})
     return {**dims, "num_indexer_layers": _indexer_layers(config)}
 
@@ -319,4 +319,4 @@ def _indexer_layers(config: dict[str, Any]) -> int | None:
     if kinds is None:
         return _cached_layers(config)
     caches = map(_caches_latents, config.get("layer_types") or ["indexed_attention"] * len(kinds))
-    return sum(kind == "full" and cached for kind, cached in zip(kinds, caches, strict=True))
+    return sum(bool(kind == "full" and cached) for kind, cached in zip(kinds, caches, strict=True))

@@ -69,15 +69,15 @@ class PublishedModel:
             raise ValueError(f"{self.name}: MLAConfig does not express {self.not_modelled[0]!r}")
         temperature = self.fields.get("llama_4_scaling")
         return MLAConfig(
-            hidden_size=self._published("hidden_size"),
-            num_heads=self._published("num_attention_heads"),
+            hidden_size=self.required("hidden_size"),
+            num_heads=self.required("num_attention_heads"),
             q_lora_rank=self.fields["q_lora_rank"],
-            kv_lora_rank=self._published("kv_lora_rank"),
-            qk_nope_head_dim=self._published("qk_nope_head_dim"),
-            qk_rope_head_dim=self._published("qk_rope_head_dim"),
-            v_head_dim=self._published("v_head_dim"),
+            kv_lora_rank=self.required("kv_lora_rank"),
+            qk_nope_head_dim=self.required("qk_nope_head_dim"),
+            qk_rope_head_dim=self.required("qk_rope_head_dim"),
+            v_head_dim=self.required("v_head_dim"),
             rope=self._rope(),
-            latent_norm_eps=self._published("latent_norm_eps"),
+            latent_norm_eps=self.required("latent_norm_eps"),
             mla_scale_q_lora=self.fields.get("mla_scale_q_lora", False),
             mla_scale_kv_lora=self.fields.get("mla_scale_kv_lora", False),
             llama_4_scaling=None if temperature is None else Llama4Scaling(**temperature),
@@ -86,7 +86,7 @@ class PublishedModel:
     def _rope(self) -> RopeConfig | None:
         if self.fields["rope"] != "rotary":
             return None
-        dim, theta = self._published("qk_rope_head_dim"), self._published("rope_theta")
+        dim, theta = self.required("qk_rope_head_dim"), self.required("rope_theta")
         scaling = self.fields["rope_scaling"]
         for name in [] if scaling is None else [key for key, value in scaling.items() if value is None]:
             raise ValueError(f"{self.name}: rope_scaling.{name} {self.absent}")
@@ -101,7 +101,8 @@ class PublishedModel:
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
-    def _published(self, field: str) -> Any:
+    def required(self, field: str) -> Any:
+        """What the entry says of ``field``; ValueError where that is None."""
         if self.fields[field] is None:
             raise ValueError(f"{self.name}: {field} {self.absent}")
         return self.fields[field]
