@@ -30,8 +30,12 @@ OUTSIDE = {"properties": ROOT / "properties", "golden": ROOT / "golden"}
 LOADER = ROOT / "mla_spec" / "installed.py"
 """The only file that loads by name what stands above it."""
 
-CIRCLES = {frozenset({"mla_spec.reference.config", "mla_spec.reference.published"})}
-"""Modules that may import each other: a configuration is found by the name of a published model, which is one."""
+CIRCLES = {
+    frozenset({f"mla_spec.reference.{a}", f"mla_spec.reference.{b}"})
+    for a, b in (("config", "published"), ("config", "checkpoint"), ("published", "checkpoint"))
+}
+"""Modules that may import each other: a configuration is found by the name of a published model, or read from a checkpoint's
+file, and both are entries that become one."""
 
 
 def folder(room: str) -> Path:

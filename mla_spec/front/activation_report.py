@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mla_spec.reference.activations import Activation, bytes_per_token, mha_activations, mla_activations
-from mla_spec.reference.published import PublishedModel, published_model
+from mla_spec.reference.checkpoint import find_model
+from mla_spec.reference.published import PublishedModel
 from mla_spec.text.table import format_table
 
 Kept = tuple[Activation, ...]
@@ -28,10 +29,10 @@ def activation_report(name: str, dtype: str, tokens: int, batch: int) -> str:
     for label, count in (("tokens", tokens), ("batch", batch)):
         if count < 1:
             raise ValueError(f"{label} must be at least 1, got {count}")
-    model = published_model(name)
+    model = find_model(name)
     layers = model.num_cached_layers
     if layers is None:
-        raise ValueError(f"{model.name}: the number of layers is not published")
+        raise ValueError(f"{model.name}: the number of layers {model.absent}")
     rows = [("attention", "recomputed", "B/token/layer", "B/token", "B in all", "first row is")]
     variants = list(_variants(model))
     first = bytes_per_token(variants[0][2], dtype)
@@ -49,8 +50,8 @@ def _variants(model: PublishedModel) -> Iterator[tuple[str, str, Kept]]:
     """(attention, what is recomputed, what is kept), the model's own attention first."""
     if not model.is_mla:
         raise ValueError(f"{model.name}: attention is {model.fields['attention']!r}, not MLA")
-    dims = {field: _published(model, field) for field in _DIMS}
-    dims["num_heads"] = _published(model, "num_attention_heads")
+    dims = {field: model.required(field) for field in _DIMS}
+    dims["num_heads"] = model.required("num_attention_heads")
     rank = model.fields["q_lora_rank"]
     own = [("MLA", rank)] if rank is None else [("MLA", rank), ("MLA without query compression", None)]
     for attention, q_lora_rank in own:
@@ -60,10 +61,3 @@ def _variants(model: PublishedModel) -> Iterator[tuple[str, str, Kept]]:
     heads = {field: dims[field] for field in ("hidden_size", "num_heads", "v_head_dim")}
     qk_head_dim = dims["qk_nope_head_dim"] + dims["qk_rope_head_dim"]
     yield "MHA", "nothing", mha_activations(**heads, qk_head_dim=qk_head_dim)
-
-
-def _published(model: PublishedModel, field: str) -> int:
-    value = model.fields[field]
-    if value is None:
-        raise ValueError(f"{model.name}: {field} is not published")
-    return int(value)

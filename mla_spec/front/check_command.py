@@ -16,8 +16,10 @@ from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Options, Production
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import parse_case
+from mla_spec.reference.checkpoint import checkpoint_model
+from mla_spec.subjects.configured import configured_subject, dims_of
 from mla_spec.subjects.description import describe
-from mla_spec.subjects.find import UnknownSubject, available_subjects, resolve_subject
+from mla_spec.subjects.find import UnknownSubject, available_subjects
 from mla_spec.subjects.supports import DTYPES
 from mla_spec.text.terminal import UsageError, append_json, show_progress, write_json
 
@@ -29,10 +31,11 @@ def check(options: argparse.Namespace) -> int:
         laws = [law.name for law in find_laws(options.law)]
         common = _law_options(options)
         specs = options.subjects or available_subjects()
-        signature = () if options.signature is None else ("--signature", options.signature)
+        arguments = [(name, getattr(options, name)) for name in ("signature", "config")]
+        given = sum(((f"--{name}", value) for name, value in arguments if value is not None), ())
     except ValueError as error:
         raise UsageError(str(error)) from error
-    settings = [Options(**common, spec=(spec, *signature)) for spec in specs]
+    settings = [Options(**common, spec=(spec, *given)) for spec in specs]
     everything: list[Record] = []
     try:
         for text, records in (_in_process if options.in_process else _in_workers)(settings, laws, options):
@@ -51,7 +54,7 @@ def _in_process(
 ) -> Iterator[tuple[str, list[Record]]]:
     """What each subject declares, and the records of its laws, in order."""
     progress = _Progress(len(laws) * len(settings), options.records)
-    subjects = [resolve_subject(_spec(each), options.signature) for each in settings]
+    subjects = [configured_subject(_spec(each), options.signature, each.dims) for each in settings]
     for subject, each in zip(subjects, settings, strict=True):
         yield describe(subject).text, check_subject(subject, laws=laws, options=each, progress=progress)
 
@@ -104,6 +107,7 @@ def _law_options(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "compile": options.compile,
         "production": _production(options),
+        "dims": () if options.config is None else dims_of(checkpoint_model(options.config)),
         "dtypes": None if options.dtype is None else tuple(options.dtype),
         "case": None if options.case is None else parse_case(options.case),
     }

@@ -67,6 +67,9 @@ def _add_check(commands: Commands) -> None:
     parser.add_argument("--law", action="append", default=[], metavar="NAME", help="only this law; repeatable")
     parser.add_argument("--case", metavar="ID", help="run this one case (with one --law)")
     parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
+    parser.add_argument(
+        "--config", metavar="FILE", help="draw the dims of this config.json only, where a kernel has dims"
+    )
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (1)")
     parser.add_argument(
@@ -179,9 +182,9 @@ def _add_models(commands: Commands) -> None:
 
 
 def _add_cache(commands: Commands) -> None:
-    parser = commands.add_parser("cache", help="exact cache sizes of a published model")
+    parser = commands.add_parser("cache", help="exact cache sizes of a published model, or of a configuration file")
     parser.set_defaults(run=_cache)
-    parser.add_argument("model")
+    parser.add_argument("model", metavar="MODEL", help="a name of `mla-spec models`, a config.json, or its folder")
     parser.add_argument("--dtype", default="bfloat16", help="of the cache (bfloat16)")
     parser.add_argument("--tokens", type=int, default=1, metavar="N", help="tokens per sequence (1)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (1)")

@@ -18,8 +18,9 @@ from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import replay_command, run_law
 from mla_spec.judging.verdict import Record
+from mla_spec.subjects.configured import configured_subject
 from mla_spec.subjects.description import Description, describe
-from mla_spec.subjects.find import UnknownSubject, resolve_subject
+from mla_spec.subjects.find import UnknownSubject
 
 _CONTEXT = multiprocessing.get_context("spawn")  # a forked child could not use CUDA
 
@@ -167,7 +168,7 @@ def _serve(connection: Connection) -> None:
         law, options, signature = connection.recv()
         if options.spec != spec:
             try:
-                subject, spec = resolve_subject(options.spec[0], signature), options.spec
+                subject, spec = configured_subject(options.spec[0], signature, options.dims), options.spec
             except UnknownSubject as error:
                 if law is not None:
                     raise

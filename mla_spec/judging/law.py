@@ -17,6 +17,7 @@ from mla_spec.judging.verdict import TrivialCase
 from mla_spec.operations.case import Case
 from mla_spec.operations.operation import Operation
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.configured import Dims
 from mla_spec.subjects.driver import Driver, Result, Results, Tensors
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
@@ -221,6 +222,7 @@ class Options:
         minimise: whether a failing case is made smaller.
         compile: backend of ``torch.compile`` with which laws of compiled operations run; None where they do not.
         production: how large the cases of production laws are; None where they do not run.
+        dims: the only dims that a subject is given, by fields of ``Supports``; empty for all that it supports.
         isolated: whether a subject that ends the process costs one law only.
         spec: arguments by which ``mla-spec check`` finds the subject, for replay commands; None where it cannot.
         announce: called with each case before it runs.
@@ -235,6 +237,7 @@ class Options:
     minimise: bool = True
     compile: str | None = None
     production: Production | None = None
+    dims: Dims = ()
     isolated: bool = False
     spec: tuple[str, ...] | None = None
     announce: Callable[[Case], None] | None = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
+from pathlib import Path
 from typing import Any
 
 from mla_spec.reference.scaling import (
@@ -107,6 +109,8 @@ class RopeConfig:
             raise ValueError(
                 f"rope_scaling: unknown rope type {kind!r}; known types are 'default', 'yarn' and 'longrope'"
             )
+        if kind == "default" and scaling:
+            raise ValueError(f"rope_scaling: type 'default' has no parameter {min(scaling)!r}")
         return cls(
             dim=dim,
             theta=float(theta),
@@ -296,3 +300,18 @@ class MLAConfig:
         from mla_spec.reference.published import published_model
 
         return published_model(name).mla_config()
+
+    @classmethod
+    def from_hf(cls, source: Mapping[str, Any] | str | Path) -> MLAConfig:
+        """The configuration that a checkpoint's config.json states: its path, its text, or what it parses to.
+
+        Read are transformers' names, with rope_scaling or rope_parameters, a nested text_config, and the names of DeepSeek's
+        own inference configuration. A q_lora_rank of 0 or null is no query compression.
+
+        Raises:
+            ValueError: unreadable, no MLA, an unknown model_type or key of the rotary embedding, values that contradict each
+                other, or an option that this class cannot express (the message names it).
+        """
+        from mla_spec.reference.checkpoint import checkpoint_model
+
+        return checkpoint_model(source).mla_config()

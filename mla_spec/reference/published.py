@@ -24,6 +24,7 @@ class PublishedModel:
         unverified_fields: the fields of a verified entry that do.
         not_modelled: options of the model that ``MLAConfig`` does not express yet.
         source: where the figures were read.
+        absent: how a message says that a field is None.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PublishedModel:
     unverified_fields: tuple[str, ...]
     not_modelled: tuple[str, ...]
     source: tuple[str, ...]
+    absent: str = "is not published"
 
     @property
     def is_mla(self) -> bool:
@@ -53,7 +55,7 @@ class PublishedModel:
         if not self.is_mla:
             raise ValueError(f"{self.name}: attention is {self.fields['attention']!r}, not MLA")
         if self.num_cached_layers is None:
-            raise ValueError(f"{self.name}: the number of layers is not published")
+            raise ValueError(f"{self.name}: the number of layers {self.absent}")
         latent, rope = self.fields["kv_lora_rank"], self.fields["qk_rope_head_dim"]
         without = self.fields.get("num_nope_layers", 0)
         rows = [(self.num_cached_layers - without, latent + rope), (without, latent)]
@@ -67,15 +69,15 @@ class PublishedModel:
             raise ValueError(f"{self.name}: MLAConfig does not express {self.not_modelled[0]!r}")
         temperature = self.fields.get("llama_4_scaling")
         return MLAConfig(
-            hidden_size=self._published("hidden_size"),
-            num_heads=self._published("num_attention_heads"),
+            hidden_size=self.required("hidden_size"),
+            num_heads=self.required("num_attention_heads"),
             q_lora_rank=self.fields["q_lora_rank"],
-            kv_lora_rank=self._published("kv_lora_rank"),
-            qk_nope_head_dim=self._published("qk_nope_head_dim"),
-            qk_rope_head_dim=self._published("qk_rope_head_dim"),
-            v_head_dim=self._published("v_head_dim"),
+            kv_lora_rank=self.required("kv_lora_rank"),
+            qk_nope_head_dim=self.required("qk_nope_head_dim"),
+            qk_rope_head_dim=self.required("qk_rope_head_dim"),
+            v_head_dim=self.required("v_head_dim"),
             rope=self._rope(),
-            latent_norm_eps=self._published("latent_norm_eps"),
+            latent_norm_eps=self.required("latent_norm_eps"),
             mla_scale_q_lora=self.fields.get("mla_scale_q_lora", False),
             mla_scale_kv_lora=self.fields.get("mla_scale_kv_lora", False),
             llama_4_scaling=None if temperature is None else Llama4Scaling(**temperature),
@@ -84,10 +86,10 @@ class PublishedModel:
     def _rope(self) -> RopeConfig | None:
         if self.fields["rope"] != "rotary":
             return None
-        dim, theta = self._published("qk_rope_head_dim"), self._published("rope_theta")
+        dim, theta = self.required("qk_rope_head_dim"), self.required("rope_theta")
         scaling = self.fields["rope_scaling"]
         for name in [] if scaling is None else [key for key, value in scaling.items() if value is None]:
-            raise ValueError(f"{self.name}: rope_scaling.{name} is not published")
+            raise ValueError(f"{self.name}: rope_scaling.{name} {self.absent}")
         try:
             return RopeConfig.from_checkpoint(
                 dim=dim,
@@ -99,9 +101,10 @@ class PublishedModel:
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
-    def _published(self, field: str) -> Any:
+    def required(self, field: str) -> Any:
+        """What the entry says of ``field``; ValueError where that is None."""
         if self.fields[field] is None:
-            raise ValueError(f"{self.name}: {field} is not published")
+            raise ValueError(f"{self.name}: {field} {self.absent}")
         return self.fields[field]
 
 

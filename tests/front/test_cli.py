@@ -113,6 +113,8 @@ def test_nothing_that_applies_is_incomplete(kernel: str, capsys: pytest.CaptureF
         (["check", "torch-explicit", "--law", "test_absorb_splits_kv_b_proj", "--case", "x"], "unknown kind 'x'"),
         (["cache", "DeepSeekV3"], "unknown model 'DeepSeekV3'; did you mean DeepSeek-V3"),
         (["cache", "DeepSeek-V4-Pro"], "not MLA"),
+        (["cache", "missing/config.json"], "missing/config.json: cannot be read: No such file or directory"),
+        (["check", "torch-explicit", "--config", "missing.json"], "missing.json: cannot be read: No such file"),
         (["cache", "DeepSeek-V3", "--dtype", "int3"], "unknown number format 'int3'"),
         (["cache", "DeepSeek-V3", "--layout", "fp6"], "unknown cache layout 'fp6'; known layouts are fp8_per_tensor"),
         (["cache", "DeepSeek-V3", "--layout", "indexer_fp8"], "indexer_fp8 stores rows of 128 elements; DeepSeek-V3"),
@@ -179,7 +181,7 @@ def test_cache_prints_the_published_size(capsys: pytest.CaptureFixture[str]) -> 
     code, out, _ = run(capsys, "cache", "deepseek-v3", "--tokens", "100", "--page-size", "64", "--batch", "2")
     assert code == 0
     rows = {line.split()[0]: line.split() for line in out.splitlines()[2:]}
-    assert rows["MLA"][1:] == ["576", "1152", "70272", str(2 * 128 * 70272)]
+    assert rows["MLA"][1:] == ["576", "1152", "70272", str(2 * 128 * 70272), "70.272", "17.156", "MiB"]
     assert rows["MHA"][1:4] == ["40960", "81920", str(81920 * 61)]
 
 
@@ -205,11 +207,11 @@ def test_cache_prints_the_bytes_of_a_layout(
     code, out, _ = run(capsys, "cache", model, *arguments)
     assert code == 0
     header, first, second = (line.split() for line in out.splitlines()[1:4])
-    assert header[-2:] == [layout, "is"]
+    assert header[-5:] == [layout, "is", "KB/token", "in", "pages"]
     assert first[0] == layout
-    assert first[2:] == [str(per_token), str(layers * per_token), str(4 * layers * page_of_64)]
+    assert first[2:5] == [str(per_token), str(layers * per_token), str(4 * layers * page_of_64)]
     assert second[0] == "MLA"
-    assert second[-2:] == [share, "%"]
+    assert second[5:7] == [share, "%"]
 
 
 def test_models_are_listed_with_what_is_unverified(capsys: pytest.CaptureFixture[str]) -> None:
