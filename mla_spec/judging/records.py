@@ -18,7 +18,7 @@ from mla_spec.text.files import standard_stream
 from mla_spec.text.terminal import shown
 from mla_spec.text.typed import Count, Mistyped, Size, read_object
 
-SCHEMA, VERSION = "mla-spec records", 1
+SCHEMA, VERSION = "mla-spec-records", 1
 LONGEST_LINE = 2**24
 
 
@@ -31,7 +31,7 @@ class RunLine:
     """How a run was made; everything of which its verdicts depend, but the subjects."""
 
     type: Literal["run"] = "run"
-    schema: Literal["mla-spec records"] = "mla-spec records"
+    schema: Literal["mla-spec-records"] = "mla-spec-records"
     version: Literal[1] = 1
     run: str
     started: str

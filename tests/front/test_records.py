@@ -72,7 +72,7 @@ def test_a_run_is_recorded_with_all_that_its_verdicts_depend_on(kernel: str, tmp
     file = tmp_path / "records.jsonl"
     assert check(f"{kernel}:Rope", "--records", file) == 0
     (run,), (subject,), (end,) = lines(file, "run"), lines(file, "subject"), lines(file, "end")
-    assert (run["schema"], run["version"], run["seed"], run["examples"]) == ("mla-spec records", 1, 0, 8)
+    assert (run["schema"], run["version"], run["seed"], run["examples"]) == ("mla-spec-records", 1, 0, 8)
     assert run["laws"] == list(LAWS)
     assert {"suite", "python", "numpy", "torch", "platform", "device", "gpu"} <= set(run)
     assert subject["operations"] == ["rope"]
@@ -321,7 +321,7 @@ def test_runs_of_other_options_are_not_merged(kernel: str, tmp_path: Path, capsy
         ('{"type": "end", "run": "a", "reason": "", "exit": -1}\n', "exit is -1; expected an integer of at least 0"),
         ('{"type": "end", "run": "a", "reason": ""}\n', "missing 1 required keyword-only argument: 'exit'"),
         ('{"type": "end", "more": 1}\n', "has the unknown field 'more'"),
-        ('{"type": "run", "schema": "mla-spec records", "version": 2}\n', "version 2; this version reads"),
+        ('{"type": "run", "schema": "mla-spec-records", "version": 2}\n', "version 2; this version reads"),
     ],
 )
 def test_a_file_that_holds_no_records_is_refused_in_one_sentence(
