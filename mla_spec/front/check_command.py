@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from concurrent.futures import Future
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
 from mla_spec.front.device import require_device
 from mla_spec.front.production import production
-from mla_spec.front.report import exit_code, report_of
-from mla_spec.judging.check import check_subject, find_laws
+from mla_spec.front.report import exit_code, merged, report_of
+from mla_spec.front.run import Progress, Store, opened, read, subject_lines
+from mla_spec.judging.check import find_laws
 from mla_spec.judging.compiled import compiler_missing
 from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Options, Production
-from mla_spec.judging.verdict import Record
+from mla_spec.judging.plan import Cell, Shard, parse_shard, plan
+from mla_spec.judging.records import RecordFile, RecordsError
+from mla_spec.judging.session import Asked, Stopped, header, run_here, run_in, stops
+from mla_spec.judging.waivers import WaiverError, Waivers, read_waivers
 from mla_spec.operations.all import parse_case
 from mla_spec.reference.checkpoint import checkpoint_model
 from mla_spec.subjects.configured import configured_subject, dims_of
 from mla_spec.subjects.description import describe
 from mla_spec.subjects.find import UnknownSubject, available_subjects
 from mla_spec.subjects.supports import DTYPES
-from mla_spec.text.terminal import UsageError, append_json, show_progress, write_json
+from mla_spec.text.terminal import UsageError, require_output, show_progress, shown, write_json
+
+INTERRUPTED = 130
 
 
 def check(options: argparse.Namespace) -> int:
@@ -31,72 +38,140 @@ def check(options: argparse.Namespace) -> int:
         laws = [law.name for law in find_laws(options.law)]
         common = _law_options(options)
         specs = options.subjects or available_subjects()
-        arguments = [(name, getattr(options, name)) for name in ("signature", "config")]
-        given = sum(((f"--{name}", value) for name, value in arguments if value is not None), ())
+        shard = Shard() if options.shard is None else parse_shard(options.shard)
+        waivers = Waivers() if options.waivers is None else read_waivers(options.waivers)
+    except WaiverError as error:
+        raise UsageError(f"--waivers {error}") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
-    settings = [Options(**common, spec=(spec, *given)) for spec in specs]
-    everything: list[Record] = []
-    try:
-        for text, records in (_in_process if options.in_process else _in_workers)(settings, laws, options):
+    arguments = [(name, getattr(options, name)) for name in ("signature", "config")]
+    given = sum(((f"--{name}", value) for name, value in arguments if value is not None), ())
+    settings = [Options(**common, spec=(spec, *given)) for spec in dict.fromkeys(specs)]
+    report_to: AbstractContextManager[Any] = redirect_stdout(sys.stderr) if options.json == "-" else nullcontext()
+    with report_to:
+        return _Check(options, laws, shard, waivers).run(settings)
+
+
+class _Check:
+    """One run of the command."""
+
+    def __init__(self, options: argparse.Namespace, laws: list[str], shard: Shard, waivers: Waivers) -> None:
+        self.options, self.laws, self.shard, self.waivers = options, laws, shard, waivers
+        self.subjects: list[Asked] = []
+        self.cells: list[Cell] = []
+        self.file: RecordFile | None = None
+        self.store: Store | None = None
+        self.printed = 0
+
+    def run(self, settings: list[Options]) -> int:
+        """Judge every cell, or as many as can be; print, write and return what came of them."""
+        path = self.options.records if self.options.resume is None else self.options.resume
+        with nullcontext() if path is None else opened(path) as self.file:
+            try:
+                with stops(self.options.time_limit):
+                    self._judge(settings)
+                reason = ""
+            except UnknownSubject as error:
+                raise UsageError(str(error)) from error
+            except (Stopped, RecordsError) as error:
+                reason = str(error)
             show_progress("")
-            print(f"{text}\n{report_of(records)}\n", flush=True)
-            everything += records
-    except UnknownSubject as error:
-        raise UsageError(str(error)) from error
-    if options.json is not None:
-        write_json(options.json, [record.as_dict() for record in everything])
-    return exit_code(everything)
+            return self._finish(reason)
 
+    def _judge(self, settings: list[Options]) -> None:
+        if self.options.in_process:
+            here = [(each, configured_subject(_name(each), self.options.signature, each.dims)) for each in settings]
+            self.subjects = [Asked(each, self.options.signature, describe(subject)) for each, subject in here]
+            objects = {asked.spec: (asked, subject) for asked, (_, subject) in zip(self.subjects, here, strict=True)}
+            left = self._prepare()
+            self._keep(run_here(left, objects, Progress(len(left))))
+            return
+        with WorkerPool(self.options.jobs, self.options.timeout) as pool:
+            declared = [pool.describe(each, self.options.signature) for each in settings]
+            self.subjects = [
+                Asked(each, self.options.signature, future.result())
+                for each, future in zip(settings, declared, strict=True)
+            ]
+            left = self._prepare()
+            self._keep(run_in(pool, left, {asked.spec: asked for asked in self.subjects}, Progress(len(left))))
 
-def _in_process(
-    settings: list[Options], laws: list[str], options: argparse.Namespace
-) -> Iterator[tuple[str, list[Record]]]:
-    """What each subject declares, and the records of its laws, in order."""
-    progress = _Progress(len(laws) * len(settings), options.records)
-    subjects = [configured_subject(_spec(each), options.signature, each.dims) for each in settings]
-    for subject, each in zip(subjects, settings, strict=True):
-        yield describe(subject).text, check_subject(subject, laws=laws, options=each, progress=progress)
+    def _prepare(self) -> list[Cell]:
+        """Plan the cells, begin the records, and say which cells are left to judge."""
+        every = plan([(asked.spec, asked.dtypes) for asked in self.subjects], self.laws, self.options.seed)
+        self.cells = self.shard.take(every)
+        first = header(self.subjects[0].options, self.laws, self.shard)
+        self.store = Store(first, subject_lines(self.subjects, first), self.waivers, self.file)
+        if self.options.resume is not None:
+            count = self.store.resume(read(self.options.resume), self.options.resume, self.cells)
+            print(f"mla-spec: {count} of {len(self.cells)} cells are in {self.options.resume}", file=sys.stderr)
+        self.store.begin()
+        return [cell for cell in self.cells if cell not in self.store.judged]
 
+    def _keep(self, judged: Iterable[Any]) -> None:
+        assert self.store is not None
+        for _ in self.store.add(judged):
+            self._print_whole()
 
-def _in_workers(
-    settings: list[Options], laws: list[str], options: argparse.Namespace
-) -> Iterator[tuple[str, list[Record]]]:
-    """The same of subjects that are never in this process; workers are busy with the subjects that follow."""
-    progress = _Progress(len(laws) * len(settings), options.records)
-    with WorkerPool(options.jobs, options.timeout) as pool:
-        asked = [pool.describe(each, options.signature) for each in settings]
-        declared = [future.result() for future in asked]
-        pending = [
-            [pool.submit(law, subject.name, each, options.signature) for law in laws]
-            for subject, each in zip(declared, settings, strict=True)
+    def _print_whole(self) -> None:
+        """Print the reports of the subjects that are judged, in their order."""
+        assert self.store is not None
+        while self.printed < len(self.subjects) and all(
+            cell in self.store.judged for cell in self._cells_of(self.subjects[self.printed])
+        ):
+            show_progress("")
+            self._print(self.subjects[self.printed])
+            self.printed += 1
+
+    def _cells_of(self, asked: Asked) -> list[Cell]:
+        return [cell for cell in self.cells if cell.spec == asked.spec]
+
+    def _print(self, asked: Asked) -> None:
+        assert self.store is not None
+        judged = self.store.judged
+        records = merged(judged[cell] for cell in self._cells_of(asked) if cell in judged)
+        print(f"{asked.declared.text}\n{report_of(records)}\n", flush=True)
+
+    def _finish(self, reason: str) -> int:
+        if self.store is None:
+            print(f"mla-spec: {reason}: the run ended before a law ran", file=sys.stderr)
+            return INTERRUPTED if reason.startswith("SIG") else 3
+        self._print_whole()
+        for asked in self.subjects[self.printed :]:
+            self._print(asked)
+        judged = [(cell, self.store.judged[cell]) for cell in self.cells if cell in self.store.judged]
+        needless = [] if reason or self.shard.count > 1 else self.waivers.needless(judged)
+        for sentence in needless:
+            print(f"mla-spec: {sentence}", file=sys.stderr)
+        code = exit_code([record for _, record in judged], part=self.shard.count > 1)
+        code = 1 if needless else code
+        if reason:
+            print(f"mla-spec: {reason}: {len(judged)} of {len(self.cells)} cells are judged", file=sys.stderr)
+            code = INTERRUPTED if reason.startswith("SIG") else max(code, 3) if code != 1 else 1
+        self.store.end(reason or "complete", code)
+        return self._write_json(code)
+
+    def _write_json(self, code: int) -> int:
+        """Write the records of laws, whatever happened; a disk that is full makes the run incomplete."""
+        assert self.store is not None
+        if self.options.json is None:
+            return code
+        everything = [
+            record.as_dict()
+            for asked in self.subjects
+            for record in merged(self.store.judged[cell] for cell in self._cells_of(asked) if cell in self.store.judged)
         ]
-        for future in (future for futures in pending for future in futures):
-            future.add_done_callback(progress.of_future)
-        for subject, futures in zip(declared, pending, strict=True):
-            yield subject.text, [future.result() for future in futures]
+        try:
+            with redirect_stdout(sys.__stdout__) if self.options.json == "-" else nullcontext():
+                write_json(self.options.json, everything)
+        except UsageError as error:
+            print(f"mla-spec: {error}", file=sys.stderr)
+            return code or 3
+        return code
 
 
-def _spec(options: Options) -> str:
+def _name(options: Options) -> str:
     assert options.spec is not None
     return options.spec[0]
-
-
-class _Progress:
-    """Counts records, names the law that has just run, and appends its record to a file where one is named."""
-
-    def __init__(self, total: int, file: str | None) -> None:
-        self.total, self.done, self.file = total, 0, file
-
-    def of_future(self, future: Future[Record]) -> None:
-        if not future.cancelled():
-            self(future.result())
-
-    def __call__(self, record: Record) -> None:
-        self.done += 1
-        if self.file is not None:
-            append_json(self.file, record.as_dict())
-        show_progress(f"[{self.done}/{self.total}] {record.law} [{record.subject}]")
 
 
 def _law_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -123,17 +198,14 @@ def _production(options: argparse.Namespace) -> Production | None:
 
 
 def _require_sensible(options: argparse.Namespace) -> None:
-    for name in ("examples", "threads", "jobs", "timeout", "budget"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name} must be positive, got {value}")
     for dtype in options.dtype or ():
         if dtype not in DTYPES:
-            raise UsageError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+            raise UsageError(f"unknown dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
     if options.case is not None and len(options.law) != 1:
         raise UsageError("--case needs exactly one --law")
+    if options.resume is not None and options.records not in (None, options.resume):
+        raise UsageError("--resume FILE goes on in FILE: --records cannot be another one")
     require_device(options.device)
-    if options.records is not None:
-        append_json(options.records)  # nothing yet: laws should not run for a file that cannot be written
+    require_output("--json", options.json)
     if options.compile is not None and (reason := compiler_missing(options.compile, options.device)):
-        raise UsageError(f"--compile {options.compile}: {reason}")
+        raise UsageError(f"--compile {shown(options.compile)}: {reason}")

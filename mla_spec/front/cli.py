@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mla_spec import __version__, installed
+from mla_spec.front.limits import require_within_limits
 from mla_spec.subjects.exits import INCOMPLETE, loud_exits
-from mla_spec.text.terminal import UsageError, append_json, show_progress, write_json
+from mla_spec.text.terminal import UsageError, any_encoding, append_json, one_line, show_progress, write_json
 
 Commands = Any
 """What ``add_subparsers`` returns; argparse keeps its class to itself."""
@@ -23,15 +25,27 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    any_encoding()
     try:
         options = _parser().parse_args(arguments)
-        return _run(options)
+        require_within_limits(vars(options))
+        code = _run(options)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
-        print(f"mla-spec: {error}", file=sys.stderr)
+        print(f"mla-spec: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("mla-spec: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("mla-spec: the report cannot be written: no space is left", file=sys.stderr)
+        return INCOMPLETE
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -64,7 +78,13 @@ def _add_check(commands: Commands) -> None:
         help="a shipped name, package.module:object or file.py:object; default: all that can run here",
     )
     parser.add_argument("--signature", metavar="OPERATION", help="the operation a bare function implements")
-    parser.add_argument("--law", action="append", default=[], metavar="NAME", help="only this law; repeatable")
+    parser.add_argument(
+        "--law",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this law, those that a pattern such as 'test_decode_*' matches, or those of an operation; repeatable",
+    )
     parser.add_argument("--case", metavar="ID", help="run this one case (with one --law)")
     parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
     parser.add_argument(
@@ -81,8 +101,22 @@ def _add_check(commands: Commands) -> None:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="worker processes (2)")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
     parser.add_argument("--in-process", action="store_true", help="no worker processes, for debuggers")
-    parser.add_argument("--json", metavar="FILE", help="also write the records to FILE")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="S", help="seconds after which the run ends with what is judged by then"
+    )
+    parser.add_argument("--waivers", metavar="FILE", help="expected failures; docs/waivers.md shows such a file")
+    parser.add_argument("--shard", metavar="I/N", help="only part I of N; `mla-spec merge` puts their records together")
+    parser.add_argument("--resume", metavar="FILE", help="as --records FILE, without what FILE already has")
+    parser.add_argument("--json", metavar="FILE", help="also write a record of each law to FILE")
     _add_records(parser)
+
+
+def _add_merge(commands: Commands) -> None:
+    parser = commands.add_parser("merge", help="one report of the records of several runs, such as the shards of one")
+    parser.set_defaults(run=_merge)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="what `mla-spec check --records` wrote")
+    parser.add_argument("--waivers", metavar="FILE", help="as for check")
+    parser.add_argument("--json", metavar="FILE", help="also write a record of each law to FILE")
 
 
 def _add_production(parser: argparse.ArgumentParser) -> None:
@@ -211,6 +245,7 @@ def _add_golden(commands: Commands) -> None:
 
 _COMMANDS = (
     _add_check,
+    _add_merge,
     _add_soundness,
     _add_sensitivity,
     _add_selftest,
@@ -231,17 +266,16 @@ def _check(options: argparse.Namespace) -> int:
     return check(options)
 
 
-def _require_at_least(options: argparse.Namespace, **least: int) -> None:
-    for name, value in least.items():
-        if getattr(options, name) < value:
-            raise UsageError(f"--{name} must be at least {value}, got {getattr(options, name)}")
+def _merge(options: argparse.Namespace) -> int:
+    from mla_spec.front.merge_command import merge
+
+    return merge(options)
 
 
 def _soundness(options: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from mla_spec.proof.soundness import exit_code, report, run_soundness
 
-    _require_at_least(options, cases=1, jobs=1, seed=0, first=0)
     judged = run_soundness(
         options.cases,
         seed=options.seed,
@@ -260,7 +294,6 @@ def _sensitivity(options: argparse.Namespace) -> int:
     from mla_spec.proof.sensitivity import Sensitivity, report, sensitivity_card
     from mla_spec.subjects.find import UnknownSubject, resolve_subject
 
-    _require_at_least(options, cases=1)
     require_device(options.device)
 
     def progress(row: Sensitivity) -> None:
@@ -297,7 +330,6 @@ def _coverage(options: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from mla_spec.front.coverage_command import coverage
 
-    _require_at_least(options, examples=1, jobs=1, seed=0)
     return coverage(options)
 
 
@@ -410,7 +442,6 @@ def _golden_check(options: argparse.Namespace, corpus_error: type[Exception]) ->
 
 
 def _certify(options: argparse.Namespace) -> int:
-    _require_at_least(options, cases=1, seed=0)
     try:
         golden = installed.certification()
     except ModuleNotFoundError as error:

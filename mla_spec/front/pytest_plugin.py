@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mla_spec.front.waived import OUTCOMES
 from mla_spec.subjects.exits import loud_exits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
     from mla_spec.judging.law import Law, Production
+    from mla_spec.judging.waivers import Waivers
+
+
+_WAIVER = "mla_waiver"
+_SAID: list[tuple[str, str]] = []
+"""Waivers and the verdicts of cells that they cover, of the whole session."""
 
 
 class StaleXfail(UserWarning):
@@ -38,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="FILE",
         help="tests expected to fail: one `test_name` or `test_name[subject]` per line, # comments",
+    )
+    group.addoption(
+        "--mla-waivers",
+        default=None,
+        metavar="FILE",
+        help="expected failures of laws, with reasons and last days; docs/waivers.md shows such a file",
     )
     group.addoption("--mla-threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (1)")
     group.addoption(
@@ -99,12 +112,16 @@ def _subject_specs(config: pytest.Config) -> list[str]:
 def mla_check(request: pytest.FixtureRequest) -> Iterator[Callable[[Law], None]]:
     """Runs a law on the subject of this test, in a worker process, and makes its record the outcome."""
     from mla_spec.front.parametrize import report_to_pytest
+    from mla_spec.judging.check import judge
     from mla_spec.judging.isolation import WorkerPool
     from mla_spec.judging.law import Options
-    from mla_spec.judging.run import run_law
+    from mla_spec.judging.plan import plan
+    from mla_spec.judging.session import Asked, run_in
     from mla_spec.subjects.find import UnknownSubject, resolve_subject
 
     config = request.config
+    _require_within_limits(config)
+    waivers = _waivers(config)
     options = Options(
         examples=config.getoption("--mla-examples"),
         seed=config.getoption("--mla-seed"),
@@ -117,13 +134,41 @@ def mla_check(request: pytest.FixtureRequest) -> Iterator[Callable[[Law], None]]
     try:
         if config.getoption("--mla-in-process"):
             subject: Any = resolve_subject(request.param)
-            yield lambda law: report_to_pytest(run_law(law, subject, options))
+            yield lambda law: report_to_pytest(judge(law, subject, options, waivers), waivers)
             return
         with WorkerPool(timeout=config.getoption("--mla-timeout")) as pool:
-            name = pool.describe(options).result().name
-            yield lambda law: report_to_pytest(pool.submit(law.name, name, options).result())
+            asked = Asked(options, None, pool.describe(options).result())
+
+            def check(law: Law) -> None:
+                cells = plan([(asked.spec, asked.dtypes)], [law.name], options.seed)
+                judged = run_in(pool, cells, {asked.spec: asked}, lambda cell: None)
+                report_to_pytest([(cell, waivers.apply(cell, record)) for cell, record in judged], waivers)
+
+            yield check
     except UnknownSubject as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def _require_within_limits(config: pytest.Config) -> None:
+    from mla_spec.front.limits import require_within_limits
+    from mla_spec.text.terminal import UsageError
+
+    names = ("examples", "seed", "threads", "timeout", "budget")
+    try:
+        require_within_limits({name: config.getoption(f"--mla-{name}") for name in names})
+    except UsageError as error:
+        raise pytest.UsageError(f"--mla-{str(error).removeprefix('--')}") from error
+
+
+def _waivers(config: pytest.Config) -> Waivers:
+    """The waivers of ``--mla-waivers``."""
+    from mla_spec.judging.waivers import WaiverError, Waivers, read_waivers
+
+    path = config.getoption("--mla-waivers")
+    try:
+        return Waivers() if path is None else read_waivers(path)
+    except WaiverError as error:
+        raise pytest.UsageError(f"--mla-waivers {error}") from error
 
 
 def _production(config: pytest.Config) -> Production | None:
@@ -134,8 +179,6 @@ def _production(config: pytest.Config) -> Production | None:
     workload, budget = config.getoption("--mla-workload"), config.getoption("--mla-budget")
     if not config.getoption("--mla-production") and workload is None:
         return None
-    if not budget > 0:
-        raise pytest.UsageError(f"--mla-budget must be positive, got {budget}")
     try:
         return production(budget, config.getoption("--mla-seed"), workload)
     except UsageError as error:
@@ -172,3 +215,47 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             stale.discard(name)
     for name in sorted(stale):
         warnings.warn(StaleXfail(f"{path}: {name!r} names no collected test"), stacklevel=1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What the test said of waivers goes with its report, from workers of xdist too."""
+    report = yield
+    report.user_properties += [(_WAIVER, outcome) for outcome in OUTCOMES]
+    OUTCOMES.clear()
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call":
+        said: Any = [value for name, value in report.user_properties if name == _WAIVER]
+        _SAID.extend((waiver, verdict) for waiver, verdict in said)
+
+
+def pytest_sessionstart() -> None:
+    _SAID.clear()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A waiver that is not needed fails the session."""
+    if session.exitstatus == pytest.ExitCode.OK and _needless(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    failed = sum(verdict in ("fail", "crashed", "incomplete") for _, verdict in _SAID)
+    if _SAID:
+        terminalreporter.write_line(f"mla-spec: {failed} cells fail as {len({w for w, _ in _SAID})} waivers expect")
+    for sentence in _needless(config):
+        terminalreporter.write_line(f"mla-spec: {sentence}", red=True)
+
+
+def _needless(config: pytest.Config) -> list[str]:
+    """Waivers that are not needed; a part of the tests cannot tell."""
+    part = config.option.keyword or config.option.maxfail or any("::" in each for each in config.args)
+    if not _SAID or part or hasattr(config, "workerinput"):
+        return []
+    from mla_spec.judging.waivers import needless
+
+    return needless(_SAID)

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from mla_spec.judging.verdict import Record
+from mla_spec.judging.verdict import Record, merge
 from mla_spec.text.table import format_table
 
 HEADER = ("law", "verdict", "cases", "error/bound", "worst case")
+
+
+def merged(records: Iterable[Record]) -> list[Record]:
+    """A record of each law and subject, from those of its dtypes."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.law, record.subject), []).append(record)
+    return [merge(group) for group in groups.values()]
 
 
 def record_row(record: Record) -> tuple[str, ...]:
@@ -19,7 +27,12 @@ def record_row(record: Record) -> tuple[str, ...]:
         worst = f"{record.worst:.3f}"
     if record.verdict != "pass":
         detail = "see below"
-    return record.law, record.verdict, str(record.cases), worst, detail
+    return record.law, outcome(record), str(record.cases), worst, detail
+
+
+def outcome(record: Record) -> str:
+    """The verdict, or that what does not hold is waived."""
+    return "waived" if record.waived else record.verdict
 
 
 def report_of(records: list[Record]) -> str:
@@ -33,7 +46,9 @@ def report_of(records: list[Record]) -> str:
         )
     notes = [f"{record.law}: {line}" for record in applying for line in record.note.splitlines()]
     parts += ["\n".join(notes)] if notes else []
-    parts += [record.text() for record in applying if record.verdict != "pass"]
+    parts += [record.text() for record in applying if not record.holds]
+    waived = [f"waived: {record.law}: {record.verdict}: {record.waived}" for record in applying if record.waived]
+    parts += ["\n".join(waived)] if waived else []
     return "\n\n".join([*parts, f"{summary(records)} in {sum(r.seconds for r in records):.1f} s"])
 
 
@@ -41,15 +56,19 @@ def summary(records: list[Record]) -> str:
     """One line: how many laws hold, fail, and so on."""
     counts: dict[str, int] = {}
     for record in records:
-        counts[record.verdict] = counts.get(record.verdict, 0) + 1
+        counts[outcome(record)] = counts.get(outcome(record), 0) + 1
     return ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
 
 
-def exit_code(records: Iterable[Record]) -> int:
-    """0 conforms, 1 violates, 3 incomplete (a law could not be judged, or none applied)."""
-    verdicts = {record.verdict for record in records}
-    if verdicts & {"fail", "crashed"}:
+def exit_code(records: Iterable[Record], *, part: bool = False) -> int:
+    """0 conforms, 1 violates, 3 incomplete (a law could not be judged, or none applied); waived failures count nothing.
+
+    Args:
+        part: of a larger run, where it is no fault that no law applies.
+    """
+    records = list(records)
+    wrong = {record.verdict for record in records if not record.holds}
+    if wrong & {"fail", "crashed"}:
         return 1
-    if "incomplete" in verdicts or "pass" not in verdicts:
-        return 3
-    return 0
+    judged = part or any(record.verdict == "pass" for record in records)
+    return 3 if wrong or not judged else 0

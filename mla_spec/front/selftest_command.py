@@ -20,14 +20,15 @@ from mla_spec.proof.selftest import (
     run_selftest,
 )
 from mla_spec.text.table import format_table
-from mla_spec.text.terminal import UsageError, append_json, show_progress, write_json
+from mla_spec.text.terminal import UsageError, append_json, require_output, show_progress, write_json
 
 
 def selftest(options: argparse.Namespace) -> int:
     """Run the suite on the planted bugs and print the kill matrix; 1 where a bug survives."""
-    for name in ("examples", "jobs", "timeout"):
-        if not getattr(options, name) > 0:
-            raise UsageError(f"--{name} must be positive, got {getattr(options, name)}")
+    for option in ("json", "records"):
+        require_output(f"--{option}", getattr(options, option))
+    for path in options.markdown:
+        require_output("--markdown", path)
     require_device(options.device)
     try:
         bugs = planted_bugs(options.bug)

@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 
-from mla_spec.installed import all_laws
+from mla_spec.installed import all_laws, operation_names
 from mla_spec.judging.law import Law, Options
+from mla_spec.judging.plan import Cell, Judged
 from mla_spec.judging.renamed import current_name
-from mla_spec.judging.run import run_law
-from mla_spec.judging.verdict import Record
+from mla_spec.judging.run import run_dtypes
+from mla_spec.judging.verdict import Record, merge
+from mla_spec.judging.waivers import WaiverError, Waivers, read_waivers
 from mla_spec.subjects.contract import require_subject
+from mla_spec.text.terminal import shown
 
 
 def find_laws(names: Iterable[str]) -> list[Law]:
-    """The laws called ``names``, or all when there are none.
+    """The laws that ``names`` mean, in the order of the report, or all when there are none.
 
-    An earlier name of a law is honored, with a warning.
+    A name is that of a law, or a pattern of shell style, or an operation, which stands for every law that needs it. An
+    earlier name of a law is honored, with a warning.
 
     Raises:
-        ValueError: no law has the name; the message suggests close ones.
+        ValueError: a name means no law; the message suggests close ones.
     """
     laws = all_laws()
-    found = []
-    for name in map(current_name, names):
-        if name not in laws:
-            close = difflib.get_close_matches(name, laws, n=3, cutoff=0.4)
-            hint = f"did you mean {', '.join(close)}?" if close else "see `mla-spec laws`"
-            raise ValueError(f"unknown law {name!r}; {hint}")
-        found.append(laws[name])
-    return found or list(laws.values())
+    names = list(names)
+    found = {law for name in names for law in _meant(current_name(name), laws)}
+    return [law for name, law in laws.items() if name in found or not names]
+
+
+def _meant(name: str, laws: Mapping[str, Law]) -> list[str]:
+    """The names of the laws that ``name`` means."""
+    if name in laws:
+        return [name]
+    if name in operation_names():
+        return [law for law, made in laws.items() if name in made.needs]
+    if matching := [law for law in laws if fnmatchcase(law, name)]:
+        return matching
+    close = difflib.get_close_matches(name, [*laws, *operation_names()], n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(close)}?" if close else "see `mla-spec laws`"
+    raise ValueError(f"unknown law {shown(name)}; {hint}")
 
 
 def check_subject(
@@ -38,23 +52,39 @@ def check_subject(
     laws: Iterable[str] = (),
     options: Options = Options(),
     progress: Callable[[Record], None] = lambda record: None,
+    waivers: str | os.PathLike[str] | None = None,
 ) -> list[Record]:
     """Run laws on a subject and return one record per law.
 
     Args:
         subject: an object that offers operations of the contract.
-        laws: their names; all when empty.
+        laws: as for ``find_laws``; all when empty.
         options: how many cases, which dtypes, which device.
         progress: called with each record as it is made.
+        waivers: a file of expected failures, whose records say why they are ``waived``.
 
     Raises:
         TypeError: ``subject`` offers nothing or declares itself wrongly.
-        ValueError: an unknown law.
+        ValueError: an unknown law, or a waiver that is none, has expired, or is not needed.
     """
     require_subject(subject)
+    expected = Waivers() if waivers is None else read_waivers(os.fspath(waivers))
+    judged: list[Judged] = []
     records = []
     for law in find_laws(laws):
-        record = run_law(law, subject, options)
-        progress(record)
-        records.append(record)
+        cells = judge(law, subject, options, expected)
+        judged += cells
+        records.append(merge([record for _, record in cells]))
+        progress(records[-1])
+    for sentence in expected.needless(judged):
+        raise WaiverError(sentence)
     return records
+
+
+def judge(law: Law, subject: object, options: Options, waivers: Waivers) -> list[Judged]:
+    """Run a law on a subject in this process: each cell and what came of it."""
+    judged = []
+    for record in run_dtypes(law, subject, options):
+        cell = Cell(options.spec or (), law.name, record.dtype, options.seed)
+        judged.append((cell, waivers.apply(cell, record)))
+    return judged

@@ -81,10 +81,9 @@ class _Worker:
 
     def serve(self, options: Options, signature: str | None, *, share: bool) -> None:
         """Turn to the subject of ``options``, in a new process unless ``share``."""
-        if options is not self.options:
-            self.options, self.signature = options, signature
-            if not share:
-                self.stop()
+        if not share and (options.spec, signature) != (self.options.spec, self.signature):
+            self.stop()
+        self.options, self.signature = options, signature
 
     def describe(self, timeout: float | None) -> Description:
         """What the subject declares."""
@@ -161,6 +160,7 @@ def _serve(connection: Connection) -> None:
 
     Without a law the subject is described, or why there is none.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     laws = all_laws()
     connection.send(None)
     subject, spec = None, None

@@ -218,6 +218,8 @@ class Options:
         threads: of torch's operators on the CPU while laws run. Cases are small, so more only cost time; a kernel whose
             threads may race deserves more.
         dtypes: only these; None for all that the subject supports.
+        spread: dtypes over which examples are spread, where some of them run elsewhere; None for those that run.
+        until_failure: whether dtypes that follow a failing one are left out.
         case: run this one case instead.
         minimise: whether a failing case is made smaller.
         compile: backend of ``torch.compile`` with which laws of compiled operations run; None where they do not.
@@ -233,6 +235,8 @@ class Options:
     device: str = "cpu"
     threads: int = 1
     dtypes: tuple[str, ...] | None = None
+    spread: int | None = None
+    until_failure: bool = False
     case: Case | None = None
     minimise: bool = True
     compile: str | None = None

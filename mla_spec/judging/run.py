@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -34,6 +34,7 @@ from mla_spec.subjects.contract import (
 )
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.memory import filled_memory, give_back_memory
+from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation, raised, subject_code
 
 
@@ -53,40 +54,51 @@ AVAILABLE_PROVIDERS[BACKEND] = f"{__name__}.{Provider.__name__}"
 
 
 def run_law(law: Law, subject: object, options: Options = Options()) -> Record:
-    """Run a law on a subject, dtype after dtype until one fails, and say what came of it."""
+    """Run a law on a subject in every dtype that is asked for, and say what came of it."""
+    return merge(list(run_dtypes(law, subject, options)))
+
+
+def run_dtypes(law: Law, subject: object, options: Options = Options()) -> Iterator[Record]:
+    """Run a law on a subject, dtype after dtype; a record of each, or one that says why the law does not run."""
     try:
         with subject_code():
             supports, name = supports_of(subject), subject_name(subject)
             absent = [operation for operation in law.needs if not offers(subject, operation)]
     except SubjectCrashed as error:
         message = f"what it declares cannot be read: {error}"
-        return Record(law.name, type(subject).__name__, "crashed", message=message)
+        yield Record(law.name, type(subject).__name__, "crashed", message=message)
+        return
     reason = f"does not offer {', '.join(absent)}" if absent else ""
     reason = reason or law.unavailable(options) or supports.nothing_to_judge(law.needs) or law.missing(supports)
-    dtypes = [d for d in supports.dtypes if options.dtypes is None or d in options.dtypes]
-    if options.case is not None:
-        dtypes = [options.case.dtype]
+    dtypes = asked_dtypes(supports, options)
     if not reason and not dtypes:
         reason = f"supports none of the dtypes {', '.join(options.dtypes or ())}"
     if reason:
-        return Record(law.name, name, "unsupported", message=reason)
-    share = max(1, -(-options.examples // (len(dtypes) * law.cost)))
+        yield Record(law.name, name, "unsupported", message=reason)
+        return
+    spread = options.spread or len(dtypes)
+    share = max(1, -(-options.examples // (spread * law.cost)))
     if options.production is not None:
-        budget = options.production.budget / len(dtypes)
-        options = replace(options, production=replace(options.production, budget=budget))
+        options = replace(options, production=replace(options.production, budget=options.production.budget / spread))
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        records = []
         with filled_memory(options.device):
             for dtype in dtypes:
-                records.append(_run_dtype(law, subject, dtype, share, options))
-                if records[-1].verdict in ("fail", "crashed"):
+                record = replace(_run_dtype(law, subject, dtype, share, options), dtype=dtype)
+                yield record
+                if options.until_failure and record.verdict in ("fail", "crashed"):
                     break
-        return merge(records)
     finally:
         torch.set_num_threads(before)
         give_back_memory(options.device)
+
+
+def asked_dtypes(supports: Supports, options: Options) -> list[str]:
+    """The dtypes in which a law runs on a subject that supports so much."""
+    if options.case is not None:
+        return [options.case.dtype]
+    return [dtype for dtype in supports.dtypes if options.dtypes is None or dtype in options.dtypes]
 
 
 def replay_command(law: str, case: Case, options: Options) -> str:

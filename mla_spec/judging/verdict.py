@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+
+from mla_spec.text.terminal import one_line, printable
 
 Verdict = Literal["pass", "fail", "unsupported", "crashed", "incomplete"]
 
 SEVERITY: tuple[Verdict, ...] = ("unsupported", "pass", "incomplete", "crashed", "fail")
 """Verdicts from the mildest to the gravest; a law's verdict is the gravest over its dtypes."""
+
+
+LONGEST_MESSAGE = 4000
+"""Characters of a message: a subject may raise an exception with a text of any length."""
 
 
 class VacuousCase(Exception):
@@ -21,7 +28,7 @@ class TrivialCase(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """One law on one subject.
+    """One law on one subject, in one dtype or in all.
 
     Attributes:
         law, subject: their names.
@@ -29,11 +36,14 @@ class Record:
         cases: generated cases that ran, minimisation not counted.
         worst: largest error / bound seen, or None for laws that compare bits.
         worst_case: id of the case that gave it.
-        message: why the verdict is not pass; else empty.
+        message: why the verdict is not pass; else empty. Long ones are cut, and control characters escaped.
         case: id of the smallest failing case.
         replay: command that runs that case again.
         seconds: wall time.
-        note: what of the cases was looked at, where that is not all; one line for each dtype.
+        note: what of its cases a law looked at, a line a dtype, where that is not all.
+        dtype: the one that gave the verdict; empty where none was asked.
+        dtypes: the verdict of each dtype that was judged.
+        waived: the reason of the waiver that expects this failure; empty where there is none.
     """
 
     law: str
@@ -47,36 +57,56 @@ class Record:
     replay: str = ""
     seconds: float = 0.0
     note: str = ""
+    dtype: str = ""
+    dtypes: dict[str, str] = field(default_factory=dict)
+    waived: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "subject", one_line(self.subject, 200))
+        object.__setattr__(self, "message", printable(self.message, LONGEST_MESSAGE))
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is wrong, or only what a waiver expects."""
+        return self.verdict in ("pass", "unsupported") or bool(self.waived)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data for JSON, which has no number that is not finite."""
+        values = asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
     def text(self) -> str:
         """The record as several lines: verdict, message, smallest case, replay command."""
         lines = [f"{self.law} [{self.subject}]: {self.verdict} after {self.cases} cases"]
         lines += [f"  {line}" for line in self.message.splitlines()]
+        lines += [f"  {line}" for line in [self._elsewhere()] if line]
         if self.case:
             lines.append(f"  smallest case: {self.case}")
         if self.replay:
             lines.append(f"  replay: {self.replay}")
         return "\n".join(lines)
 
+    def _elsewhere(self) -> str:
+        """What the other dtypes gave, where one of them is as bad."""
+        others = [f"{dtype}: {verdict}" for dtype, verdict in self.dtypes.items() if dtype != self.dtype]
+        bad = any(verdict not in ("pass", "unsupported") for verdict in self.dtypes.values())
+        return f"{self.dtype} is shown; {', '.join(others)}" if bad and others else ""
+
 
 def merge(records: list[Record]) -> Record:
-    """One record of a law from those of its dtypes: the gravest verdict, and the cases and time of all."""
-    gravest = max(records, key=lambda r: SEVERITY.index(r.verdict))
+    """One record of a law from those of its dtypes: the gravest verdict, and the cases and time of all.
+
+    A failure that is waived is milder than any other that is not.
+    """
+    gravest = max(records, key=lambda r: (not r.holds, SEVERITY.index(r.verdict)))
     measured = [r for r in records if r.worst is not None]
     worst = max(measured, key=lambda r: r.worst or 0.0) if measured else gravest
-    return Record(
-        law=gravest.law,
-        subject=gravest.subject,
-        verdict=gravest.verdict,
+    return replace(
+        gravest,
         cases=sum(r.cases for r in records),
         worst=worst.worst,
         worst_case=worst.worst_case,
-        message=gravest.message,
-        case=gravest.case,
-        replay=gravest.replay,
         seconds=sum(r.seconds for r in records),
         note="\n".join(r.note for r in records if r.note),
+        dtypes={r.dtype: r.verdict for r in records if r.dtype},
     )

@@ -186,6 +186,7 @@ def run_bug(bug: Any, options: Options, pool: WorkerPool, *, quick: bool) -> Bug
         options,
         spec=(bug.spec,),
         minimise=False,
+        until_failure=True,
         compile=bug.compile or options.compile,
         production=bug.production,
     )

@@ -1,0 +1,41 @@
+"""The values that numeric options may have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mla_spec.text.terminal import UsageError
+
+LEAST_AND_MOST: dict[str, tuple[int, int]] = {
+    "seed": (0, 2**63),
+    "first": (0, 2**63),
+    "examples": (1, 10**7),
+    "cases": (1, 10**9),
+    "threads": (1, 1024),
+    "jobs": (1, 1024),
+    "repeat": (1, 10**6),
+}
+LONGEST = 10**6
+"""Seconds, more than eleven days; what waits for an event cannot be given many more."""
+
+SECONDS = ("timeout", "budget", "time_limit")
+
+
+def require_within_limits(options: Mapping[str, Any]) -> None:
+    """Raise UsageError where an option, by the name it has in ``options``, has a value that makes no sense."""
+    for name, (least, most) in LEAST_AND_MOST.items():
+        value = options.get(name)
+        if isinstance(value, int) and not least <= value <= most:
+            beyond = f"at least {least}" if value < least else f"at most {most}"
+            raise UsageError(f"{_option(name)} must be {beyond}, got {value}")
+    for name in SECONDS:
+        value = options.get(name)
+        if value is not None and not 0 < value <= LONGEST:
+            positive = "positive" if not value > 0 or math.isnan(value) else f"at most {LONGEST}"
+            raise UsageError(f"{_option(name)} must be {positive}, got {value}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,103 @@
+"""What ``mla-spec check`` keeps of a run while it goes on: records, progress, and what is left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from mla_spec.judging.plan import Cell, Judged
+from mla_spec.judging.records import EndLine, RecordFile, RecordsError, Run, RunLine, SubjectLine, read_records
+from mla_spec.judging.session import Asked, verdict_line
+from mla_spec.judging.verdict import Record
+from mla_spec.judging.waivers import Waivers
+from mla_spec.text.terminal import UsageError, show_progress, shown
+
+
+@dataclass
+class Progress:
+    """Counts cells, and names one that is running."""
+
+    total: int
+    done: int = 0
+
+    def __call__(self, cell: Cell) -> None:
+        """Say that ``cell`` is running."""
+        show_progress(f"[{self.done}/{self.total}] {cell}")
+
+
+@dataclass
+class Store:
+    """The records of a run in memory, and in a file where one is named.
+
+    Attributes:
+        header, subjects: the lines that begin the run.
+        waivers: what is expected to fail.
+        file: where lines are appended.
+        judged: the record of each cell so far.
+    """
+
+    header: RunLine
+    subjects: Sequence[SubjectLine]
+    waivers: Waivers
+    file: RecordFile | None = None
+    judged: dict[Cell, Record] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Append what begins the run."""
+        if self.file is not None:
+            self.file.write(self.header, *self.subjects)
+
+    def resume(self, runs: Iterable[Run], path: str, cells: Iterable[Cell]) -> int:
+        """Take over the verdicts on ``cells`` of ``runs``, and say how many; UsageError where they are of another run."""
+        wanted = set(cells)
+        for run in runs:
+            self._require_same(run, path)
+            for line in run.verdicts:
+                if line.cell in wanted:
+                    self.judged[line.cell] = self.waivers.apply(line.cell, line.record)
+        return len(self.judged)
+
+    def _require_same(self, run: Run, path: str) -> None:
+        reason = self.header.differs(run.header)
+        own = {line.spec: line for line in self.subjects}
+        for spec, line in run.subjects.items():
+            reason = reason or (own[spec].differs(line) if spec in own else "")
+        if reason:
+            raise UsageError(f"--resume {shown(path)} is of another run: {reason}")
+
+    def add(self, judged: Iterable[Judged]) -> Iterator[Cell]:
+        """Keep each record as it is made, and append it."""
+        for cell, record in judged:
+            self.judged[cell] = self.waivers.apply(cell, record)
+            if self.file is not None:
+                self.file.write(verdict_line(self.header.run, cell, self.judged[cell]))
+            yield cell
+
+    def end(self, reason: str, code: int) -> None:
+        """Append how the run ended, where that is still possible."""
+        try:
+            if self.file is not None:
+                self.file.write(EndLine(run=self.header.run, reason=reason, exit=code))
+        except RecordsError:
+            return
+
+
+def read(path: str) -> list[Run]:
+    """``read_records``, whose errors are of usage."""
+    try:
+        return read_records(path)
+    except RecordsError as error:
+        raise UsageError(str(error)) from error
+
+
+def opened(path: str) -> RecordFile:
+    """A file for records; UsageError where it cannot be written."""
+    try:
+        return RecordFile(path)
+    except RecordsError as error:
+        raise UsageError(str(error)) from error
+
+
+def subject_lines(subjects: Iterable[Asked], header: RunLine) -> list[SubjectLine]:
+    """What is recorded of the subjects of a run."""
+    return [asked.line(header.run) for asked in subjects]
