@@ -30,13 +30,15 @@ def spread_error(accumulator: Accumulator, n: int) -> float:
     """Error of a sum of n products relative to the sum of their magnitudes, where its roundings are independent.
 
     More than 3 standard deviations of n roundings, none larger than the sum itself; the worst case where the format is too
-    narrow for that, and on tensor cores, which truncate.
+    narrow for that, and on tensor cores, which truncate. Operands that are rounded are the same for many rows, so that
+    counts as a bias.
     """
     worst = accumulator.relative_error(n)
     u = format_of(accumulator.format).unit_roundoff
     if accumulator.order == "tensor-core" or n * u > STAGNATION:
         return worst
-    return min(worst, 2 * math.sqrt(n) * u)
+    products = n * accumulator.operand_parts**2
+    return min(worst, accumulator.operand_error + 2 * math.sqrt(products) * u * (1 + accumulator.operand_roundoff) ** 2)
 
 
 @dataclass(frozen=True)

@@ -16,31 +16,70 @@ def gamma(n: float, u: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Accumulator:
-    """How a dot product is summed.
+    """How a dot product is formed: what becomes of its operands, and how the products are summed.
 
     Args:
         format: of the running sum.
         order: "sequential" holds for every order of summation, so it is the safe default; "blocked" sums ``block``
             products first and the partial sums then; "tensor-core" aligns ``block`` products to ``fraction_bits``.
+        operands: format to which both operands are rounded before they are multiplied, "tfloat32" or "bfloat16"; None
+            where they are multiplied as they are.
+        operand_parts: numbers of that format whose sum stands for an operand: 1; 2 where three products make one
+            ("bf16x3", "tf32x3"); 3 where six do ("bf16x6").
+        operand_rounding: of the operands, and of what each part leaves to the next.
+
+    Raises:
+        ValueError: an unknown format or order, operands of less range than float32, or a number below 1.
     """
 
     format: str = "float32"
     order: Literal["sequential", "blocked", "tensor-core"] = "sequential"
     block: int = 1
     fraction_bits: int = 25
+    operands: str | None = None
+    operand_parts: int = 1
+    operand_rounding: Literal["nearest", "truncate"] = "nearest"
 
     def __post_init__(self) -> None:
         format_of(self.format)
         if self.order not in ("sequential", "blocked", "tensor-core"):
             raise ValueError(f"Accumulator: unknown order {self.order!r}")
-        if self.block < 1:
-            raise ValueError(f"Accumulator: block must be at least 1, got {self.block}")
+        if self.operand_rounding not in ("nearest", "truncate"):
+            raise ValueError(f"Accumulator: unknown operand_rounding {self.operand_rounding!r}")
+        for name in ("block", "operand_parts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Accumulator: {name} must be at least 1, got {getattr(self, name)}")
+        if self.operands is not None and format_of(self.operands).min_exponent > -126:
+            raise ValueError(f"Accumulator: operands in {self.operands} overflow where those in float32 do not")
+
+    @property
+    def operand_roundoff(self) -> float:
+        """What a part leaves of an operand, relatively; 0 where operands are multiplied as they are."""
+        if self.operands is None:
+            return 0.0
+        return format_of(self.operands).unit_roundoff * (2 if self.operand_rounding == "truncate" else 1)
+
+    @property
+    def operand_error(self) -> float:
+        """Error of a product from rounding its operands, relatively.
+
+        With parts a_i and b_j of at most (1 + u) u^i |a| and the rest r_i of at most u^i |a|, the products of parts with
+        i + j < p miss Σ_i a_i r_(p−i) + r_p b.
+        """
+        u, p = self.operand_roundoff, self.operand_parts
+        return u**p * (p * (1 + u) + 1)
 
     def relative_error(self, n: int) -> float:
-        """Γ: error of a sum of n products, relative to the sum of their magnitudes.
+        """Γ: error of a dot product of n products, relative to the sum of their magnitudes.
 
         Higham, *Accuracy and Stability of Numerical Algorithms*, section 4.2; Blanchard et al. 2020 (block FMA).
         """
+        u, p = self.operand_roundoff, self.operand_parts
+        size = (1 + u) ** 2 * sum((k + 1) * u**k for k in range(p))  # of the products of parts
+        return self.operand_error + self.sum_error(n * p * (p + 1) // 2 if u else n) * size
+
+    def sum_error(self, n: int) -> float:
+        """Error of a sum of n numbers, relative to the sum of their magnitudes."""
         u = format_of(self.format).unit_roundoff
         if self.order == "sequential":
             return gamma(n, u)
@@ -177,8 +216,15 @@ class Profile:
     def describe(self) -> str:
         """The profile in one line: the fields that differ from the default of its dtype."""
         default = asdict(Profile.default(self.dtype))
-        changed = [f"{k}={v}" for k, v in asdict(self).items() if default[k] != v]
+        changed = [f"{k}={_stated(v)}" for k, v in asdict(self).items() if default[k] != v]
         return f"{self.dtype} default" + (", " + ", ".join(changed) if changed else "")
+
+
+def _stated(value: Any) -> Any:
+    """A field as it is described: of an accumulator that rounds no operands, nothing about them."""
+    if isinstance(value, dict) and value.get("operands", "") is None:
+        return {name: of for name, of in value.items() if not name.startswith("operand")}
+    return value
 
 
 _CHOICES = {

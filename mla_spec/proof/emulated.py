@@ -7,9 +7,10 @@ rounding twice is rounding once (Figueroa 1995, "When is double rounding innocuo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -58,11 +59,19 @@ def rounded(x: Array, name: str) -> Array:
 
 
 def multiply_add(start: Array, a: Array, b: Array, accumulator: Accumulator, *, stepwise: bool = False) -> Array:
-    """Start [..., m, p] + a [..., m, n] @ b [..., n, p], summed as ``accumulator`` says.
+    """Start [..., m, p] + a [..., m, n] @ b [..., n, p], formed as ``accumulator`` says.
 
     Args:
         stepwise: one product at a time, in order.
     """
+    if accumulator.operands is not None:
+        whole = replace(accumulator, operands=None)
+        parts = range(accumulator.operand_parts)
+        of_a, of_b = (_operand_parts(x, accumulator) for x in (a, b))
+        for i, j in itertools.product(reversed(parts), repeat=2):  # the small products first
+            if i + j < len(parts):
+                start = multiply_add(start, of_a[i], of_b[j], whole, stepwise=stepwise)
+        return start
     n = a.shape[-1]
     size = n if accumulator.order == "sequential" else accumulator.block
     for first in range(0, n, max(size, 1)):
@@ -74,6 +83,16 @@ def multiply_add(start: Array, a: Array, b: Array, accumulator: Accumulator, *, 
         else:
             start = rounded(start + _block_sum(left, right, accumulator.format, stepwise), accumulator.format)
     return start
+
+
+def _operand_parts(x: Array, accumulator: Accumulator) -> list[Array]:
+    """Numbers of the format of operands that add up to x, as nearly as so many can."""
+    assert accumulator.operands is not None
+    parts, rest = [], x
+    for _ in range(accumulator.operand_parts):
+        parts.append(round_to(rest, accumulator.operands, rounding=accumulator.operand_rounding))
+        rest = rest - parts[-1]
+    return parts
 
 
 def _block_sum(a: Array, b: Array, name: str, stepwise: bool) -> Array:

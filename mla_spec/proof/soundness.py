@@ -23,7 +23,7 @@ from mla_spec.bounds.profile_presets import PRESETS
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.proof.emulated import EmulatedAttention, Schedule
 from mla_spec.reference.cache import gather_rows
-from mla_spec.reference.formats import format_of, round_to
+from mla_spec.reference.formats import Rounding, format_of, round_to
 from mla_spec.reference.typing import Array
 from mla_spec.text.table import format_table
 
@@ -82,6 +82,9 @@ def _varied(profile: Profile, rng: np.random.Generator) -> Profile:
         accumulators.append(Accumulator(order="tensor-core", block=int(rng.choice([1, 4, 8, 16])), fraction_bits=25))
         accumulators.append(Accumulator(order="tensor-core", block=16, fraction_bits=13))
         accumulators.append(Accumulator(format=profile.dtype))
+        operands, parts = str(rng.choice(["tfloat32", "bfloat16"])), int(rng.integers(1, 4))
+        rounding: Rounding = "nearest" if rng.random() < 0.5 else "truncate"
+        accumulators.append(Accumulator(operands=operands, operand_parts=parts, operand_rounding=rounding))
     choices: dict[str, list[Any]] = {
         "tile": [None, 16, 32, 64, 128, 256],  # multiples of every block
         "splits": [1, 2, 3, 7, 16, 64],

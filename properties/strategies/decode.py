@@ -115,7 +115,7 @@ def draw_decode(
         shortest = max(shortest, s if is_causal else 1)
     c, r = latent_dims(draw, supports, min_rope, published=published)
     regime = draw(choice(*supported(regimes, supports)))
-    stds = judgeable_stds(logit_stds, profile, c + r)
+    stds = judgeable_stds(logit_stds, profile, c + r, regime)
     if regime == "cancelling":
         stds = tuple(std for std in stds if std <= 4)
     seqlens = several(draw, lambda: _length(draw, shortest, page_size, s), min_batch, max(min_batch, 4))

@@ -92,9 +92,30 @@ def supported(regimes: tuple[str, ...], supports: Supports) -> tuple[str, ...]:
     return tuple(regime for regime in regimes if supports.negative_scale or regime != "negative")
 
 
+LARGE_PRODUCTS = 16.0
+"""How much larger the products of a score may be, against the score, than in the regime "typical"."""
+
+
 @cache
-def judgeable_stds(logit_stds: tuple[float, ...], profile: Profile, head_dim: int) -> tuple[float, ...]:
-    """Those that leave the scores an error below about 0.4, and so the bound a meaning."""
+def judgeable_stds(
+    logit_stds: tuple[float, ...], profile: Profile, head_dim: int, regime: str = ""
+) -> tuple[float, ...]:
+    """Those that leave the scores an error below about 0.4, and so the bound a meaning.
+
+    Operands that are rounded before they are multiplied leave products an error that is felt at any size of the scores: then
+    0.03 is the limit, and where it is too little for all of ``logit_stds``, the smallest that there is remains.
+
+    Args:
+        regime: of the case; "" where it is any.
+    """
+    if profile.score.operand_error:
+        products = (
+            profile.score.relative_error(head_dim)
+            * head_dim**0.5
+            * (1.0 if regime in ("typical", "ties", "sunken") else LARGE_PRODUCTS)
+        )
+        fine = tuple(std for std in logit_stds if std * products < 0.03)
+        return fine or (min(LOGIT_STDS),)
     rounding = profile.score_roundings * format_of(profile.score_format).unit_roundoff
     gamma = profile.score.relative_error(head_dim + profile.operand_roundings)
     # Merging parts by LSEs takes two roundings of numbers as large as the largest score, and each moves out by as much.

@@ -23,6 +23,17 @@ def gamma(n: float, u: float) -> float:
 
 def dot_error(accumulator: Accumulator, n: int) -> float:
     """Γ of n products."""
+    if accumulator.operands is None:
+        return sum_error(accumulator, n)
+    u, parts = unit(accumulator.operands), range(accumulator.operand_parts)
+    u *= 2 if accumulator.operand_rounding == "truncate" else 1
+    left, size = [u**i for i in range(len(parts) + 1)], [(1 + u) * u**i for i in parts]
+    kept = [size[i] * size[j] for i in parts for j in parts if i + j < len(parts)]
+    missing = left[-1] + math.fsum(size[i] * left[len(parts) - i] for i in parts)
+    return missing + sum_error(accumulator, n * len(kept)) * math.fsum(kept)
+
+
+def sum_error(accumulator: Accumulator, n: int) -> float:
     u, blocks = unit(accumulator.format), math.ceil(n / accumulator.block)
     return {
         "sequential": gamma(n, u),

@@ -40,6 +40,16 @@ def profile_kernels() -> Iterator[EmulatedAttention]:
         yield EmulatedAttention(
             replace(default, score_format="bfloat16", score_roundings=2, row_sum="rounded", tile=16)
         )
+    for operands, parts, rounding in (
+        ("tfloat32", 1, "nearest"),
+        ("tfloat32", 1, "truncate"),
+        ("tfloat32", 2, "nearest"),
+        ("bfloat16", 1, "nearest"),
+        ("bfloat16", 2, "truncate"),
+        ("bfloat16", 3, "nearest"),
+    ):
+        products = Accumulator(operands=operands, operand_parts=parts, operand_rounding=rounding)
+        yield EmulatedAttention(Profile.default("float32", score=products, value=products))
     yield EmulatedAttention(Profile.default("float64"))
     yield EmulatedAttention(Profile.default("float64", tile=5, splits=2))
     yield EmulatedAttention(Profile.default("float64", probabilities="bfloat16", output="bfloat16"))

@@ -196,6 +196,18 @@ def test_lost_key_exceeds_the_bound_of_a_bfloat16_output() -> None:
     assert excess(out, want.out, want.out_error) > 1
 
 
+def products(operands: str | None = None, **options: Any) -> dict[str, Accumulator]:
+    """P·V of operands in such a format."""
+    return {"value": Accumulator(operands=operands, **options)}
+
+
+def between_numbers(t: int, excess: float) -> Inputs:
+    """Weights and values of which each exceeds a power of two by ``excess``, which rounding should take away, but for the first."""
+    k = np.append(0.0, np.full(t, math.log((1 + excess) / 2)))[:, None, None]
+    v = np.full((t + 1, 1, 1), 1 + excess)
+    return Inputs(np.ones((1, 1, 1)), *(round_to(x, "float32") for x in (k, v)), 1.0, t + 1)
+
+
 UNDECLARED: dict[str, tuple[dict[str, Any], Profile, Inputs]] = {
     # name: (what the kernel does otherwise, what it declares, a case that shows it)
     "bfloat16 accumulation of P·V": (
@@ -231,6 +243,27 @@ UNDECLARED: dict[str, tuple[dict[str, Any], Profile, Inputs]] = {
         spread(33),
     ),
     "bfloat16 output": ({"output": "bfloat16"}, Profile.default("float32"), spread(33)),
+    "products in tfloat32": (products("tfloat32"), Profile.default("float32"), between_numbers(30, 0.95 * 2.0**-11)),
+    "products in bfloat16 for tfloat32": (
+        products("bfloat16"),
+        Profile.default("float32", **products("tfloat32")),
+        between_numbers(30, 0.95 * 2.0**-8),
+    ),
+    "operands truncated to tfloat32": (
+        products("tfloat32", operand_rounding="truncate"),
+        Profile.default("float32", **products("tfloat32")),
+        between_numbers(30, 0.95 * 2.0**-10),
+    ),
+    "one product in bfloat16 for three": (
+        products("bfloat16"),
+        Profile.default("float32", **products("bfloat16", operand_parts=2)),
+        between_numbers(30, 0.95 * 2.0**-8),
+    ),
+    "three products in bfloat16 for six": (
+        products("bfloat16", operand_parts=2),
+        Profile.default("float32", **products("bfloat16", operand_parts=3)),
+        between_numbers(3, 2.0**-9 * (1 + 0.95 * 2.0**-8)),
+    ),
 }
 
 

@@ -44,6 +44,9 @@ PROFILES = [
     Profile.default("bfloat16", score=Accumulator(order="tensor-core", block=4), output_rounding="truncate"),
     Profile.default("float32", value=Accumulator(order="tensor-core", block=2, fraction_bits=13)),
     Profile.default("float32", exp_error=1000.0),
+    Profile.default("float32", score=Accumulator(operands="tfloat32"), value=Accumulator(operands="bfloat16")),
+    Profile.default("float32", score=Accumulator(operands="bfloat16", operand_parts=2, order="blocked", block=4)),
+    Profile.default("float32", value=Accumulator(operands="tfloat32", operand_parts=3, operand_rounding="truncate")),
     Profile.default("bfloat16", cache_dequantised="bfloat16"),
     Profile.default("float32", cache_dequantised="float16"),
 ]

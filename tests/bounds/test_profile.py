@@ -59,6 +59,10 @@ def test_profile_refuses(changes: dict[str, Any], message: str) -> None:
         ({"format": "fp8"}, UNKNOWN),
         ({"order": "pairwise"}, "Accumulator: unknown order 'pairwise'"),
         ({"block": 0}, "Accumulator: block must be at least 1, got 0"),
+        ({"operands": "fp8"}, UNKNOWN),
+        ({"operands": "float16"}, "Accumulator: operands in float16 overflow where those in float32 do not"),
+        ({"operand_parts": 0}, "Accumulator: operand_parts must be at least 1, got 0"),
+        ({"operand_rounding": "up"}, "Accumulator: unknown operand_rounding 'up'"),
     ],
 )
 def test_accumulator_refuses(changes: dict[str, Any], message: str) -> None:
@@ -85,6 +89,18 @@ def test_errors_of_the_orders_of_summation() -> None:
     assert Accumulator(order="blocked", block=16).relative_error(100) == gamma(16 + 7, 2.0**-24)
     steps = Accumulator(order="tensor-core", block=16, fraction_bits=25).relative_error(100)
     assert steps == 7 * (4 * 17 * 2.0**-25 + 2.0**-23)
+
+
+def test_errors_of_rounded_operands() -> None:
+    """Both may be off by a whole roundoff, u or 2u; of two parts each, low times low is missing too."""
+    u = 2.0**-11
+    assert math.isclose(Accumulator(operands="tfloat32").operand_error, (1 + u) ** 2 - 1)
+    cut = Accumulator(operands="tfloat32", operand_rounding="truncate")
+    assert math.isclose(cut.operand_error, (1 + 2 * u) ** 2 - 1)
+    assert math.isclose(Accumulator(operands="tfloat32", operand_parts=2).operand_error, u**2 * (3 + 2 * u))
+    assert Accumulator().operand_error == 0
+    three = Accumulator(operands="bfloat16", operand_parts=2).relative_error(100)
+    assert 3 * 2.0**-16 + gamma(300, 2.0**-24) < three < 1.02 * (3 * 2.0**-16 + gamma(300, 2.0**-24))
 
 
 def formats(fields: dict[str, Any]) -> set[str]:
