@@ -17,6 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
+from mla_spec.bounds.operand_rounding import query_error
 from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.formats import FORMATS, format_of, round_to
@@ -53,6 +54,7 @@ class ErrorModel:
     v: Array  # [b, t, c]
     scores: Array  # [b, h, t], -inf past the length
     gauge: Array  # [b, h, t]
+    query: Array  # how far rounding q may move a score, [b, h, t]
 
     @classmethod
     def of(
@@ -68,6 +70,7 @@ class ErrorModel:
     ) -> ErrorModel:
         """The model of ``decode`` of q [b, 1, h, c+r]; arguments are those of ``paged_decode``."""
         rows = gather_rows(kv_cache, block_table, cache_seqlens)  # [b, t, c+r]
+        q_error = query_error(q, softmax_scale, profile)[:, 0] * abs(softmax_scale)  # [b, h, c+r]
         q = q[:, 0] * softmax_scale  # [b, h, c+r]
         seen = np.arange(rows.shape[1]) < cache_seqlens[:, None]  # [b, t]
         return cls(
@@ -76,6 +79,7 @@ class ErrorModel:
             v=rows[..., :head_dim_v],
             scores=np.where(seen[:, None], q @ rows.swapaxes(1, 2), -np.inf),
             gauge=np.abs(q) @ np.abs(rows).swapaxes(1, 2),
+            query=q_error @ np.abs(rows).swapaxes(1, 2),
         )
 
     @property
@@ -139,7 +143,7 @@ class ErrorModel:
         u_lse = max(u, format_of(profile.lse).unit_roundoff)
         parts = profile.merges(self.keys) * u_lse * (2 * (size.max(axis=-1, keepdims=True) + math.log(self.keys)) + 2)
         below = np.where(np.isneginf(self.scores), 0.0, self.max_score - self.scores)
-        delta = products * (1 + kappa) * self.gauge + kappa * size + u * below + parts
+        delta = (1 + kappa) * (products * (self.gauge + self.query) + self.query) + kappa * size + u * below + parts
         rescales = math.ceil(self.keys / profile.tile) if profile.tile else 0
         eps = (profile.exp_error * (1 + rescales) + 2 * rescales) * u
         with np.errstate(over="ignore"):
@@ -154,6 +158,7 @@ class ErrorModel:
         p = format_of(self.profile.probabilities)
         # Hardware may flush subnormals of wide formats; those of narrow ones are in reach, and kept.
         lost = p.smallest_subnormal / 2 if p.min_exponent > -100 else p.smallest_normal
+        lost = lost / self.profile.probabilities_scale
         divided_first = self.profile.row_sum == "normalised"
         return np.minimum(self.p, lost if divided_first else lost / self.total)
 

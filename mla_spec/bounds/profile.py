@@ -110,6 +110,10 @@ class Profile:
     Args:
         dtype: of inputs and of every intermediate of a layer.
         score: accumulation of q·k.
+        query: format to which q is rounded before the product; None where it is used as stored.
+        query_scale: what shares one scale max|q| / (largest number of that format), by which q is divided first: all of
+            q ("tensor"), the heads of a token ("token"), or each head of a token ("head"); "none" where there is no scale.
+        query_times_scale: whether softmax_scale is multiplied into q before that rounding.
         operand_roundings: how often q and k together are rounded to the accumulator's format before the product, beyond
             being read as stored (4 where both are multiplied by the root of the scale).
         score_format, score_roundings: format in which scores are stored before the softmax, and how many times they
@@ -118,6 +122,8 @@ class Profile:
         exp_error: relative error of exp, in units of the softmax format's roundoff.
         tile: keys per step of an online softmax, which rescales at each step; None for a softmax over all keys.
         probabilities: format of the weights P that multiply V.
+        probabilities_scale: power of two by which the weights are multiplied before they are rounded, and which the
+            output is divided by.
         row_sum: whether the row sum adds the weights before ("unrounded") or after ("rounded") that rounding;
             "normalised" where it adds them before and they may be divided by it before they are rounded.
         value: accumulation of P·V.
@@ -142,6 +148,9 @@ class Profile:
 
     dtype: str
     score: Accumulator = field(default_factory=Accumulator)
+    query: str | None = None
+    query_scale: Literal["none", "tensor", "token", "head"] = "none"
+    query_times_scale: bool = False
     operand_roundings: int = 0
     score_format: str = "float32"
     score_roundings: int = 1
@@ -149,6 +158,7 @@ class Profile:
     exp_error: float = 4.0
     tile: int | None = None
     probabilities: str = "float32"
+    probabilities_scale: float = 1.0
     row_sum: Literal["unrounded", "rounded", "normalised"] = "unrounded"
     value: Accumulator = field(default_factory=Accumulator)
     splits: int = 1
@@ -170,8 +180,18 @@ class Profile:
         object.__setattr__(self, "output", self.output or self.dtype)
         for name in ("dtype", "score_format", "softmax", "probabilities", "split_format", "output", "lse", "norm"):
             format_of(getattr(self, name))
-        if self.cache_dequantised is not None:
-            format_of(self.cache_dequantised)
+        for optional in (self.cache_dequantised, self.query):
+            if optional is not None:
+                format_of(optional)
+        if self.query is None and (self.query_scale != "none" or self.query_times_scale):
+            raise ValueError(
+                "Profile: query_scale and query_times_scale say how q is rounded; name its format in query"
+            )
+        largest = format_of(self.probabilities).max_finite
+        if math.frexp(self.probabilities_scale)[0] != 0.5 or self.probabilities_scale > largest:
+            raise ValueError(
+                f"Profile: probabilities_scale must be a power of two up to {largest:g}, got {self.probabilities_scale!r}"
+            )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Profile: {name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -182,6 +202,11 @@ class Profile:
             keys = getattr(self, name)
             if keys is not None and keys < 1:
                 raise ValueError(f"Profile: {name} must be positive or None, got {keys!r}")
+
+    @property
+    def coarse(self) -> bool:
+        """Whether rounding P may move an output by more than 5 %, so that a worst case of it says nothing."""
+        return format_of(self.probabilities).unit_roundoff > 0.05
 
     def merges(self, keys: int) -> int:
         """Merges by LSE that a part of ``keys`` keys passes through."""
@@ -228,6 +253,7 @@ def _stated(value: Any) -> Any:
 
 
 _CHOICES = {
+    "query_scale": ("none", "tensor", "token", "head"),
     "row_sum": ("unrounded", "rounded", "normalised"),
     "merge_shares": ("unnormalised", "normalised"),
     "output_rounding": ("nearest", "truncate"),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mla_spec.bounds.operand_rounding import SHARED_AXES
 from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.bounds.profile_presets import preset
 from mla_spec.reference.attention import heads_to_rows, key_block, rows_to_heads, rows_to_lse
@@ -143,15 +144,30 @@ class EmulatedAttention:
         visible = np.arange(t) < seen[..., None, :, None]  # [..., 1, rows, t]
         if self.profile.cache_dequantised is not None:
             k, v = (rounded(x, self.profile.cache_dequantised) for x in (k, v))
+        q, factor = self.query(q, softmax_scale)
         every = slice(None, None, -1 if self.schedule.reverse else None)
         keys, values = key_block(k, every), key_block(v, every)  # [..., g, t, d or dv]
         with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-            scores = self.scores(heads_to_rows(q, g), keys, softmax_scale)  # [..., g, rows, t]
+            scores = self.scores(heads_to_rows(q, g), keys, factor)  # [..., g, rows, t]
             out, lse = self.merged(np.where(visible[..., every], scores, -np.inf), values)
             if self.schedule.exp2:
                 lse = self.softmax(lse * self.softmax(math.log(2)))
             out = round_to(out, self.profile.output, rounding=self.profile.output_rounding)
         return rows_to_heads(out, s, h), rows_to_lse(rounded(lse, self.profile.lse), s, h)
+
+    def query(self, q: Array, scale: float) -> tuple[Array, float]:
+        """(q [..., s, h, d] as it meets the keys, what is left of the softmax scale)."""
+        profile = self.profile
+        if profile.query is None:
+            return q, scale
+        if profile.query_times_scale:
+            q, scale = self.softmax(q * self.softmax(scale)), 1.0
+        if profile.query_scale == "none":
+            return rounded(q, profile.query), scale
+        largest = np.abs(q).max(axis=SHARED_AXES[profile.query_scale], keepdims=True, initial=0.0)
+        unit = self.softmax(np.where(largest > 0, largest, 1.0) / format_of(profile.query).max_finite)
+        code = round_to(self.softmax(q / unit), profile.query, overflow="saturate")
+        return self.softmax(code * unit), scale
 
     def softmax(self, x: Array | float) -> Array:
         """Rounded to the format of the softmax arithmetic."""
@@ -222,9 +238,10 @@ class EmulatedAttention:
 
     def probabilities(self, p: Array) -> Array:
         """The weights as they multiply V."""
+        scale, name = self.profile.probabilities_scale, self.profile.probabilities
         if self.schedule.truncate_probabilities:
-            return round_to(p, self.profile.probabilities, rounding="truncate")
-        return rounded(p, self.profile.probabilities)
+            return round_to(p * scale, name, rounding="truncate") / scale
+        return rounded(p * scale, name) / scale
 
     def row_sum(self, total: Array, p: Array) -> Array:
         """Total [..., rows] and the sum of p [..., rows, keys]."""

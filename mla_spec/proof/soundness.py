@@ -36,6 +36,11 @@ SIZES = {
     "published": (0.02, 512, 64, 4, 1, 1, 128),
     "long": (0.02, 16, 8, 2, 1, 1, 4096),
 }
+QUERIES: tuple[dict[str, Any], ...] = (
+    *({"query": "float8_e4m3fn", "query_scale": sharing} for sharing in ("tensor", "token", "head")),
+    {"query": "bfloat16", "query_times_scale": True},
+)
+"""How a query may be rounded."""
 CHUNK = 25
 """Cases that a process takes at a time."""
 
@@ -98,6 +103,10 @@ def _varied(profile: Profile, rng: np.random.Generator) -> Profile:
         "lse": [wide, profile.dtype],
     }
     changes = {name: values[rng.integers(len(values))] for name, values in choices.items() if rng.random() < 0.4}
+    if profile.dtype != "float64" and rng.random() < 0.15:
+        changes |= {"probabilities": "float8_e4m3fn", "probabilities_scale": float(rng.choice([1.0, 256.0]))}
+    if profile.dtype != "float64" and rng.random() < 0.25:
+        changes |= QUERIES[rng.integers(len(QUERIES))]
     return replace(profile, **changes)
 
 

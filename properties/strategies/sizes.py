@@ -102,19 +102,20 @@ def judgeable_stds(
 ) -> tuple[float, ...]:
     """Those that leave the scores an error below about 0.4, and so the bound a meaning.
 
-    Operands that are rounded before they are multiplied leave products an error that is felt at any size of the scores: then
-    0.03 is the limit, and where it is too little for all of ``logit_stds``, the smallest that there is remains.
+    Operands or queries that are rounded before they are multiplied leave products an error that is felt at any size of the
+    scores: then 0.03 is the limit, and where it is too little for all of ``logit_stds``, the smallest that there is remains.
 
     Args:
         regime: of the case; "" where it is any.
     """
-    if profile.score.operand_error:
-        products = (
-            profile.score.relative_error(head_dim)
-            * head_dim**0.5
-            * (1.0 if regime in ("typical", "ties", "sunken") else LARGE_PRODUCTS)
-        )
-        fine = tuple(std for std in logit_stds if std * products < 0.03)
+    # All keys meet the same rounded query, so that it moves an output by little more than the square of this.
+    query = format_of(profile.query).unit_roundoff if profile.query else 0.0
+    if profile.score.operand_error or query:
+        large = head_dim**0.5 * (1.0 if regime in ("typical", "ties", "sunken") else LARGE_PRODUCTS)
+        products = large * profile.score.relative_error(head_dim)
+        candidates = (*logit_stds, 0.5, 0.25) if query else logit_stds
+        most = 0.2 if head_dim <= 128 else 0.08  # covariances of wide rows are not formed where they would take long
+        fine = tuple(std for std in candidates if std * products < 0.03 and std * large * query < most)
         return fine or (min(LOGIT_STDS),)
     rounding = profile.score_roundings * format_of(profile.score_format).unit_roundoff
     gamma = profile.score.relative_error(head_dim + profile.operand_roundings)
@@ -126,6 +127,11 @@ def judgeable_stds(
         return std * (head_dim**0.5 * gamma + rounding) < 0.4 and std * merging < 0.02
 
     return tuple(std for std in logit_stds if std <= 64 or judgeable(std))
+
+
+def long_enough(length: int, unit: int, profile: Profile) -> int:
+    """A length, with so many keys more, in multiples of ``unit``, that roundings of a coarse P spread."""
+    return length + -(-768 // unit) * unit if profile.coarse else length
 
 
 def narrowed(strategy: Callable[..., SearchStrategy[Any]], **keywords: Any) -> Callable[..., SearchStrategy[Any]]:

@@ -44,6 +44,23 @@ def test_formats_of_a_rope_profile_must_be_known(name: str) -> None:
         ({"splits": -1}, "Profile: splits must not be negative, got -1"),
         ({"score_roundings": -1}, "Profile: score_roundings must not be negative, got -1"),
         ({"operand_roundings": -2}, "Profile: operand_roundings must not be negative, got -2"),
+        ({"query": "fp8"}, UNKNOWN),
+        (
+            {"query": "float8_e4m3fn", "query_scale": "row"},
+            "Profile: query_scale must be one of ('none', 'tensor', 'token', 'head'), got 'row'",
+        ),
+        (
+            {"query_scale": "head"},
+            "Profile: query_scale and query_times_scale say how q is rounded; name its format in query",
+        ),
+        (
+            {"probabilities": "float8_e4m3fn", "probabilities_scale": 512.0},
+            "Profile: probabilities_scale must be a power of two up to 448, got 512.0",
+        ),
+        (
+            {"probabilities_scale": 3.0},
+            "Profile: probabilities_scale must be a power of two up to 3.40282e+38, got 3.0",
+        ),
         ({"tile": 0}, "Profile: tile must be positive or None, got 0"),
         ({"merge_every": 0}, "Profile: merge_every must be positive or None, got 0"),
     ],
@@ -72,6 +89,11 @@ def test_accumulator_refuses(changes: dict[str, Any], message: str) -> None:
 
 def test_a_tile_may_be_one_key() -> None:
     assert Profile.default("float32", tile=1).tile == 1
+
+
+def test_a_worst_case_of_p_in_8_bits_says_nothing() -> None:
+    coarse = [name for name in FORMATS if Profile(dtype="float32", probabilities=name).coarse]
+    assert coarse == ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn"]
 
 
 def test_gamma() -> None:

@@ -22,6 +22,10 @@ TENSOR_CORE = SEQUENTIAL32 | {"order": "tensor-core", "block": 16}
 
 PLAIN = {  # float32 arithmetic with one softmax over all keys, for inputs, P and output of one format
     "score": SEQUENTIAL32,
+    "query": None,
+    "query_scale": "none",
+    "query_times_scale": False,
+    "probabilities_scale": 1.0,
     "operand_roundings": 0,
     "score_format": "float32",
     "score_roundings": 1,
