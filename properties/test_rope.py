@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from mla_spec.bounds.attention import BoundedAttention, InheritedError, attention_with_bound
+from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE

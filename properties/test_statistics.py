@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from mla_spec.bounds.statistics import FAMILY_ALPHA, bias_p_value, excess_p_valu
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs
+from mla_spec.properties.strategies.sizes import judgeable_stds
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.supports import DTYPES, Supports
 
@@ -79,7 +80,12 @@ def statistics_case(design: Design, supports: Supports, dtype: str) -> DecodeCas
 
 def statistics_cases(supports: Supports, profile: Profile) -> list[DecodeCase]:
     """The case of each design."""
-    return [statistics_case(design, supports, profile.dtype) for design in DESIGNS]
+    cases = [statistics_case(design, supports, profile.dtype) for design in DESIGNS]
+    if profile.query is None and profile.score.operands is None:
+        return cases
+    # A rounded query moves all scores of a row alike, which counts as a bias: flatter scores leave it finite.
+    stds = [judgeable_stds((c.logit_std, 0.1), profile, c.kv_lora_rank + c.qk_rope_head_dim, c.regime) for c in cases]
+    return [replace(case, logit_std=max(some)) for case, some in zip(cases, stds, strict=True)]
 
 
 def _needs_lse(supports: Supports) -> str:

@@ -21,14 +21,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mla_spec.bounds.attention_moments import Moments, Rates, finite
 from mla_spec.bounds.attention_sums import BoundSums, bound_sums
 from mla_spec.bounds.error_bound import ErrorBound, half_ulp, overflowed
+from mla_spec.bounds.operand_rounding import InheritedError, with_roundings
 from mla_spec.bounds.profile import Profile, gamma
+from mla_spec.bounds.shared_query import moved_by_query
 from mla_spec.bounds.weight_rounding import Likely, rounded_p
 from mla_spec.reference.attention import (
     SoftmaxBlock,
@@ -38,7 +40,7 @@ from mla_spec.reference.attention import (
     rows_to_lse,
     softmax_blocks,
 )
-from mla_spec.reference.formats import FORMATS, format_of, round_to
+from mla_spec.reference.formats import FORMATS, format_of
 from mla_spec.reference.typing import Array, IntArray
 
 _U64 = FORMATS["float64"].unit_roundoff
@@ -63,6 +65,14 @@ class BoundedAttention:
     out_error_probable: ErrorBound
     lse_error_probable: ErrorBound
 
+    def judged_by(self, profile: Profile) -> BoundedAttention:
+        """The same with the errors by which outputs are judged: the probable ones where P is so coarse that the worst case says
+        nothing.
+        """
+        if not profile.coarse:
+            return self
+        return replace(self, out_error=self.out_error_probable, lse_error=self.lse_error_probable)
+
     def map(self, of_out: Callable[[Array], Array], of_lse: Callable[[Array], Array]) -> BoundedAttention:
         """The same with ``of_out`` applied to all that is shaped as out, and ``of_lse`` to all that is shaped as lse."""
         return BoundedAttention(
@@ -75,15 +85,6 @@ class BoundedAttention:
         )
 
 
-@dataclass(frozen=True)
-class InheritedError:
-    """How far the operands that reach the attention may be from the exact q, k, v, elementwise; shaped as they are."""
-
-    q: Array
-    k: Array
-    v: Array
-
-
 def attention_with_bound(
     q: Array,
     k: Array,
@@ -94,6 +95,7 @@ def attention_with_bound(
     cache_seqlens: IntArray | int | None = None,
     causal: bool = True,
     inherited: InheritedError | None = None,
+    query_error: Array | None = None,
     attn_sink: Array | None = None,
     probable: bool = False,
     block_size: int = 512,
@@ -104,10 +106,12 @@ def attention_with_bound(
     Rows of k and v that no query sees must be finite. The errors cover the reference's own rounding too.
 
     Args:
+        query_error: what rounding q as the profile says may move, shaped as q; None where one scale is that of no more than
+            this call.
         attn_sink: score of one more key with value 0, which the LSE does not count, [h]; -inf none. Exact as stored.
         probable: asks for the probable error beside the worst case.
     """
-    inherited = _with_dequantisation(q, k, v, inherited, profile)
+    inherited = with_roundings(q, k, v, softmax_scale, inherited, profile, query_error)
     blocks = softmax_blocks(
         q, k, v, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal, block_size=block_size
     )
@@ -121,6 +125,14 @@ def attention_with_bound(
             2 * u_p if probable else None,
         )
         moments = Moments.of(sums, rates)
+        if profile.query is not None and inherited is not None:
+            t = max(1, k.shape[-3])
+            (block,) = softmax_blocks(
+                q, k, v, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal, block_size=t
+            )
+            delta = _without_query(q, k, inherited, softmax_scale, rates)(block) + moments.shared
+            moved = moved_by_query(block, k, inherited.q, softmax_scale, delta, moments, rates)
+            moments = replace(moments, moved=np.minimum(moments.moved, moved))
         size = v if inherited is None else np.abs(v) + inherited.v
         # Σ_j |v_j| ≤ sqrt(t Σ_j v_j²), which needs no copy of v
         column = np.sqrt(k.shape[-3] * np.einsum("...tgd,...tgd->...gd", size, size))[..., None, :]  # [..., g, 1, dv]
@@ -144,25 +156,6 @@ def attention_with_bound(
         out_error_probable=out_errors[-1],
         lse_error_probable=lse_errors[-1],
     )
-
-
-def _with_dequantisation(
-    q: Array, k: Array, v: Array, inherited: InheritedError | None, profile: Profile
-) -> InheritedError | None:
-    """``inherited`` and what rounding the dequantised rows of the cache to the profile's format adds."""
-    if profile.cache_dequantised is None:
-        return inherited
-    fmt = format_of(profile.cache_dequantised)
-    # code times scale is rounded to the arithmetic's format first
-    rate = fmt.unit_roundoff + 2 * format_of(profile.softmax).unit_roundoff
-
-    def error(x: Array) -> Array:
-        exact = round_to(x, fmt.name) == x
-        return np.where(exact, 0.0, rate * np.abs(x) + fmt.smallest_subnormal / 2)
-
-    if inherited is None:
-        return InheritedError(np.zeros_like(q), error(k), error(v))
-    return InheritedError(inherited.q, inherited.k + error(k), inherited.v + error(v))
 
 
 def _score_error(
@@ -192,6 +185,19 @@ def _score_error(
         return delta
 
     return error
+
+
+def _without_query(
+    q: Array, k: Array, inherited: InheritedError, softmax_scale: float, rates: Rates
+) -> Callable[[SoftmaxBlock], Array]:
+    """Δ, likewise, of scores of the q that was computed, which is off by no more than ``inherited`` says."""
+    size = np.abs(q) + inherited.q
+    of_size = _score_error(size, k, replace(inherited, q=np.zeros_like(q)), softmax_scale, rates)
+    largest = np.abs(k).max(axis=-3, keepdims=True, initial=0.0)  # [..., 1, g, d]
+    reach = heads_to_rows(abs(softmax_scale) * inherited.q, k.shape[-2]) @ np.swapaxes(
+        key_block(largest, slice(None)), -1, -2
+    )  # how far a score may be off, [..., g, rows, 1]
+    return lambda block: of_size(block) + (rates.kappa + 2 * rates.u) * reach
 
 
 @dataclass(frozen=True)

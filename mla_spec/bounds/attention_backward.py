@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mla_spec.bounds.attention import BoundedAttention, InheritedError, attention_with_bound
+from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.attention_moments import Rates, finite
+from mla_spec.bounds.operand_rounding import InheritedError, with_roundings, without_query
 from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.bounds.running import (
     Bounded,
@@ -108,7 +109,9 @@ class BackwardAttention:
         """Of the arguments of ``attention_with_bound``."""
         profile = replace(profile, cache_dequantised=None)  # gradients do not go through a quantised cache
         h, t, g = q.shape[-2], *k.shape[-3:-1]
+        inherited = with_roundings(q, k, v, softmax_scale, inherited, profile)
         inherited = inherited or InheritedError(np.zeros_like(q), np.zeros_like(k), np.zeros_like(v))
+        profile = without_query(profile)
 
         def forward(sink: Array | None) -> BoundedAttention:
             return attention_with_bound(

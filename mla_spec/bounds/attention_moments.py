@@ -55,6 +55,7 @@ class Moments:
     """Weighted sums over the keys of one row, each [..., g, rows, dv or 1]; p̂ are the perturbed weights."""
 
     out: Array  # o
+    shared: Array  # what Δ has in common for all keys
     surplus: Array  # Σ p expm1(Δ)
     moved: Array  # N
     deviation: Array  # Σ p̂ |v − o|
@@ -85,6 +86,7 @@ class Moments:
         inherited = (sums.v_error + np.sqrt(eta_square * sums.v_error_square)) * inverse
         return cls(
             out=o,
+            shared=shared,
             surplus=surplus,
             moved=moved * inverse,
             deviation=deviation,

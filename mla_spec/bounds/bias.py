@@ -17,6 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
+from mla_spec.bounds.operand_rounding import query_error
 from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.formats import FORMATS, format_of, round_to
@@ -30,13 +31,15 @@ def spread_error(accumulator: Accumulator, n: int) -> float:
     """Error of a sum of n products relative to the sum of their magnitudes, where its roundings are independent.
 
     More than 3 standard deviations of n roundings, none larger than the sum itself; the worst case where the format is too
-    narrow for that, and on tensor cores, which truncate.
+    narrow for that, and on tensor cores, which truncate. Operands that are rounded are the same for many rows, so that
+    counts as a bias.
     """
     worst = accumulator.relative_error(n)
     u = format_of(accumulator.format).unit_roundoff
     if accumulator.order == "tensor-core" or n * u > STAGNATION:
         return worst
-    return min(worst, 2 * math.sqrt(n) * u)
+    products = n * accumulator.operand_parts**2
+    return min(worst, accumulator.operand_error + 2 * math.sqrt(products) * u * (1 + accumulator.operand_roundoff) ** 2)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class ErrorModel:
     v: Array  # [b, t, c]
     scores: Array  # [b, h, t], -inf past the length
     gauge: Array  # [b, h, t]
+    query: Array  # how far rounding q may move a score, [b, h, t]
 
     @classmethod
     def of(
@@ -66,6 +70,7 @@ class ErrorModel:
     ) -> ErrorModel:
         """The model of ``decode`` of q [b, 1, h, c+r]; arguments are those of ``paged_decode``."""
         rows = gather_rows(kv_cache, block_table, cache_seqlens)  # [b, t, c+r]
+        q_error = query_error(q, softmax_scale, profile)[:, 0] * abs(softmax_scale)  # [b, h, c+r]
         q = q[:, 0] * softmax_scale  # [b, h, c+r]
         seen = np.arange(rows.shape[1]) < cache_seqlens[:, None]  # [b, t]
         return cls(
@@ -74,6 +79,7 @@ class ErrorModel:
             v=rows[..., :head_dim_v],
             scores=np.where(seen[:, None], q @ rows.swapaxes(1, 2), -np.inf),
             gauge=np.abs(q) @ np.abs(rows).swapaxes(1, 2),
+            query=q_error @ np.abs(rows).swapaxes(1, 2),
         )
 
     @property
@@ -137,7 +143,7 @@ class ErrorModel:
         u_lse = max(u, format_of(profile.lse).unit_roundoff)
         parts = profile.merges(self.keys) * u_lse * (2 * (size.max(axis=-1, keepdims=True) + math.log(self.keys)) + 2)
         below = np.where(np.isneginf(self.scores), 0.0, self.max_score - self.scores)
-        delta = products * (1 + kappa) * self.gauge + kappa * size + u * below + parts
+        delta = (1 + kappa) * (products * (self.gauge + self.query) + self.query) + kappa * size + u * below + parts
         rescales = math.ceil(self.keys / profile.tile) if profile.tile else 0
         eps = (profile.exp_error * (1 + rescales) + 2 * rescales) * u
         with np.errstate(over="ignore"):
@@ -152,6 +158,7 @@ class ErrorModel:
         p = format_of(self.profile.probabilities)
         # Hardware may flush subnormals of wide formats; those of narrow ones are in reach, and kept.
         lost = p.smallest_subnormal / 2 if p.min_exponent > -100 else p.smallest_normal
+        lost = lost / self.profile.probabilities_scale
         divided_first = self.profile.row_sum == "normalised"
         return np.minimum(self.p, lost if divided_first else lost / self.total)
 

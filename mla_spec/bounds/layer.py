@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mla_spec.bounds.attention import InheritedError, attention_with_bound
+from mla_spec.bounds.attention import attention_with_bound
 from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.running import (
     Bounded,

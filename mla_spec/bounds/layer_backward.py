@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mla_spec.bounds.attention import InheritedError
 from mla_spec.bounds.attention_backward import BackwardAttention
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.layer import BoundedLayer, bounded_layer
+from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.running import (
     Bounded,

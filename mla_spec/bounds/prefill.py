@@ -8,6 +8,7 @@ import numpy as np
 
 from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.operand_rounding import query_error
 from mla_spec.bounds.profile import Profile
 from mla_spec.reference.prefill import packed_sequences
 from mla_spec.reference.typing import Array, IntArray
@@ -23,10 +24,21 @@ def prefill_with_bound(
     softmax_scale: float,
     profile: Profile,
     causal: bool = True,
+    probable: bool = False,
 ) -> BoundedAttention:
-    """``prefill`` and the worst-case error of computing it as ``profile`` says; arguments and errors are those of both."""
+    """``prefill`` and the error of computing it as ``profile`` says; arguments and errors are those of both."""
+    rounding = query_error(q, softmax_scale, profile)  # one scale may be that of all sequences
     parts = [
-        attention_with_bound(q[queries], k[keys], v[keys], softmax_scale=softmax_scale, profile=profile, causal=causal)
+        attention_with_bound(
+            q[queries],
+            k[keys],
+            v[keys],
+            softmax_scale=softmax_scale,
+            profile=profile,
+            causal=causal,
+            query_error=rounding[queries],
+            probable=probable,
+        )
         for queries, keys in packed_sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     ]
     return BoundedAttention(

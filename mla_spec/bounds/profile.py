@@ -16,31 +16,70 @@ def gamma(n: float, u: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Accumulator:
-    """How a dot product is summed.
+    """How a dot product is formed: what becomes of its operands, and how the products are summed.
 
     Args:
         format: of the running sum.
         order: "sequential" holds for every order of summation, so it is the safe default; "blocked" sums ``block``
             products first and the partial sums then; "tensor-core" aligns ``block`` products to ``fraction_bits``.
+        operands: format to which both operands are rounded before they are multiplied, "tfloat32" or "bfloat16"; None
+            where they are multiplied as they are.
+        operand_parts: numbers of that format whose sum stands for an operand: 1; 2 where three products make one
+            ("bf16x3", "tf32x3"); 3 where six do ("bf16x6").
+        operand_rounding: of the operands, and of what each part leaves to the next.
+
+    Raises:
+        ValueError: an unknown format or order, operands of less range than float32, or a number below 1.
     """
 
     format: str = "float32"
     order: Literal["sequential", "blocked", "tensor-core"] = "sequential"
     block: int = 1
     fraction_bits: int = 25
+    operands: str | None = None
+    operand_parts: int = 1
+    operand_rounding: Literal["nearest", "truncate"] = "nearest"
 
     def __post_init__(self) -> None:
         format_of(self.format)
         if self.order not in ("sequential", "blocked", "tensor-core"):
             raise ValueError(f"Accumulator: unknown order {self.order!r}")
-        if self.block < 1:
-            raise ValueError(f"Accumulator: block must be at least 1, got {self.block}")
+        if self.operand_rounding not in ("nearest", "truncate"):
+            raise ValueError(f"Accumulator: unknown operand_rounding {self.operand_rounding!r}")
+        for name in ("block", "operand_parts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Accumulator: {name} must be at least 1, got {getattr(self, name)}")
+        if self.operands is not None and format_of(self.operands).min_exponent > -126:
+            raise ValueError(f"Accumulator: operands in {self.operands} overflow where those in float32 do not")
+
+    @property
+    def operand_roundoff(self) -> float:
+        """What a part leaves of an operand, relatively; 0 where operands are multiplied as they are."""
+        if self.operands is None:
+            return 0.0
+        return format_of(self.operands).unit_roundoff * (2 if self.operand_rounding == "truncate" else 1)
+
+    @property
+    def operand_error(self) -> float:
+        """Error of a product from rounding its operands, relatively.
+
+        With parts a_i and b_j of at most (1 + u) u^i |a| and the rest r_i of at most u^i |a|, the products of parts with
+        i + j < p miss Σ_i a_i r_(p−i) + r_p b.
+        """
+        u, p = self.operand_roundoff, self.operand_parts
+        return u**p * (p * (1 + u) + 1)
 
     def relative_error(self, n: int) -> float:
-        """Γ: error of a sum of n products, relative to the sum of their magnitudes.
+        """Γ: error of a dot product of n products, relative to the sum of their magnitudes.
 
         Higham, *Accuracy and Stability of Numerical Algorithms*, section 4.2; Blanchard et al. 2020 (block FMA).
         """
+        u, p = self.operand_roundoff, self.operand_parts
+        size = (1 + u) ** 2 * sum((k + 1) * u**k for k in range(p))  # of the products of parts
+        return self.operand_error + self.sum_error(n * p * (p + 1) // 2 if u else n) * size
+
+    def sum_error(self, n: int) -> float:
+        """Error of a sum of n numbers, relative to the sum of their magnitudes."""
         u = format_of(self.format).unit_roundoff
         if self.order == "sequential":
             return gamma(n, u)
@@ -71,6 +110,10 @@ class Profile:
     Args:
         dtype: of inputs and of every intermediate of a layer.
         score: accumulation of q·k.
+        query: format to which q is rounded before the product; None where it is used as stored.
+        query_scale: what shares one scale max|q| / (largest number of that format), by which q is divided first: all of
+            q ("tensor"), the heads of a token ("token"), or each head of a token ("head"); "none" where there is no scale.
+        query_times_scale: whether softmax_scale is multiplied into q before that rounding.
         operand_roundings: how often q and k together are rounded to the accumulator's format before the product, beyond
             being read as stored (4 where both are multiplied by the root of the scale).
         score_format, score_roundings: format in which scores are stored before the softmax, and how many times they
@@ -79,6 +122,8 @@ class Profile:
         exp_error: relative error of exp, in units of the softmax format's roundoff.
         tile: keys per step of an online softmax, which rescales at each step; None for a softmax over all keys.
         probabilities: format of the weights P that multiply V.
+        probabilities_scale: power of two by which the weights are multiplied before they are rounded, and which the
+            output is divided by.
         row_sum: whether the row sum adds the weights before ("unrounded") or after ("rounded") that rounding;
             "normalised" where it adds them before and they may be divided by it before they are rounded.
         value: accumulation of P·V.
@@ -103,6 +148,9 @@ class Profile:
 
     dtype: str
     score: Accumulator = field(default_factory=Accumulator)
+    query: str | None = None
+    query_scale: Literal["none", "tensor", "token", "head"] = "none"
+    query_times_scale: bool = False
     operand_roundings: int = 0
     score_format: str = "float32"
     score_roundings: int = 1
@@ -110,6 +158,7 @@ class Profile:
     exp_error: float = 4.0
     tile: int | None = None
     probabilities: str = "float32"
+    probabilities_scale: float = 1.0
     row_sum: Literal["unrounded", "rounded", "normalised"] = "unrounded"
     value: Accumulator = field(default_factory=Accumulator)
     splits: int = 1
@@ -131,8 +180,18 @@ class Profile:
         object.__setattr__(self, "output", self.output or self.dtype)
         for name in ("dtype", "score_format", "softmax", "probabilities", "split_format", "output", "lse", "norm"):
             format_of(getattr(self, name))
-        if self.cache_dequantised is not None:
-            format_of(self.cache_dequantised)
+        for optional in (self.cache_dequantised, self.query):
+            if optional is not None:
+                format_of(optional)
+        if self.query is None and (self.query_scale != "none" or self.query_times_scale):
+            raise ValueError(
+                "Profile: query_scale and query_times_scale say how q is rounded; name its format in query"
+            )
+        largest = format_of(self.probabilities).max_finite
+        if math.frexp(self.probabilities_scale)[0] != 0.5 or self.probabilities_scale > largest:
+            raise ValueError(
+                f"Profile: probabilities_scale must be a power of two up to {largest:g}, got {self.probabilities_scale!r}"
+            )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Profile: {name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -143,6 +202,11 @@ class Profile:
             keys = getattr(self, name)
             if keys is not None and keys < 1:
                 raise ValueError(f"Profile: {name} must be positive or None, got {keys!r}")
+
+    @property
+    def coarse(self) -> bool:
+        """Whether rounding P may move an output by more than 5 %, so that a worst case of it says nothing."""
+        return format_of(self.probabilities).unit_roundoff > 0.05
 
     def merges(self, keys: int) -> int:
         """Merges by LSE that a part of ``keys`` keys passes through."""
@@ -177,11 +241,19 @@ class Profile:
     def describe(self) -> str:
         """The profile in one line: the fields that differ from the default of its dtype."""
         default = asdict(Profile.default(self.dtype))
-        changed = [f"{k}={v}" for k, v in asdict(self).items() if default[k] != v]
+        changed = [f"{k}={_stated(v)}" for k, v in asdict(self).items() if default[k] != v]
         return f"{self.dtype} default" + (", " + ", ".join(changed) if changed else "")
 
 
+def _stated(value: Any) -> Any:
+    """A field as it is described: of an accumulator that rounds no operands, nothing about them."""
+    if isinstance(value, dict) and value.get("operands", "") is None:
+        return {name: of for name, of in value.items() if not name.startswith("operand")}
+    return value
+
+
 _CHOICES = {
+    "query_scale": ("none", "tensor", "token", "head"),
     "row_sum": ("unrounded", "rounded", "normalised"),
     "merge_shares": ("unnormalised", "normalised"),
     "output_rounding": ("nearest", "truncate"),

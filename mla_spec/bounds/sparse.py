@@ -7,6 +7,7 @@ import numpy as np
 from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.attention_moments import Rates
 from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.operand_rounding import query_error
 from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.reference.formats import FORMATS, format_of
 from mla_spec.reference.sparse import indexer_logits, selected_rows
@@ -82,7 +83,9 @@ def max_logits_with_bound(
     scores = softmax_scale * np.einsum("...shd,...skd->...shk", q, rows)
     gauge = abs(softmax_scale) * np.einsum("...shd,...skd->...shk", np.abs(q), np.abs(rows))
     rates = Rates.of(profile, q.shape[-1], rows.shape[-2])
-    delta = (1 + rates.kappa) * rates.gamma_qk * gauge + rates.kappa * np.abs(scores)
+    q_error = query_error(q, softmax_scale, profile)
+    moved_q = abs(softmax_scale) * np.einsum("...shd,...skd->...shk", q_error, np.abs(rows))
+    delta = (1 + rates.kappa) * (rates.gamma_qk * (gauge + moved_q) + moved_q) + rates.kappa * np.abs(scores)
     largest = _largest(scores, visible)
     some = ~np.isneginf(largest)
     m = np.where(some, largest, 0.0)
@@ -122,6 +125,7 @@ def sparse_attention(
     profile: Profile,
     attn_sink: Array | None = None,
     topk_length: IntArray | None = None,
+    probable: bool = False,
 ) -> BoundedAttention:
     """Attention of each query over the keys that its row of ``indices`` selects, and its error bound.
 
@@ -146,6 +150,8 @@ def sparse_attention(
         rows[..., :head_dim_v],
         softmax_scale=softmax_scale,
         profile=profile,
+        query_error=query_error(q, softmax_scale, profile)[..., None, :, :],
+        probable=probable,
         cache_seqlens=count,
         causal=False,
         attn_sink=attn_sink,

@@ -231,6 +231,8 @@ def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Op
     if attempt.trivial[0] == attempt.cases:
         why = f"no subject could have failed any of its {attempt.cases} cases: {attempt.trivial[1]}"
         return record("incomplete", why, attempt.cases, attempt.last)
+    if run.loose and not run.sharp:
+        run.leave_out(f"no case is long enough to be judged: {run.coarseness}")
     verdict: Verdict = "incomplete" if run.left_out else "pass"
     seconds = time.perf_counter() - start
     return Record(
@@ -242,7 +244,7 @@ def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Op
         run.worst_case,
         message=run.left_out,
         seconds=seconds,
-        note=run.note,
+        note=run.note or run.coarseness,
     )
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mla_spec.bounds.attention import BoundedAttention, InheritedError, attention_with_bound
+from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.merge import BoundedMerge
+from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
 from mla_spec.operations.operation import Expected, Operation, View, Within
@@ -172,8 +173,8 @@ def decode_expected(
         cache_seqlens=inputs.cache_seqlens,
         causal=inputs.causal,
         inherited=inherited,
-        probable=probable,
-    )
+        probable=probable or profile.coarse,
+    ).judged_by(profile)
 
 
 def declared_lse(lse: Array, supports: Supports) -> Array:

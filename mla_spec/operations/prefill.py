@@ -92,7 +92,7 @@ class PrefillCase(Case):
 
 def prefill_expected(inputs: PrefillInputs, profile: Profile) -> BoundedAttention:
     """Exact prefill and its bound."""
-    return prefill_with_bound(**vars(inputs), profile=profile)
+    return prefill_with_bound(**vars(inputs), profile=profile, probable=profile.coarse).judged_by(profile)
 
 
 def _others(case: PrefillCase) -> tuple[PrefillInputs, ...]:

@@ -254,7 +254,8 @@ def sparse_expected(inputs: SparseInputs, profile: Profile) -> SparseExpected:
         profile=profile,
         attn_sink=inputs.attn_sink,
         topk_length=inputs.topk_length,
-    )
+        probable=profile.coarse,
+    ).judged_by(profile)
     largest, largest_error = max_logits_with_bound(
         inputs.q,
         kv,

@@ -7,15 +7,17 @@ rounding twice is rounding once (Figueroa 1995, "When is double rounding innocuo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mla_spec.bounds.operand_rounding import SHARED_AXES
 from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.bounds.profile_presets import preset
 from mla_spec.reference.attention import heads_to_rows, key_block, rows_to_heads, rows_to_lse
@@ -58,11 +60,19 @@ def rounded(x: Array, name: str) -> Array:
 
 
 def multiply_add(start: Array, a: Array, b: Array, accumulator: Accumulator, *, stepwise: bool = False) -> Array:
-    """Start [..., m, p] + a [..., m, n] @ b [..., n, p], summed as ``accumulator`` says.
+    """Start [..., m, p] + a [..., m, n] @ b [..., n, p], formed as ``accumulator`` says.
 
     Args:
         stepwise: one product at a time, in order.
     """
+    if accumulator.operands is not None:
+        whole = replace(accumulator, operands=None)
+        parts = range(accumulator.operand_parts)
+        of_a, of_b = (_operand_parts(x, accumulator) for x in (a, b))
+        for i, j in itertools.product(reversed(parts), repeat=2):  # the small products first
+            if i + j < len(parts):
+                start = multiply_add(start, of_a[i], of_b[j], whole, stepwise=stepwise)
+        return start
     n = a.shape[-1]
     size = n if accumulator.order == "sequential" else accumulator.block
     for first in range(0, n, max(size, 1)):
@@ -74,6 +84,16 @@ def multiply_add(start: Array, a: Array, b: Array, accumulator: Accumulator, *, 
         else:
             start = rounded(start + _block_sum(left, right, accumulator.format, stepwise), accumulator.format)
     return start
+
+
+def _operand_parts(x: Array, accumulator: Accumulator) -> list[Array]:
+    """Numbers of the format of operands that add up to x, as nearly as so many can."""
+    assert accumulator.operands is not None
+    parts, rest = [], x
+    for _ in range(accumulator.operand_parts):
+        parts.append(round_to(rest, accumulator.operands, rounding=accumulator.operand_rounding))
+        rest = rest - parts[-1]
+    return parts
 
 
 def _block_sum(a: Array, b: Array, name: str, stepwise: bool) -> Array:
@@ -124,15 +144,30 @@ class EmulatedAttention:
         visible = np.arange(t) < seen[..., None, :, None]  # [..., 1, rows, t]
         if self.profile.cache_dequantised is not None:
             k, v = (rounded(x, self.profile.cache_dequantised) for x in (k, v))
+        q, factor = self.query(q, softmax_scale)
         every = slice(None, None, -1 if self.schedule.reverse else None)
         keys, values = key_block(k, every), key_block(v, every)  # [..., g, t, d or dv]
         with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-            scores = self.scores(heads_to_rows(q, g), keys, softmax_scale)  # [..., g, rows, t]
+            scores = self.scores(heads_to_rows(q, g), keys, factor)  # [..., g, rows, t]
             out, lse = self.merged(np.where(visible[..., every], scores, -np.inf), values)
             if self.schedule.exp2:
                 lse = self.softmax(lse * self.softmax(math.log(2)))
             out = round_to(out, self.profile.output, rounding=self.profile.output_rounding)
         return rows_to_heads(out, s, h), rows_to_lse(rounded(lse, self.profile.lse), s, h)
+
+    def query(self, q: Array, scale: float) -> tuple[Array, float]:
+        """(q [..., s, h, d] as it meets the keys, what is left of the softmax scale)."""
+        profile = self.profile
+        if profile.query is None:
+            return q, scale
+        if profile.query_times_scale:
+            q, scale = self.softmax(q * self.softmax(scale)), 1.0
+        if profile.query_scale == "none":
+            return rounded(q, profile.query), scale
+        largest = np.abs(q).max(axis=SHARED_AXES[profile.query_scale], keepdims=True, initial=0.0)
+        unit = self.softmax(np.where(largest > 0, largest, 1.0) / format_of(profile.query).max_finite)
+        code = round_to(self.softmax(q / unit), profile.query, overflow="saturate")
+        return self.softmax(code * unit), scale
 
     def softmax(self, x: Array | float) -> Array:
         """Rounded to the format of the softmax arithmetic."""
@@ -203,9 +238,10 @@ class EmulatedAttention:
 
     def probabilities(self, p: Array) -> Array:
         """The weights as they multiply V."""
+        scale, name = self.profile.probabilities_scale, self.profile.probabilities
         if self.schedule.truncate_probabilities:
-            return round_to(p, self.profile.probabilities, rounding="truncate")
-        return rounded(p, self.profile.probabilities)
+            return round_to(p * scale, name, rounding="truncate") / scale
+        return rounded(p * scale, name) / scale
 
     def row_sum(self, total: Array, p: Array) -> Array:
         """Total [..., rows] and the sum of p [..., rows, keys]."""

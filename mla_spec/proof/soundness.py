@@ -23,7 +23,7 @@ from mla_spec.bounds.profile_presets import PRESETS
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.proof.emulated import EmulatedAttention, Schedule
 from mla_spec.reference.cache import gather_rows
-from mla_spec.reference.formats import format_of, round_to
+from mla_spec.reference.formats import Rounding, format_of, round_to
 from mla_spec.reference.typing import Array
 from mla_spec.text.table import format_table
 
@@ -36,6 +36,11 @@ SIZES = {
     "published": (0.02, 512, 64, 4, 1, 1, 128),
     "long": (0.02, 16, 8, 2, 1, 1, 4096),
 }
+QUERIES: tuple[dict[str, Any], ...] = (
+    *({"query": "float8_e4m3fn", "query_scale": sharing} for sharing in ("tensor", "token", "head")),
+    {"query": "bfloat16", "query_times_scale": True},
+)
+"""How a query may be rounded."""
 CHUNK = 25
 """Cases that a process takes at a time."""
 
@@ -82,6 +87,9 @@ def _varied(profile: Profile, rng: np.random.Generator) -> Profile:
         accumulators.append(Accumulator(order="tensor-core", block=int(rng.choice([1, 4, 8, 16])), fraction_bits=25))
         accumulators.append(Accumulator(order="tensor-core", block=16, fraction_bits=13))
         accumulators.append(Accumulator(format=profile.dtype))
+        operands, parts = str(rng.choice(["tfloat32", "bfloat16"])), int(rng.integers(1, 4))
+        rounding: Rounding = "nearest" if rng.random() < 0.5 else "truncate"
+        accumulators.append(Accumulator(operands=operands, operand_parts=parts, operand_rounding=rounding))
     choices: dict[str, list[Any]] = {
         "tile": [None, 16, 32, 64, 128, 256],  # multiples of every block
         "splits": [1, 2, 3, 7, 16, 64],
@@ -95,6 +103,10 @@ def _varied(profile: Profile, rng: np.random.Generator) -> Profile:
         "lse": [wide, profile.dtype],
     }
     changes = {name: values[rng.integers(len(values))] for name, values in choices.items() if rng.random() < 0.4}
+    if profile.dtype != "float64" and rng.random() < 0.15:
+        changes |= {"probabilities": "float8_e4m3fn", "probabilities_scale": float(rng.choice([1.0, 256.0]))}
+    if profile.dtype != "float64" and rng.random() < 0.25:
+        changes |= QUERIES[rng.integers(len(QUERIES))]
     return replace(profile, **changes)
 
 

@@ -105,9 +105,15 @@ FORMATS: Final[dict[str, Format]] = {
     )
 }
 
+TFLOAT32: Final = Format("tfloat32", 32, 11, -126, (2.0 - 2.0**-10) * 2.0**127)
+"""What NVIDIA's tensor cores read of a float32 number: 10 fraction bits. Products have such operands; tensors never do, so
+it is none of ``FORMATS`` (NVIDIA, *PTX ISA*, section "Alternate floating-point data formats")."""
+
 
 def format_of(name: str) -> Format:
     """The format called ``name``; ValueError lists the known ones."""
+    if name == TFLOAT32.name:
+        return TFLOAT32
     if name not in FORMATS:
         raise ValueError(f"unknown number format {name!r}; known formats are {', '.join(FORMATS)}")
     return FORMATS[name]
@@ -118,7 +124,7 @@ def round_to(x: Array, name: str, *, rounding: Rounding = "nearest", overflow: O
 
     Args:
         x: float64, any shape.
-        name: a key of ``FORMATS``.
+        name: a key of ``FORMATS``, or "tfloat32".
         rounding: "nearest" with ties to even, or "truncate" towards zero.
         overflow: what becomes of infinities and of numbers that round beyond ``max_finite``: "infinity", "saturate" to
             ``max_finite``, or "nan". By default infinity, where the format has none NaN, and where it has neither

@@ -11,6 +11,7 @@ from hypothesis.strategies import DrawFn
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.properties.strategies.sizes import (
+    FLAGS,
     HEADS,
     LOGIT_STDS,
     MANY_HEADS,
@@ -23,6 +24,7 @@ from mla_spec.properties.strategies.sizes import (
     cycled,
     judgeable_stds,
     large_size,
+    long_enough,
     near,
     several,
     supported,
@@ -115,7 +117,7 @@ def draw_decode(
         shortest = max(shortest, s if is_causal else 1)
     c, r = latent_dims(draw, supports, min_rope, published=published)
     regime = draw(choice(*supported(regimes, supports)))
-    stds = judgeable_stds(logit_stds, profile, c + r)
+    stds = judgeable_stds(logit_stds, profile, c + r, regime)
     if regime == "cancelling":
         stds = tuple(std for std in stds if std <= 4)
     seqlens = several(draw, lambda: _length(draw, shortest, page_size, s), min_batch, max(min_batch, 4))
@@ -124,6 +126,8 @@ def draw_decode(
         seqlens = cycled(few, draw(choice(*_batches(page_size * (c + r), shared=shared))))
     elif size == "keys":
         seqlens[draw(between(0, len(seqlens) - 1))] = draw(choice(129, 192, 200, 255, 256, 257))
+    if profile.coarse and len(seqlens) <= 4 and draw(FLAGS):
+        seqlens = [long_enough(n, page_size, profile) for n in seqlens]
     heads = PUBLISHED_HEADS if published else MANY_HEADS if size == "heads" else HEADS
     return DecodeCase(
         dtype=profile.dtype,

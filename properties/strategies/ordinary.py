@@ -20,6 +20,7 @@ from mla_spec.operations.quantised_cache import PagesCase, QuantiseCase, Quantis
 from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.operations.write_cache import WriteCase
+from mla_spec.properties.strategies.sizes import long_enough
 from mla_spec.subjects.supports import Supports
 
 LENGTHS = (5, 37, 20)
@@ -45,7 +46,7 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
     return [
         DecodeCase(
             dtype=profile.dtype,
-            seqlens=LENGTHS,
+            seqlens=tuple(long_enough(n, _page_size(supports), profile) for n in LENGTHS),
             s=min(2, supports.max_s or 2),
             num_heads=_first(supports.num_heads, 3),
             kv_lora_rank=c,

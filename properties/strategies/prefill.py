@@ -19,6 +19,7 @@ from mla_spec.properties.strategies.sizes import (
     cycled,
     judgeable_stds,
     large_size,
+    long_enough,
     near,
     several,
     supported,
@@ -84,6 +85,8 @@ def prefill_cases(
     pasts = cycled([_few(draw, -3 if min_past is None else min_past, 12) for _ in range(7)], len(queries))
     if size == "keys":
         pasts[draw(between(0, len(pasts) - 1))] = draw(choice(65, 128, 150))
+    if profile.coarse:
+        pasts = [long_enough(n, 1, profile) for n in pasts]
     keys = [max(0, n + more) for n, more in zip(queries, pasts, strict=True)]
     if self_attention:
         keys = list(queries)

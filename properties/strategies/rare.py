@@ -9,7 +9,7 @@ from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.properties.strategies.production import latent_dims, nearest, prefill_dims
-from mla_spec.properties.strategies.sizes import judgeable_stds
+from mla_spec.properties.strategies.sizes import judgeable_stds, long_enough
 from mla_spec.subjects.supports import Supports
 
 SUNKEN_STDS = (1e4, 1e3, 256.0, 64.0)
@@ -20,7 +20,7 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
     """All scores far below 0, and queries on both sides of a boundary of pages; and the first and the last page of a pool."""
     c, r = latent_dims(supports)
     s = min(4, supports.max_s or 4)
-    sunken = judgeable_stds(SUNKEN_STDS, profile, c + r)
+    sunken = judgeable_stds(SUNKEN_STDS, profile, c + r, "sunken")
     cases = []
     for size in sorted({nearest(supports.page_sizes, size) for size in (1, 16, 64)}):
         base = DecodeCase(
@@ -37,7 +37,10 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
         if supports.empty_row == "unsupported":
             base = replace(base, seqlens=tuple(max(n, s) for n in base.seqlens))
         cases += [replace(base, logit_std=std) for std in (sunken[0], sunken[-1])]
-        cases.append(replace(base, seed=3, regime="typical", shared_pages=6))
+        std = max(judgeable_stds((1.0, 0.1), profile, c + r, "typical"))
+        cases.append(replace(base, seed=3, regime="typical", shared_pages=6, logit_std=std))
+    if profile.coarse:
+        cases = [replace(c, seqlens=tuple(long_enough(n, c.page_size, profile) for n in c.seqlens)) for c in cases]
     return cases
 
 

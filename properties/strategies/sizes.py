@@ -92,9 +92,31 @@ def supported(regimes: tuple[str, ...], supports: Supports) -> tuple[str, ...]:
     return tuple(regime for regime in regimes if supports.negative_scale or regime != "negative")
 
 
+LARGE_PRODUCTS = 16.0
+"""How much larger the products of a score may be, against the score, than in the regime "typical"."""
+
+
 @cache
-def judgeable_stds(logit_stds: tuple[float, ...], profile: Profile, head_dim: int) -> tuple[float, ...]:
-    """Those that leave the scores an error below about 0.4, and so the bound a meaning."""
+def judgeable_stds(
+    logit_stds: tuple[float, ...], profile: Profile, head_dim: int, regime: str = ""
+) -> tuple[float, ...]:
+    """Those that leave the scores an error below about 0.4, and so the bound a meaning.
+
+    Operands or queries that are rounded before they are multiplied leave products an error that is felt at any size of the
+    scores: then 0.03 is the limit, and where it is too little for all of ``logit_stds``, the smallest that there is remains.
+
+    Args:
+        regime: of the case; "" where it is any.
+    """
+    # All keys meet the same rounded query, so that it moves an output by little more than the square of this.
+    query = format_of(profile.query).unit_roundoff if profile.query else 0.0
+    if profile.score.operand_error or query:
+        large = head_dim**0.5 * (1.0 if regime in ("typical", "ties", "sunken") else LARGE_PRODUCTS)
+        products = large * profile.score.relative_error(head_dim)
+        candidates = (*logit_stds, 0.5, 0.25) if query else logit_stds
+        most = 0.2 if head_dim <= 128 else 0.08  # covariances of wide rows are not formed where they would take long
+        fine = tuple(std for std in candidates if std * products < 0.03 and std * large * query < most)
+        return fine or (min(LOGIT_STDS),)
     rounding = profile.score_roundings * format_of(profile.score_format).unit_roundoff
     gamma = profile.score.relative_error(head_dim + profile.operand_roundings)
     # Merging parts by LSEs takes two roundings of numbers as large as the largest score, and each moves out by as much.
@@ -105,6 +127,11 @@ def judgeable_stds(logit_stds: tuple[float, ...], profile: Profile, head_dim: in
         return std * (head_dim**0.5 * gamma + rounding) < 0.4 and std * merging < 0.02
 
     return tuple(std for std in logit_stds if std <= 64 or judgeable(std))
+
+
+def long_enough(length: int, unit: int, profile: Profile) -> int:
+    """A length, with so many keys more, in multiples of ``unit``, that roundings of a coarse P spread."""
+    return length + -(-768 // unit) * unit if profile.coarse else length
 
 
 def narrowed(strategy: Callable[..., SearchStrategy[Any]], **keywords: Any) -> Callable[..., SearchStrategy[Any]]:

@@ -23,6 +23,17 @@ def gamma(n: float, u: float) -> float:
 
 def dot_error(accumulator: Accumulator, n: int) -> float:
     """Γ of n products."""
+    if accumulator.operands is None:
+        return sum_error(accumulator, n)
+    u, parts = unit(accumulator.operands), range(accumulator.operand_parts)
+    u *= 2 if accumulator.operand_rounding == "truncate" else 1
+    left, size = [u**i for i in range(len(parts) + 1)], [(1 + u) * u**i for i in parts]
+    kept = [size[i] * size[j] for i in parts for j in parts if i + j < len(parts)]
+    missing = left[-1] + math.fsum(size[i] * left[len(parts) - i] for i in parts)
+    return missing + sum_error(accumulator, n * len(kept)) * math.fsum(kept)
+
+
+def sum_error(accumulator: Accumulator, n: int) -> float:
     u, blocks = unit(accumulator.format), math.ceil(n / accumulator.block)
     return {
         "sequential": gamma(n, u),
@@ -46,6 +57,22 @@ def dequantised(x: float, profile: Profile) -> float:
     if math.ldexp(math.frexp(x)[0], fmt.precision).is_integer():
         return 0.0
     return (fmt.unit_roundoff + 2 * unit(profile.softmax)) * abs(x) + fmt.smallest_subnormal / 2
+
+
+def query_error(x: float, sharing: list[float], scale: float, profile: Profile) -> float:
+    """What rounding an element x of q changes, where ``sharing`` have one scale with it."""
+    fmt, u = format_of(profile.query), unit(profile.softmax)
+    least = fmt.smallest_subnormal / 2
+    if profile.query_scale != "none":
+        least *= 2 * max(abs(y) for y in sharing) / fmt.max_finite
+    elif profile.query_times_scale:
+        least /= abs(scale)
+    elif math.ldexp(math.frexp(x)[0], fmt.precision).is_integer():
+        return 0.0
+    error = max(abs(x) * fmt.unit_roundoff, least)
+    if profile.query_scale == "none" and not profile.query_times_scale:
+        return error
+    return error + 4 * u * (abs(x) + error)
 
 
 @dataclass(frozen=True)
@@ -179,6 +206,7 @@ class Row:
         fmt = format_of(self.profile.probabilities)
         wide = fmt.name in ("float64", "float32", "bfloat16")
         lost = fmt.smallest_normal if wide else fmt.smallest_subnormal / 2
+        lost /= self.profile.probabilities_scale
         return lost if self.profile.row_sum == "normalised" else lost * self.inverse / self.total
 
     @cached_property
@@ -255,7 +283,33 @@ class Row:
 
     def moved(self, d: int) -> float:
         """N."""
-        return self.root_eta * self.root_spread(d) * self.inverse
+        moved = self.root_eta * self.root_spread(d) * self.inverse
+        return moved if self.profile.query is None else min(moved, self.moved_with_query(d))
+
+    def moved_with_query(self, d: int) -> float:
+        """N, with what an error of q that all keys share moves to first order."""
+        channels = range(len(self.q))
+        mean = [self.mean([key[i] for key in self.k[: self.seen]]) for i in channels]
+        away = [[key[i] - mean[i] for i in channels] for key in self.k[: self.seen]]
+        e = [abs(self.scale) * x for x in self.e_q]
+        from_o = [x - self.out(d) for x in self.column(d)]
+        linear = math.fsum(
+            e[i] * abs(self.mean([a[i] * x for a, x in zip(away, from_o, strict=True)])) for i in channels
+        )
+        further = []
+        for a, s, key, e_key in zip(away, self.s, self.k, self.e_k, strict=False):
+            reach = math.fsum(x * abs(y) for x, y in zip(e, a, strict=True))
+            gauge = inherited = 0.0
+            for x, y, e_x, e_y in zip(self.q, key, self.e_q, e_key, strict=True):
+                gauge += abs(self.scale) * (abs(x) + e_x) * (abs(y) + e_y)
+                inherited += abs(self.scale) * (abs(x) + e_x) * e_y
+            delta = (1 + self.kappa) * (self.gamma_qk * gauge + inherited) + self.kappa * abs(s)
+            largest = math.fsum(x * max(abs(row[i]) for row in self.k) for i, x in enumerate(e))
+            delta += (self.kappa + 2 * self.u) * largest + self.u * (self.m - s) + self.split
+            eta = math.expm1(delta) * (1 + self.eps) + self.eps
+            further.append(math.exp(reach) - 1 - reach + math.exp(reach) * eta)
+        rest = math.sqrt(self.mean([x * x for x in further]) * self.mean([x * x for x in from_o]))
+        return (linear + rest) * (1 + 2.0**-30) * self.inverse
 
     def deviation(self, d: int) -> float:
         """Σ p̂|v − o|."""

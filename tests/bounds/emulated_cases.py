@@ -40,6 +40,25 @@ def profile_kernels() -> Iterator[EmulatedAttention]:
         yield EmulatedAttention(
             replace(default, score_format="bfloat16", score_roundings=2, row_sum="rounded", tile=16)
         )
+    for operands, parts, rounding in (
+        ("tfloat32", 1, "nearest"),
+        ("tfloat32", 1, "truncate"),
+        ("tfloat32", 2, "nearest"),
+        ("bfloat16", 1, "nearest"),
+        ("bfloat16", 2, "truncate"),
+        ("bfloat16", 3, "nearest"),
+    ):
+        products = Accumulator(operands=operands, operand_parts=parts, operand_rounding=rounding)
+        yield EmulatedAttention(Profile.default("float32", score=products, value=products))
+    for sharing in ("tensor", "token", "head"):
+        query = {"query": "float8_e4m3fn", "query_scale": sharing}
+        yield EmulatedAttention(Profile.default("bfloat16", **query))
+        yield EmulatedAttention(Profile.default("float32", tile=16, splits=3, **query), Schedule(exp2=True))
+    for dtype in ("float16", "bfloat16"):
+        yield EmulatedAttention(Profile.default(dtype, query=dtype, query_times_scale=True))
+    coarse = {"probabilities": "float8_e4m3fn", "probabilities_scale": 256.0}
+    yield EmulatedAttention(Profile.default("bfloat16", tile=16, **coarse))
+    yield EmulatedAttention(Profile.default("bfloat16", row_sum="rounded", **coarse))
     yield EmulatedAttention(Profile.default("float64"))
     yield EmulatedAttention(Profile.default("float64", tile=5, splits=2))
     yield EmulatedAttention(Profile.default("float64", probabilities="bfloat16", output="bfloat16"))

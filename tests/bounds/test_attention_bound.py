@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.bounds.attention import InheritedError, attention_with_bound
+from mla_spec.bounds.attention import attention_with_bound
 from mla_spec.bounds.error_bound import ErrorBound, half_ulp
+from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Accumulator, Profile, gamma
 from mla_spec.proof.emulated import EmulatedAttention, Schedule
 from mla_spec.reference.attention import attention
@@ -196,6 +197,33 @@ def test_lost_key_exceeds_the_bound_of_a_bfloat16_output() -> None:
     assert excess(out, want.out, want.out_error) > 1
 
 
+def products(operands: str | None = None, **options: Any) -> dict[str, Accumulator]:
+    """P·V of operands in such a format."""
+    return {"value": Accumulator(operands=operands, **options)}
+
+
+def between_numbers(t: int, excess: float) -> Inputs:
+    """Weights and values of which each exceeds a power of two by ``excess``, which rounding should take away, but for the first."""
+    k = np.append(0.0, np.full(t, math.log((1 + excess) / 2)))[:, None, None]
+    v = np.full((t + 1, 1, 1), 1 + excess)
+    return Inputs(np.ones((1, 1, 1)), *(round_to(x, "float32") for x in (k, v)), 1.0, t + 1)
+
+
+def unequal_heads() -> Inputs:
+    """The first head's query is far smaller than the second's: below the codes of their common scale."""
+    q = np.ones((1, 2, 1)) * np.array([2.0**-18, 2.0])[:, None]
+    k = np.linspace(-3e5, 3e5, 16)[:, None, None]
+    v = np.sign(k) + 2.0
+    return Inputs(q, round_to(k, "float32"), v, 1.0, 16)
+
+
+def small_weights() -> Inputs:
+    """A heaviest key of value 0, and many that weigh a little more than half of what float8 can hold."""
+    k = np.append(np.full(4000, math.log(0.7 * 2.0**-9)), 0.0)[:, None, None]
+    v = np.append(np.ones(4000), 0.0)[:, None, None]
+    return Inputs(np.ones((1, 1, 1)), round_to(k, "float32"), v, 1.0, 4001)
+
+
 UNDECLARED: dict[str, tuple[dict[str, Any], Profile, Inputs]] = {
     # name: (what the kernel does otherwise, what it declares, a case that shows it)
     "bfloat16 accumulation of P·V": (
@@ -231,6 +259,47 @@ UNDECLARED: dict[str, tuple[dict[str, Any], Profile, Inputs]] = {
         spread(33),
     ),
     "bfloat16 output": ({"output": "bfloat16"}, Profile.default("float32"), spread(33)),
+    "query in float8": (
+        {"query": "float8_e4m3fn", "query_scale": "head"},
+        Profile.default("float32"),
+        spread(33),
+    ),
+    "one scale for all heads of a token": (
+        {"query": "float8_e4m3fn", "query_scale": "tensor"},
+        Profile.default("float32", query="float8_e4m3fn", query_scale="head"),
+        unequal_heads(),
+    ),
+    "scaled query rounded to bfloat16": (
+        {"query": "bfloat16", "query_times_scale": True},
+        Profile.default("bfloat16", probabilities="float32", output="float32"),
+        replace(spread(33), scale=0.7),
+    ),
+    "P in float8 that is not scaled": (
+        {"probabilities_scale": 1.0},
+        Profile.default("float32", probabilities="float8_e4m3fn", probabilities_scale=256.0),
+        small_weights(),
+    ),
+    "products in tfloat32": (products("tfloat32"), Profile.default("float32"), between_numbers(30, 0.95 * 2.0**-11)),
+    "products in bfloat16 for tfloat32": (
+        products("bfloat16"),
+        Profile.default("float32", **products("tfloat32")),
+        between_numbers(30, 0.95 * 2.0**-8),
+    ),
+    "operands truncated to tfloat32": (
+        products("tfloat32", operand_rounding="truncate"),
+        Profile.default("float32", **products("tfloat32")),
+        between_numbers(30, 0.95 * 2.0**-10),
+    ),
+    "one product in bfloat16 for three": (
+        products("bfloat16"),
+        Profile.default("float32", **products("bfloat16", operand_parts=2)),
+        between_numbers(30, 0.95 * 2.0**-8),
+    ),
+    "three products in bfloat16 for six": (
+        products("bfloat16", operand_parts=2),
+        Profile.default("float32", **products("bfloat16", operand_parts=3)),
+        between_numbers(3, 2.0**-9 * (1 + 0.95 * 2.0**-8)),
+    ),
 }
 
 

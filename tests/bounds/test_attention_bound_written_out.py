@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.bounds.attention import BoundedAttention, InheritedError, attention_with_bound
+from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.error_bound import ErrorBound
+from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.reference.typing import Array, IntArray
-from tests.bounds.attention_bound_row import Row, dequantised
+from tests.bounds.attention_bound_row import Row, dequantised, query_error
 
 PROFILES = [
     Profile.default("float32"),
@@ -44,8 +45,18 @@ PROFILES = [
     Profile.default("bfloat16", score=Accumulator(order="tensor-core", block=4), output_rounding="truncate"),
     Profile.default("float32", value=Accumulator(order="tensor-core", block=2, fraction_bits=13)),
     Profile.default("float32", exp_error=1000.0),
+    Profile.default("float32", score=Accumulator(operands="tfloat32"), value=Accumulator(operands="bfloat16")),
+    Profile.default("float32", score=Accumulator(operands="bfloat16", operand_parts=2, order="blocked", block=4)),
+    Profile.default("float32", value=Accumulator(operands="tfloat32", operand_parts=3, operand_rounding="truncate")),
     Profile.default("bfloat16", cache_dequantised="bfloat16"),
     Profile.default("float32", cache_dequantised="float16"),
+    Profile.default("bfloat16", query="float8_e4m3fn", query_scale="head"),
+    Profile.default("bfloat16", query="float8_e4m3fn", query_scale="token", tile=2, splits=3),
+    Profile.default("float32", query="float8_e4m3fn", query_scale="tensor", cache_dequantised="bfloat16"),
+    Profile.default("float32", query="float16"),
+    Profile.default("float16", query="float16", query_times_scale=True, merge_every=2),
+    Profile.default("float32", probabilities="float8_e4m3fn", probabilities_scale=256.0),
+    Profile.default("float32", probabilities="float16", probabilities_scale=4.0, row_sum="normalised"),
 ]
 
 
@@ -93,7 +104,7 @@ class Call:
             q=self.q[b, i, head].tolist(),
             k=k,
             v=v,
-            e_q=errors.q[b, i, head].tolist(),
+            e_q=[e + self.rounding(j, b, i, head, profile) for j, e in enumerate(errors.q[b, i, head].tolist())],
             e_k=with_cache(k, errors.k[b, :, group]),
             e_v=with_cache(v, errors.v[b, :, group]),
             seen=max(int(self.seqlens[b]) - s + 1 + i, 0),
@@ -101,6 +112,14 @@ class Call:
             sink=-math.inf if self.attn_sink is None else float(self.attn_sink[head]),
             outputs=self.q[..., 0].size * self.v.shape[-1],
         )
+
+    def rounding(self, index: int, b: int, i: int, head: int, profile: Profile) -> float:
+        """What the profile's rounding of an element of q changes, which may be off itself."""
+        if profile.query is None:
+            return 0.0
+        size = np.abs(self.q) + (0.0 if self.inherited is None else self.inherited.q)
+        shared = {"tensor": size, "token": size[b, i], "head": size[b, i, head], "none": size}[profile.query_scale]
+        return query_error(size[b, i, head, index], shared.ravel().tolist(), self.scale, profile)
 
 
 def call(inherited: bool, sink: bool, scale: float, t: int = 7, logit_std: float = 2.0) -> Call:

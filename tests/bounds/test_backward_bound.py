@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.bounds.attention import InheritedError
 from mla_spec.bounds.attention_backward import BackwardAttention, Gradients, attention_backward_with_bound
+from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.bounds.running import (
     Bounded,

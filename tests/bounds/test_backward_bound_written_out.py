@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.bounds.attention import InheritedError, attention_with_bound
+from mla_spec.bounds.attention import attention_with_bound
 from mla_spec.bounds.attention_backward import BackwardAttention, attention_backward_with_bound
+from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Accumulator, Profile, gamma
 from mla_spec.bounds.running import Bounded
 from mla_spec.reference.formats import FORMATS, round_to

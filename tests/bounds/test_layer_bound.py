@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mla_spec.bounds.layer import layer_with_bound
-from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.bounds.running import Bounded
 from mla_spec.bounds.running_steps import foldable, scaled, temperature
-from mla_spec.proof.emulated import EmulatedAttention
+from mla_spec.proof.emulated import EmulatedAttention, multiply_add
 from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig, YarnScaling
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.mla import weight_shapes
@@ -85,6 +85,8 @@ def emulated_layer(
         return round_to(x.astype(float), dtype)
 
     def linear(x: Array, weight: Array) -> Array:
+        if profile.linear.operands is not None:
+            return rounded(multiply_add(np.zeros((len(x), len(weight))), x, weight.T, profile.linear))
         return rounded(x.astype(f32) @ weight.astype(f32).T)
 
     def norm(x: Array, weight: Array) -> Array:
@@ -137,6 +139,20 @@ def layer_excess(emulated: MLAConfig, declared: MLAConfig, profile: Profile, cas
     """The largest error of a layer of configuration ``emulated`` as a multiple of the bound of ``declared``."""
     want, bound = layer_with_bound(*case, declared, profile)
     return excess(emulated_layer(*case, emulated, profile), want, bound)
+
+
+@pytest.mark.parametrize("form", ["explicit", "absorbed"])
+@pytest.mark.parametrize(("operands", "parts"), [("tfloat32", 1), ("bfloat16", 1), ("bfloat16", 2)])
+def test_layers_of_rounded_operands_stay_within_the_bound_and_must_declare_them(
+    operands: str, parts: int, form: Any
+) -> None:
+    products = Accumulator(operands=operands, operand_parts=parts)
+    rough = Profile.default("float32", form=form, linear=products, score=products, value=products)
+    for seed in range(3):
+        case = layer_case(LAYER, "float32", seed)
+        assert layer_excess(LAYER, LAYER, rough, case) <= 1
+        want, bound = layer_with_bound(*case, LAYER, Profile.default("float32", form=form))
+        assert parts > 1 or excess(emulated_layer(*case, LAYER, rough), want, bound) > 1
 
 
 @pytest.mark.parametrize("form", ["explicit", "absorbed"])

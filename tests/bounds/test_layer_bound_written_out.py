@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mla_spec.bounds.attention import InheritedError, attention_with_bound
+from mla_spec.bounds.attention import attention_with_bound
 from mla_spec.bounds.attention_backward import BackwardAttention
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.layer import BoundedLayer, bounded_layer, layer_with_bound
 from mla_spec.bounds.layer_backward import layer_backward_with_bound
+from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.running import (
     Bounded,

@@ -44,6 +44,23 @@ def test_formats_of_a_rope_profile_must_be_known(name: str) -> None:
         ({"splits": -1}, "Profile: splits must not be negative, got -1"),
         ({"score_roundings": -1}, "Profile: score_roundings must not be negative, got -1"),
         ({"operand_roundings": -2}, "Profile: operand_roundings must not be negative, got -2"),
+        ({"query": "fp8"}, UNKNOWN),
+        (
+            {"query": "float8_e4m3fn", "query_scale": "row"},
+            "Profile: query_scale must be one of ('none', 'tensor', 'token', 'head'), got 'row'",
+        ),
+        (
+            {"query_scale": "head"},
+            "Profile: query_scale and query_times_scale say how q is rounded; name its format in query",
+        ),
+        (
+            {"probabilities": "float8_e4m3fn", "probabilities_scale": 512.0},
+            "Profile: probabilities_scale must be a power of two up to 448, got 512.0",
+        ),
+        (
+            {"probabilities_scale": 3.0},
+            "Profile: probabilities_scale must be a power of two up to 3.40282e+38, got 3.0",
+        ),
         ({"tile": 0}, "Profile: tile must be positive or None, got 0"),
         ({"merge_every": 0}, "Profile: merge_every must be positive or None, got 0"),
     ],
@@ -59,6 +76,10 @@ def test_profile_refuses(changes: dict[str, Any], message: str) -> None:
         ({"format": "fp8"}, UNKNOWN),
         ({"order": "pairwise"}, "Accumulator: unknown order 'pairwise'"),
         ({"block": 0}, "Accumulator: block must be at least 1, got 0"),
+        ({"operands": "fp8"}, UNKNOWN),
+        ({"operands": "float16"}, "Accumulator: operands in float16 overflow where those in float32 do not"),
+        ({"operand_parts": 0}, "Accumulator: operand_parts must be at least 1, got 0"),
+        ({"operand_rounding": "up"}, "Accumulator: unknown operand_rounding 'up'"),
     ],
 )
 def test_accumulator_refuses(changes: dict[str, Any], message: str) -> None:
@@ -68,6 +89,11 @@ def test_accumulator_refuses(changes: dict[str, Any], message: str) -> None:
 
 def test_a_tile_may_be_one_key() -> None:
     assert Profile.default("float32", tile=1).tile == 1
+
+
+def test_a_worst_case_of_p_in_8_bits_says_nothing() -> None:
+    coarse = [name for name in FORMATS if Profile(dtype="float32", probabilities=name).coarse]
+    assert coarse == ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn"]
 
 
 def test_gamma() -> None:
@@ -85,6 +111,18 @@ def test_errors_of_the_orders_of_summation() -> None:
     assert Accumulator(order="blocked", block=16).relative_error(100) == gamma(16 + 7, 2.0**-24)
     steps = Accumulator(order="tensor-core", block=16, fraction_bits=25).relative_error(100)
     assert steps == 7 * (4 * 17 * 2.0**-25 + 2.0**-23)
+
+
+def test_errors_of_rounded_operands() -> None:
+    """Both may be off by a whole roundoff, u or 2u; of two parts each, low times low is missing too."""
+    u = 2.0**-11
+    assert math.isclose(Accumulator(operands="tfloat32").operand_error, (1 + u) ** 2 - 1)
+    cut = Accumulator(operands="tfloat32", operand_rounding="truncate")
+    assert math.isclose(cut.operand_error, (1 + 2 * u) ** 2 - 1)
+    assert math.isclose(Accumulator(operands="tfloat32", operand_parts=2).operand_error, u**2 * (3 + 2 * u))
+    assert Accumulator().operand_error == 0
+    three = Accumulator(operands="bfloat16", operand_parts=2).relative_error(100)
+    assert 3 * 2.0**-16 + gamma(300, 2.0**-24) < three < 1.02 * (3 * 2.0**-16 + gamma(300, 2.0**-24))
 
 
 def formats(fields: dict[str, Any]) -> set[str]:

@@ -9,11 +9,23 @@ import pytest
 
 from mla_spec.bounds.profile_presets import PRESETS, preset
 
-SEQUENTIAL32 = {"format": "float32", "order": "sequential", "block": 1, "fraction_bits": 25}
-TENSOR_CORE = {"format": "float32", "order": "tensor-core", "block": 16, "fraction_bits": 25}
+SEQUENTIAL32 = {
+    "format": "float32",
+    "order": "sequential",
+    "block": 1,
+    "fraction_bits": 25,
+    "operands": None,
+    "operand_parts": 1,
+    "operand_rounding": "nearest",
+}
+TENSOR_CORE = SEQUENTIAL32 | {"order": "tensor-core", "block": 16}
 
 PLAIN = {  # float32 arithmetic with one softmax over all keys, for inputs, P and output of one format
     "score": SEQUENTIAL32,
+    "query": None,
+    "query_scale": "none",
+    "query_times_scale": False,
+    "probabilities_scale": 1.0,
     "operand_roundings": 0,
     "score_format": "float32",
     "score_roundings": 1,

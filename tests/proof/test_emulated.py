@@ -64,6 +64,20 @@ def test_tensor_cores_cut_off_what_lies_below_the_largest_term() -> None:
     assert product(np.array([[0.0, 0.75, 8.0]]), one, accumulator) == 8
 
 
+def test_operands_are_sums_of_numbers_of_their_format() -> None:
+    """1 + 2^-9 + 2^-18 in bfloat16 is 1, then 1 + 2^-9, then all of it; low times low is left out."""
+    a = np.array([[1 + 2.0**-9 + 2.0**-18]])
+    got = [
+        product(a, np.ones((1, 1)), Accumulator(format="float64", operands="bfloat16", operand_parts=parts)).item()
+        for parts in (1, 2, 3)
+    ]
+    assert got == [1.0, 1 + 2.0**-9, 1 + 2.0**-9 + 2.0**-18]
+    both = product(a, a.T, Accumulator(format="float64", operands="bfloat16", operand_parts=2)).item()
+    assert both == 1 + 2 * 2.0**-9
+    cut = Accumulator(operands="tfloat32", operand_rounding="truncate")
+    assert product(np.array([[2 - 2.0**-20]]), np.ones((1, 1)), cut) == 2 - 2.0**-10
+
+
 @pytest.mark.parametrize(
     "accumulator",
     [Accumulator(), Accumulator(format="bfloat16"), Accumulator(order="blocked", block=8), HOPPER],
