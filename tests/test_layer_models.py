@@ -84,7 +84,7 @@ def test_names_can_be_written_in_case_ids() -> None:
 @pytest.mark.parametrize("name", layer_models())
 def test_small_layer_differs_from_the_model_in_its_widths_only(name: str) -> None:
     small = small_case(name).config
-    if name == "minicpm3-4b":  # whose LongRoPE factors are not published
+    if name == "minicpm3-4b":  # which has a LongRoPE factor for each pair of its own dims
         assert small.rope is not None
         assert small.rope.longrope is not None
         assert small.rope.longrope.original_max_position_embeddings == 32768

@@ -33,6 +33,11 @@ def layouts() -> list[dict[str, Any]]:
     ]
 
 
+def frozen_models() -> list[PublishedModel]:
+    """The models of the tables, which are frozen: what came later has ``since``, and `mla-spec cache` gives its sizes."""
+    return [model for model in published_models().values() if "since" not in model.fields]
+
+
 def caches(model: PublishedModel) -> list[dict[str, Any]]:
     """The latent cache of an MLA model, and the keys of its indexer where it has one."""
     f = model.fields
@@ -94,7 +99,7 @@ def shared_kv_models() -> list[dict[str, Any]]:
     """
     row = LAYOUTS["deepseek_v4"]
     models = []
-    for model in published_models().values():
+    for model in frozen_models():
         f = model.fields
         if "compressed_layers" not in f:
             continue
@@ -119,9 +124,9 @@ def shared_kv_models() -> list[dict[str, Any]]:
 
 
 def cache_sizes() -> dict[str, Any]:
-    """The content of cache_sizes.json: every published model whose layers are known, in every format and layout."""
+    """The content of cache_sizes.json: every frozen model whose layers are known, in every format and layout."""
     models = []
-    for model in published_models().values():
+    for model in frozen_models():
         layers, fields = model.num_cached_layers, model.fields
         if not model.is_mla or layers is None:
             continue

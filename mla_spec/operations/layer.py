@@ -43,7 +43,7 @@ LLAMA_4_SCALING = Llama4Scaling(beta=0.1, original_max_position_embeddings=64)
 def layer_models() -> Mapping[str, PublishedModel]:
     """The verified MLA models whose options an MLAConfig expresses, by their names in case ids.
 
-    LongRoPE factors need not be published: there are as many as rope dims, so that a small layer has others anyway.
+    A small layer has LongRoPE factors of its own: there are as many as pairs of rope dims.
     """
     return {
         re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-"): model

@@ -49,6 +49,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
             "deepseek_v3",
             "deepseek_v32",
             "kimi_k2",
+            "joyai_llm_flash",
             "glm4_moe_lite",
             "glm_moe_dsa",
             "youtu",

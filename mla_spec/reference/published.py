@@ -37,7 +37,7 @@ class PublishedModel:
 
     @property
     def is_mla(self) -> bool:
-        """False for DeepSeek-V4, whose attention shares one KV head and is not MLA."""
+        """False for DeepSeek-V4, whose attention shares one KV head of equal keys and values, and for DeepSeek-OCR (MHA)."""
         return bool(self.fields["attention"] == "mla")
 
     @property
@@ -50,13 +50,13 @@ class PublishedModel:
         """(layers, elements per token) of the latent caches; layers without rotary embedding have no k_pe in theirs.
 
         Raises:
-            ValueError: the model is not MLA, or the number of its layers is not published.
+            ValueError: the model is not MLA, or its layers or the widths of their rows are not published.
         """
         if not self.is_mla:
             raise ValueError(f"{self.name}: attention is {self.fields['attention']!r}, not MLA")
         if self.num_cached_layers is None:
             raise ValueError(f"{self.name}: the number of layers {self.absent}")
-        latent, rope = self.fields["kv_lora_rank"], self.fields["qk_rope_head_dim"]
+        latent, rope = self.required("kv_lora_rank"), self.required("qk_rope_head_dim")
         without = self.fields.get("num_nope_layers", 0)
         rows = [(self.num_cached_layers - without, latent + rope), (without, latent)]
         return [(layers, elements) for layers, elements in rows if layers]

@@ -49,11 +49,13 @@ MODELLED = {
     "Kimi-K2 (0711)": (192, mscale2(32, 1.0)),
     "Kimi-K2-Thinking": (192, mscale2(64, 1.0)),
     "Kimi-K2.5/K2.6": (192, mscale2(64, 1.0)),
+    "Kimi-K2.7": (192, mscale2(64, 1.0)),
     "Moonlight-16B-A3B": (192, 1.0),
     "Kimi-VL-A3B (text)": (192, 1.0),
     "Kimi-Linear-48B-A3B": (192, 1.0),
     "GLM-4.7-Flash": (256, 1.0),
     "GLM-5": (256, 1.0),
+    "GLM-5.1": (256, 1.0),
     "GLM-5.2 / 5.3": (256, 1.0),
     "GLM-5.3-Flash (glm5_next)": (256, 1.0),
     "Mistral-Large-3-675B": (192, 1.0),
@@ -69,8 +71,12 @@ NOT_MODELLED = {
     "Mistral-Large-4-1T-A52B": "LeRoPE frequencies",
     "A.X-K2-Light": "query gate projection",
     "Ling-3.0-Flash": "head-wise sigmoid output gate",
-    "dots3-note-prev (DSA layers)": "latents scaled by sqrt(hidden_size / rank)",
+    "dots3-note-prev (DSA layers)": "RMSNorm on k_pe",
     "Hy4-preview (class default)": "learned sink per head",
+    "Ling-3.0-tiny": "head-wise sigmoid output gate",
+    "Ling-2.6-1T / Ring-2.6-1T": "which of its layers are MLA",
+    "VAETKI-112B": "sliding window",
+    "VAETKI-VL-7B": "sliding window",
 }
 
 UNPUBLISHED = {
@@ -78,9 +84,18 @@ UNPUBLISHED = {
     "Ling-2.5-1T / Ring-2.5-1T": "hidden_size",
     "openPangu-Ultra-MoE-718B": "rope_theta",
     "GigaChat3-702B / 10B": "hidden_size",
+    "JoyAI-LLM-Flash": "rope_theta",
+    "Kanana-2-30B-A3B": "hidden_size",
+    "LongCat-2.0": "hidden_size",
+    "DeepSeek-VL2": "hidden_size",
 }
 
-NOT_MLA = ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro", "DeepSeek-V4.1-Flash")
+NOT_MLA = {
+    "DeepSeek-V4-Flash": "shared-kv-mqa",
+    "DeepSeek-V4-Pro": "shared-kv-mqa",
+    "DeepSeek-V4.1-Flash": "shared-kv-mqa",
+    "DeepSeek-OCR": "mha",
+}
 
 UNVERIFIED = {
     "DeepSeek-V4.1-Flash",
@@ -88,6 +103,17 @@ UNVERIFIED = {
     "Hy4-preview (class default)",
     "openPangu-Ultra-MoE-718B",
     "GigaChat3-702B / 10B",
+    "GLM-5.1",
+    "Kimi-K2.7",
+    "JoyAI-LLM-Flash",
+    "Ling-3.0-tiny",
+    "Ling-2.6-1T / Ring-2.6-1T",
+    "Kanana-2-30B-A3B",
+    "VAETKI-112B",
+    "VAETKI-VL-7B",
+    "LongCat-2.0",
+    "DeepSeek-VL2",
+    "DeepSeek-OCR",
 }
 
 
@@ -172,9 +198,9 @@ def test_listed_layers_are_counted(key: str) -> None:
 
 
 @pytest.mark.parametrize("name", NOT_MLA)
-def test_deepseek_v4_is_refused_as_not_mla(name: str) -> None:
+def test_another_attention_is_refused_as_not_mla(name: str) -> None:
     assert not MODELS[name].is_mla
-    with pytest.raises(ValueError, match=f"^{re.escape(name)}: attention is 'shared-kv-mqa', not MLA$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}: attention is '{NOT_MLA[name]}', not MLA$"):
         MLAConfig.published(name)
 
 
@@ -214,9 +240,33 @@ def test_rope_layout_is_read() -> None:
     assert not rope.interleaved
 
 
+def test_minicpm3_divides_each_frequency_by_a_factor() -> None:
+    rope = MLAConfig.published("MiniCPM3-4B").rope
+    assert rope is not None
+    assert rope.longrope is not None
+    assert rope.longrope.short_factor == rope.longrope.long_factor == rope.frequency_divisors
+    assert len(rope.longrope.short_factor) == rope.dim // 2 == 16
+    # Factors i and 15 - i are as far from 18 / 2: the curve is symmetric, which a digit lost in copying would end.
+    assert [rope.longrope.short_factor[i] + rope.longrope.short_factor[15 - i] for i in range(16)] == pytest.approx(
+        16 * [18]
+    )
+    assert rope.cos_sin_factor == 1.0
+
+
 def test_unpublished_longrope_factors_are_named() -> None:
+    model = MODELS["MiniCPM3-4B"]
+    scaling = {**model.fields["rope_scaling"], "short_factor": None}
     with pytest.raises(ValueError, match=r"^MiniCPM3-4B: rope_scaling.short_factor is not published$"):
-        MLAConfig.published("MiniCPM3-4B")
+        replace(model, fields={**model.fields, "rope_scaling": scaling}).mla_config()
+
+
+def test_unpublished_widths_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^Kanana-2-30B-A3B: kv_lora_rank is not published$"):
+        MODELS["Kanana-2-30B-A3B"].latent_rows()
+
+
+def test_ling_caches_eleven_kib_a_token() -> None:
+    assert MODELS["Ling-2.5-1T / Ring-2.5-1T"].latent_rows() == [(10, 576)]
 
 
 def test_unknown_rope_type_is_named() -> None:
