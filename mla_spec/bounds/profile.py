@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mla_spec.reference.formats import format_of
+from mla_spec.text.typed import Count, Least, Size, require_fields
 
 
 def gamma(n: float, u: float) -> float:
@@ -26,15 +27,12 @@ class Accumulator:
 
     format: str = "float32"
     order: Literal["sequential", "blocked", "tensor-core"] = "sequential"
-    block: int = 1
-    fraction_bits: int = 25
+    block: Count = 1
+    fraction_bits: Count = 25
 
     def __post_init__(self) -> None:
+        require_fields(self)
         format_of(self.format)
-        if self.order not in ("sequential", "blocked", "tensor-core"):
-            raise ValueError(f"Accumulator: unknown order {self.order!r}")
-        if self.block < 1:
-            raise ValueError(f"Accumulator: block must be at least 1, got {self.block}")
 
     def relative_error(self, n: int) -> float:
         """Γ: error of a sum of n products, relative to the sum of their magnitudes.
@@ -60,6 +58,7 @@ class RopeProfile:
     rotation: str = "float32"
 
     def __post_init__(self) -> None:
+        require_fields(self)
         for name in (self.frequency, self.angle, self.table, self.rotation):
             format_of(name)
 
@@ -98,22 +97,22 @@ class Profile:
         deterministic: the same call gives the same bits every time.
 
     Raises:
-        ValueError: an unknown format or option.
+        ValueError: an unknown format or option, or a value of another type.
     """
 
     dtype: str
     score: Accumulator = field(default_factory=Accumulator)
-    operand_roundings: int = 0
+    operand_roundings: Size = 0
     score_format: str = "float32"
-    score_roundings: int = 1
+    score_roundings: Size = 1
     softmax: str = "float32"
-    exp_error: float = 4.0
-    tile: int | None = None
+    exp_error: Annotated[float, Least(0)] = 4.0
+    tile: Count | None = None
     probabilities: str = "float32"
     row_sum: Literal["unrounded", "rounded", "normalised"] = "unrounded"
     value: Accumulator = field(default_factory=Accumulator)
-    splits: int = 1
-    merge_every: int | None = None
+    splits: Size = 1
+    merge_every: Count | None = None
     merge_shares: Literal["unnormalised", "normalised"] = "unnormalised"
     split_format: str = "float32"
     output: str = ""
@@ -128,21 +127,12 @@ class Profile:
     deterministic: bool = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         object.__setattr__(self, "output", self.output or self.dtype)
         for name in ("dtype", "score_format", "softmax", "probabilities", "split_format", "output", "lse", "norm"):
             format_of(getattr(self, name))
         if self.cache_dequantised is not None:
             format_of(self.cache_dequantised)
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Profile: {name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("score_roundings", "operand_roundings", "splits"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Profile: {name} must not be negative, got {getattr(self, name)!r}")
-        for name in ("tile", "merge_every"):
-            keys = getattr(self, name)
-            if keys is not None and keys < 1:
-                raise ValueError(f"Profile: {name} must be positive or None, got {keys!r}")
 
     def merges(self, keys: int) -> int:
         """Merges by LSE that a part of ``keys`` keys passes through."""
@@ -179,11 +169,3 @@ class Profile:
         default = asdict(Profile.default(self.dtype))
         changed = [f"{k}={v}" for k, v in asdict(self).items() if default[k] != v]
         return f"{self.dtype} default" + (", " + ", ".join(changed) if changed else "")
-
-
-_CHOICES = {
-    "row_sum": ("unrounded", "rounded", "normalised"),
-    "merge_shares": ("unnormalised", "normalised"),
-    "output_rounding": ("nearest", "truncate"),
-    "form": ("explicit", "absorbed"),
-}

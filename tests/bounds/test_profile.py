@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+import torch
 
 from mla_spec.bounds.profile import (
     Accumulator,
@@ -38,18 +39,27 @@ def test_formats_of_a_rope_profile_must_be_known(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"row_sum": "both"}, "Profile: row_sum must be one of ('unrounded', 'rounded', 'normalised'), got 'both'"),
-        ({"output_rounding": "up"}, "Profile: output_rounding must be one of ('nearest', 'truncate'), got 'up'"),
-        ({"form": "naive"}, "Profile: form must be one of ('explicit', 'absorbed'), got 'naive'"),
-        ({"splits": -1}, "Profile: splits must not be negative, got -1"),
-        ({"score_roundings": -1}, "Profile: score_roundings must not be negative, got -1"),
-        ({"operand_roundings": -2}, "Profile: operand_roundings must not be negative, got -2"),
-        ({"tile": 0}, "Profile: tile must be positive or None, got 0"),
-        ({"merge_every": 0}, "Profile: merge_every must be positive or None, got 0"),
+        ({"row_sum": "both"}, "row_sum is 'both'; expected one of 'unrounded', 'rounded', 'normalised'"),
+        ({"output_rounding": "up"}, "output_rounding is 'up'; expected one of 'nearest', 'truncate'"),
+        ({"form": "naive"}, "form is 'naive'; expected one of 'explicit', 'absorbed'"),
+        ({"splits": -1}, "splits is -1; expected an integer of at least 0"),
+        ({"splits": True}, "splits is True; expected an integer of at least 0"),
+        ({"score_roundings": -1}, "score_roundings is -1; expected an integer of at least 0"),
+        ({"operand_roundings": 1.5}, "operand_roundings is 1.5; expected an integer of at least 0"),
+        ({"tile": 0}, "tile is 0; expected an integer of at least 1, or None"),
+        ({"merge_every": "64"}, "merge_every is '64'; expected an integer of at least 1, or None"),
+        ({"exp_error": math.nan}, "exp_error is nan; expected a finite number of at least 0"),
+        (
+            {"exp_error": 10**400},
+            f"exp_error is {'1' + '0' * 39} ... {'0' * 15}; expected a finite number of at least 0",
+        ),
+        ({"probabilities": torch.float32}, "probabilities is torch.float32; expected a string"),
+        ({"score": "float32"}, "score is 'float32'; expected the fields of Accumulator"),
+        ({"deterministic": 1}, "deterministic is 1; expected True or False"),
     ],
 )
 def test_profile_refuses(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=f"^Profile: {re.escape(message)}$"):
         Profile(dtype="float32", **changes)
 
 
@@ -57,8 +67,11 @@ def test_profile_refuses(changes: dict[str, Any], message: str) -> None:
     ("changes", "message"),
     [
         ({"format": "fp8"}, UNKNOWN),
-        ({"order": "pairwise"}, "Accumulator: unknown order 'pairwise'"),
-        ({"block": 0}, "Accumulator: block must be at least 1, got 0"),
+        (
+            {"order": "pairwise"},
+            "Accumulator: order is 'pairwise'; expected one of 'sequential', 'blocked', 'tensor-core'",
+        ),
+        ({"block": 0}, "Accumulator: block is 0; expected an integer of at least 1"),
     ],
 )
 def test_accumulator_refuses(changes: dict[str, Any], message: str) -> None:
