@@ -23,6 +23,7 @@ from mla_spec.golden.corpus.computed import Computed
 from mla_spec.golden.corpus.error import CorpusError
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import Array
+from mla_spec.text.terminal import one_line, shown
 
 _MODULES = (computed, computed_sparse, computed_gradients, computed_weights)
 
@@ -49,13 +50,13 @@ def compare(
         CorpusError: a result lies outside its allowance, or the case lacks something that its operation needs.
     """
     if operation not in COMPUTED:
-        raise CorpusError(f"unknown operation {operation!r}; expected one of {', '.join(COMPUTED)}")
+        raise CorpusError(f"unknown operation {shown(operation)}; expected one of {', '.join(COMPUTED)}")
     try:
         results = list(COMPUTED[operation](inputs, parameters))
     except KeyError as error:
         raise CorpusError(f"{operation} needs {error}, which the case lacks") from error
-    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise CorpusError(f"{operation} cannot be computed from this case: {error}") from error
+    except Exception as error:  # whatever the arrays and parameters of a damaged case lead to
+        raise CorpusError(f"{operation} cannot be computed from this case: {one_line(error, 400)}") from error
     if {result.name for result in results} != set(want):
         names = sorted({result.name for result in results})
         raise CorpusError(f"{operation} gives {', '.join(names)}; the case expects {', '.join(sorted(want))}")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -21,14 +22,20 @@ from mla_spec.golden.cases.case import Case
 from mla_spec.golden.corpus import arrays, figures
 from mla_spec.golden.corpus.compare import compare
 from mla_spec.golden.corpus.error import CorpusError
+from mla_spec.golden.corpus.parameters import fault
 from mla_spec.golden.corpus.stored import StoredCase
 from mla_spec.golden.corpus.swap import PENDING, roll_back, swap
+from mla_spec.text.files import read_text
+from mla_spec.text.terminal import shown
 
 __all__ = ["CorpusError", "StoredCase", "load", "regenerate", "verify"]
 
 FORMAT, VERSION = "mla-spec golden corpus", 1
 MANIFEST, ARRAYS = "manifest.json", "arrays"
 _FILES = (ARRAYS, *figures.DOCUMENTS, MANIFEST)
+LARGEST_ARRAY = 2**28
+"""Elements of an array, at most."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -68,22 +75,30 @@ def load(directory: str | os.PathLike[str] | None = None) -> list[StoredCase]:
 def _load_case(root: Path, entry: Any, where: str) -> StoredCase:
     name = _field(entry, "name", str, where)
     if not _NAME.fullmatch(name):
-        raise CorpusError(f"{MANIFEST}: {where} is called {name!r}; expected letters, digits and -_. only")
+        raise CorpusError(f"{MANIFEST}: {where} is called {shown(name)}; expected letters, digits and -_. only")
     where = f"case {name!r}"
     values: dict[str, dict[str, NDArray[Any]]] = {"input": {}, "expected": {}}
     exact = []
     for array in _field(entry, "arrays", list, where):
         key, role = _field(array, "name", str, f"an array of {where}"), _field(array, "role", str, where)
         if role not in values or any(key in group for group in values.values()):
-            raise CorpusError(f"{MANIFEST}: {where} lists array {key!r} twice or with an unknown role {role!r}")
+            raise CorpusError(
+                f"{MANIFEST}: {where} lists array {shown(key)} twice or with an unknown role {shown(role)}"
+            )
         values[role][key] = _load_array(root, array, name, key)
-        if array.get("comparison") == "exact":
+        if _comparison(array, role, f"array {key!r} of {where}") == "exact":
             exact.append(key)
+    parameters = _field(entry, "parameters", dict, where)
+    if wrong := fault(parameters):
+        raise CorpusError(f"{MANIFEST}: {where}: {wrong}")
+    sources = _field(entry, "sources", list, where)
+    if not all(isinstance(source, str) for source in sources):
+        raise CorpusError(f"{MANIFEST}: {where} has sources {shown(sources)}; expected strings")
     texts = {key: _field(entry, key, str, where) for key in ("operation", "purpose", "catches")}
     return StoredCase(
         name=name,
-        sources=_field(entry, "sources", list, where),
-        parameters=_field(entry, "parameters", dict, where),
+        sources=sources,
+        parameters=parameters,
         inputs=values["input"],
         expected=values["expected"],
         exact=exact,
@@ -91,19 +106,32 @@ def _load_case(root: Path, entry: Any, where: str) -> StoredCase:
     )
 
 
+def _comparison(array: Any, role: str, where: str) -> str:
+    """How an expected array is compared; "" of an input."""
+    found = array.get("comparison", "")
+    if found not in (("exact", "bounded") if role == "expected" else ("",)):
+        wanted = "'exact' or 'bounded'" if role == "expected" else "none, as it is an input"
+        raise CorpusError(f"{MANIFEST}: {where} has comparison {shown(found)}; expected {wanted}")
+    return str(found)
+
+
 def _load_array(root: Path, entry: Any, case: str, key: str) -> NDArray[Any]:
-    where = f"array {key!r} of case {case!r}"
+    where = f"array {shown(key)} of case {case!r}"
     file, dtype = _field(entry, "file", str, where), _field(entry, "dtype", str, where)
     digest, shape = _field(entry, "sha256", str, where), _field(entry, "shape", list, where)
     if file != _file(case, key) or not _NAME.fullmatch(key):
-        raise CorpusError(f"{MANIFEST}: {where} is in {file!r}; expected {_file(case, key)!r}")
+        raise CorpusError(f"{MANIFEST}: {where} is in {shown(file)}; expected {_file(case, key)!r}")
     if dtype not in arrays.STORED_DTYPES:
-        raise CorpusError(f"{MANIFEST}: {where} has dtype {dtype!r}; expected one of {', '.join(arrays.STORED_DTYPES)}")
+        raise CorpusError(
+            f"{MANIFEST}: {where} has dtype {shown(dtype)}; expected one of {', '.join(arrays.STORED_DTYPES)}"
+        )
     for name, want in (("stored_as", arrays.STORED_DTYPES[dtype]), ("byte_order", "little")):
         if entry.get(name) != want:
-            raise CorpusError(f"{MANIFEST}: {where} has {name} {entry.get(name)!r}; expected {want!r}")
+            raise CorpusError(f"{MANIFEST}: {where} has {name} {shown(entry.get(name))}; expected {want!r}")
     if not all(type(n) is int and 0 <= n < 2**31 for n in shape):
-        raise CorpusError(f"{MANIFEST}: {where} has shape {shape}; expected a list of sizes")
+        raise CorpusError(f"{MANIFEST}: {where} has shape {shown(shape)}; expected a list of sizes")
+    if len(shape) > 16 or math.prod(max(n, 1) for n in shape) > LARGEST_ARRAY:
+        raise CorpusError(f"{MANIFEST}: {where} has shape {shown(shape)}; expected at most {LARGEST_ARRAY} elements")
     stored = arrays.read(root / file, file, dtype, tuple(shape), digest)
     values: NDArray[Any] = arrays.decode(stored, dtype)
     return values
@@ -124,7 +152,7 @@ _JSON_TYPES: dict[type, str] = {str: "string", list: "array", dict: "object"}
 
 def _read_json(root: Path, name: str) -> Any:
     try:
-        return json.loads((root / name).read_text(encoding="utf-8"))
+        return json.loads(read_text(root / name))
     except FileNotFoundError as error:
         raise CorpusError(f"{name}: the file is missing in {root}; expected a golden corpus there") from error
     except OSError as error:

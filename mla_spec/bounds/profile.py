@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mla_spec.reference.formats import format_of
+from mla_spec.text.typed import Count, Least, Size, require_fields
 
 
 def gamma(n: float, u: float) -> float:
@@ -34,21 +35,15 @@ class Accumulator:
 
     format: str = "float32"
     order: Literal["sequential", "blocked", "tensor-core"] = "sequential"
-    block: int = 1
-    fraction_bits: int = 25
+    block: Count = 1
+    fraction_bits: Count = 25
     operands: str | None = None
-    operand_parts: int = 1
+    operand_parts: Count = 1
     operand_rounding: Literal["nearest", "truncate"] = "nearest"
 
     def __post_init__(self) -> None:
+        require_fields(self)
         format_of(self.format)
-        if self.order not in ("sequential", "blocked", "tensor-core"):
-            raise ValueError(f"Accumulator: unknown order {self.order!r}")
-        if self.operand_rounding not in ("nearest", "truncate"):
-            raise ValueError(f"Accumulator: unknown operand_rounding {self.operand_rounding!r}")
-        for name in ("block", "operand_parts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Accumulator: {name} must be at least 1, got {getattr(self, name)}")
         if self.operands is not None and format_of(self.operands).min_exponent > -126:
             raise ValueError(f"Accumulator: operands in {self.operands} overflow where those in float32 do not")
 
@@ -99,6 +94,7 @@ class RopeProfile:
     rotation: str = "float32"
 
     def __post_init__(self) -> None:
+        require_fields(self)
         for name in (self.frequency, self.angle, self.table, self.rotation):
             format_of(name)
 
@@ -143,7 +139,7 @@ class Profile:
         deterministic: the same call gives the same bits every time.
 
     Raises:
-        ValueError: an unknown format or option.
+        ValueError: an unknown format or option, or a value of another type.
     """
 
     dtype: str
@@ -151,18 +147,18 @@ class Profile:
     query: str | None = None
     query_scale: Literal["none", "tensor", "token", "head"] = "none"
     query_times_scale: bool = False
-    operand_roundings: int = 0
+    operand_roundings: Size = 0
     score_format: str = "float32"
-    score_roundings: int = 1
+    score_roundings: Size = 1
     softmax: str = "float32"
-    exp_error: float = 4.0
-    tile: int | None = None
+    exp_error: Annotated[float, Least(0)] = 4.0
+    tile: Count | None = None
     probabilities: str = "float32"
     probabilities_scale: float = 1.0
     row_sum: Literal["unrounded", "rounded", "normalised"] = "unrounded"
     value: Accumulator = field(default_factory=Accumulator)
-    splits: int = 1
-    merge_every: int | None = None
+    splits: Size = 1
+    merge_every: Count | None = None
     merge_shares: Literal["unnormalised", "normalised"] = "unnormalised"
     split_format: str = "float32"
     output: str = ""
@@ -177,6 +173,7 @@ class Profile:
     deterministic: bool = True
 
     def __post_init__(self) -> None:
+        require_fields(self)
         object.__setattr__(self, "output", self.output or self.dtype)
         for name in ("dtype", "score_format", "softmax", "probabilities", "split_format", "output", "lse", "norm"):
             format_of(getattr(self, name))
@@ -192,16 +189,6 @@ class Profile:
             raise ValueError(
                 f"Profile: probabilities_scale must be a power of two up to {largest:g}, got {self.probabilities_scale!r}"
             )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Profile: {name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("score_roundings", "operand_roundings", "splits"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Profile: {name} must not be negative, got {getattr(self, name)!r}")
-        for name in ("tile", "merge_every"):
-            keys = getattr(self, name)
-            if keys is not None and keys < 1:
-                raise ValueError(f"Profile: {name} must be positive or None, got {keys!r}")
 
     @property
     def coarse(self) -> bool:
@@ -250,12 +237,3 @@ def _stated(value: Any) -> Any:
     if isinstance(value, dict) and value.get("operands", "") is None:
         return {name: of for name, of in value.items() if not name.startswith("operand")}
     return value
-
-
-_CHOICES = {
-    "query_scale": ("none", "tensor", "token", "head"),
-    "row_sum": ("unrounded", "rounded", "normalised"),
-    "merge_shares": ("unnormalised", "normalised"),
-    "output_rounding": ("nearest", "truncate"),
-    "form": ("explicit", "absorbed"),
-}

@@ -18,9 +18,11 @@ from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Options, Production
 from mla_spec.judging.plan import Cell, Shard, parse_shard, plan
 from mla_spec.judging.records import RecordFile, RecordsError
+from mla_spec.judging.run import kind_of
 from mla_spec.judging.session import Asked, Stopped, header, run_here, run_in, stops
 from mla_spec.judging.waivers import WaiverError, Waivers, read_waivers
 from mla_spec.operations.all import parse_case
+from mla_spec.operations.case import Case
 from mla_spec.reference.checkpoint import checkpoint_model
 from mla_spec.subjects.configured import configured_subject, dims_of
 from mla_spec.subjects.description import describe
@@ -184,8 +186,22 @@ def _law_options(options: argparse.Namespace) -> dict[str, Any]:
         "production": _production(options),
         "dims": () if options.config is None else dims_of(checkpoint_model(options.config)),
         "dtypes": None if options.dtype is None else tuple(options.dtype),
-        "case": None if options.case is None else parse_case(options.case),
+        "case": None if options.case is None else _case(options.case, options.law[0]),
     }
+
+
+def _case(text: str, law: str) -> Case:
+    """The case with an id; UsageError where the law is not of such cases, or no inputs can be built."""
+    case, wanted = parse_case(text), {kind_of(found) for found in find_laws([law])} - {""}
+    if wanted and case.kind not in wanted:
+        raise UsageError(
+            f"--law {law} takes cases of kind {', '.join(sorted(wanted))}, but --case is of kind {case.kind}"
+        )
+    try:
+        getattr(case, "build", lambda: None)()
+    except Exception as error:
+        raise UsageError(f"case {shown(text)}: its inputs cannot be built: {error}") from error
+    return case
 
 
 def _production(options: argparse.Namespace) -> Production | None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.proof.coverage import measure_coverage, report
-from mla_spec.proof.selftest import planted_bugs, run_selftest
+from mla_spec.proof.selftest import matrix_from, planted_bugs, run_selftest
 from mla_spec.subjects.find import UnknownSubject, resolve_subject
-from mla_spec.text.terminal import UsageError, show_progress, write_json
+from mla_spec.text.files import read_text
+from mla_spec.text.terminal import UsageError, require_output, show_progress, shown, write_json
 
 
 def coverage(options: argparse.Namespace) -> int:
     """Count cases and kills and print them; 1 where a cell is empty without a reason, or a law fails."""
+    require_output("--json", options.json)
     try:
         for spec in options.subjects:
             resolve_subject(spec)
@@ -45,10 +45,7 @@ def _first_kills(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _read_matrix(path: str) -> list[dict[str, Any]]:
     try:
-        bugs: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))["bugs"]
-        laws = {record["law"] for bug in bugs for record in bug["records"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--selftest must be what `mla-spec selftest --json` wrote; {path}: {error!r}") from error
-    for law in laws - set(all_laws()):
-        raise UsageError(f"--selftest {path} has the law {law!r}, which this version does not have")
-    return bugs
+        matrix = matrix_from(json.loads(read_text(path)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--selftest must be what `mla-spec selftest --json` wrote; {shown(path)}: {error}") from error
+    return [result.as_dict() for result in matrix.results]

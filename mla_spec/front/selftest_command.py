@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from mla_spec.front.device import require_device
@@ -19,8 +18,9 @@ from mla_spec.proof.selftest import (
     planted_bugs,
     run_selftest,
 )
+from mla_spec.text.files import read_text
 from mla_spec.text.table import format_table
-from mla_spec.text.terminal import UsageError, append_json, require_output, show_progress, write_json
+from mla_spec.text.terminal import UsageError, append_json, require_output, show_progress, shown, write_json
 
 
 def selftest(options: argparse.Namespace) -> int:
@@ -59,9 +59,9 @@ def selftest(options: argparse.Namespace) -> int:
 
 def _read(path: str) -> Matrix:
     try:
-        return matrix_from(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--read must be what `mla-spec selftest --json` wrote; {path}: {error!r}") from error
+        return matrix_from(json.loads(read_text(path)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--read must be what `mla-spec selftest --json` wrote; {shown(path)}: {error}") from error
 
 
 def _run(bugs: list[Any], options: argparse.Namespace) -> Matrix:

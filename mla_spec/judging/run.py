@@ -17,6 +17,7 @@ from hypothesis.errors import Flaky
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
 from mla_spec.bounds.error_bound import InvalidBound
+from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Law, Options, Production, Run
 from mla_spec.judging.verdict import (
     Record,
@@ -160,6 +161,15 @@ class _Attempts:
             self.failure = self.failure or (error, case)
             raise
 
+    def given(self, case: Case) -> None:
+        """Run a case that somebody wrote down: the law may not be made for such."""
+        try:
+            self(case)
+        except _FAILURES:
+            raise
+        except Exception as error:
+            raise VacuousCase(f"this law cannot be judged by this case: {raised(error)}") from error
+
     def _check(self, case: Case) -> None:
         try:
             self.law.check(self.run, case)
@@ -216,7 +226,7 @@ def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Op
     attempt = _Attempts(law, run, options)
     try:
         if options.case is not None:
-            attempt(options.case)
+            attempt.given(options.case)
         else:
             _generate(law, run, examples, options, attempt)
     except NotOffered as error:
@@ -287,9 +297,18 @@ def _draw(law: Law, run: Run, cases: Any, examples: int, options: Options, attem
     """Run what Hypothesis draws from the strategy ``cases``."""
 
     @hypothesis.seed(zlib.crc32(f"{options.seed} {law.name} {run.driver.dtype}".encode()))
-    @settings(
+    @_settings(examples, (Phase.generate, Phase.shrink) if options.minimise else (Phase.generate,))
+    @given(cases)
+    def generated(case: Case) -> None:
+        attempt(case)
+
+    generated()
+
+
+def _settings(examples: int, phases: tuple[Phase, ...]) -> settings:
+    return settings(
         max_examples=examples,
-        phases=(Phase.generate, Phase.shrink) if options.minimise else (Phase.generate,),
+        phases=phases,
         backend=BACKEND,
         database=None,
         deadline=None,
@@ -298,8 +317,20 @@ def _draw(law: Law, run: Run, cases: Any, examples: int, options: Options, attem
         print_blob=False,
         verbosity=hypothesis.Verbosity.quiet,
     )
-    @given(cases)
-    def generated(case: Case) -> None:
-        attempt(case)
 
-    generated()
+
+def kind_of(law: Law) -> str:
+    """The kind of a law's cases; "" where none can be made."""
+    supports, profile = Supports(), Profile.default("float32")
+    cases = law.cases(supports, profile)
+    seen = [*law.first(supports, profile), *(cases if isinstance(cases, list) else ())]
+    if not seen and not isinstance(cases, list):
+
+        @hypothesis.seed(0)
+        @_settings(1, (Phase.generate,))
+        @given(cases)
+        def drawn(case: Case) -> None:
+            seen.append(case)
+
+        drawn()
+    return str(seen[0].kind) if seen else ""

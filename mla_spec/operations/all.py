@@ -25,8 +25,10 @@ from mla_spec.operations import (
     write_cache,
 )
 from mla_spec.operations.case import Case, read_case
+from mla_spec.operations.case_limits import fault
 from mla_spec.operations.operation import Operation
 from mla_spec.operations.regimes import Regime
+from mla_spec.text.terminal import shown
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,18 @@ REGIMES: dict[str, tuple[Regime, ...]] = {case.kind: regimes for case, regimes i
 
 
 def parse_case(text: str) -> Case:
-    """The case with this id; ValueError names the part that cannot be read."""
+    """The case with this id.
+
+    Raises:
+        ValueError: a part cannot be read, has a value that makes no sense, or asks for more than a machine should hold.
+    """
     kind = text.partition(":")[0]
     if kind not in KINDS:
-        raise ValueError(f"case {text!r}: unknown kind {kind!r}; known are {', '.join(KINDS)}")
-    return read_case(KINDS[kind], text)
+        raise ValueError(f"case {shown(text)}: unknown kind {shown(kind)}; known are {', '.join(KINDS)}")
+    case = read_case(KINDS[kind], text)
+    if why := fault(case):
+        raise ValueError(f"case {shown(text)}: {why}")
+    return case
 
 
 def regimes_of(case: Case) -> tuple[str, ...]:

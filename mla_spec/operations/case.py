@@ -7,6 +7,8 @@ from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
 
+from mla_spec.text.terminal import shown
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -50,17 +52,19 @@ def _read(text: str, hint: Any) -> Any:
 
 def read_case(cls: type[Case], text: str) -> Case:
     """The case of this class with the id ``text``; ValueError names the part that cannot be read."""
-    hints = get_type_hints(cls)
+    hints = {field.name: get_type_hints(cls)[field.name] for field in fields(cls)}
     values: dict[str, Any] = {}
     for part in text.partition(":")[2].split(","):
         name, _, value = part.partition("=")
-        if name not in hints or name in ("kind", "optional"):
-            raise ValueError(f"case {text!r}: a {cls.kind} case has no field {name!r}")
+        if name not in hints:
+            raise ValueError(f"case {shown(text)}: a {cls.kind} case has no field {shown(name)}")
+        if name in values:
+            raise ValueError(f"case {shown(text)}: {name} is given twice")
         try:
             values[name] = _read(value, hints[name])
         except (ValueError, KeyError):
-            raise ValueError(f"case {text!r}: {name} cannot be {value!r}") from None
+            raise ValueError(f"case {shown(text)}: {name} cannot be {shown(value)}") from None
     try:
         return cls(**values)
-    except TypeError as error:
-        raise ValueError(f"case {text!r}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"case {shown(text)}: {error}") from None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from mla_spec.operations.case import Case
@@ -19,6 +18,7 @@ from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.quantised_cache import HEAD_DIM_V, QuantisedDecodeCase
 from mla_spec.operations.sparse import SparseDecodeCase
+from mla_spec.text.files import read_text
 
 ELEMENTS: Final = 2**24
 """Of one argument in float64, at most. A pool that would be larger is shared: sequences name the same pages."""
@@ -112,8 +112,8 @@ def read_workload(path: str) -> tuple[Case, ...]:
         WorkloadError: the file cannot be read or is empty, or a line is no case or larger than a host should hold.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise WorkloadError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     cases = tuple(_case(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
     if not cases:

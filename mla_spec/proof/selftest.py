@@ -16,7 +16,10 @@ from mla_spec.installed import all_laws
 from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Options
 from mla_spec.judging.verdict import Record
+from mla_spec.operations.all import parse_case
 from mla_spec.proof.reach import operations_that_differ
+from mla_spec.text.terminal import shown
+from mla_spec.text.typed import checked
 
 
 def kills(record: Record) -> bool:
@@ -142,17 +145,29 @@ class Matrix:
         return matrix
 
 
-def matrix_from(content: dict[str, Any]) -> Matrix:
+def matrix_from(content: Any) -> Matrix:
     """The matrix that ``Matrix.as_dict`` wrote.
 
     Raises:
-        KeyError, TypeError: it is not one.
+        ValueError: it is not one.
     """
-    results = [
-        BugResult(bug["bug"], bug["symptom"], tuple(Record(**record) for record in bug["records"]))
-        for bug in content["bugs"]
-    ]
-    return Matrix(tuple(results), bool(content["complete"]))
+    found = checked(content, dict[str, Any], "the content")
+    bugs = checked(found.get("bugs"), list[dict[str, Any]], "bugs")
+    results = tuple(_result_from(bug, f"bugs[{i}]") for i, bug in enumerate(bugs))
+    return Matrix(results, checked(found.get("complete"), bool, "complete"))
+
+
+def _result_from(bug: dict[str, Any], where: str) -> BugResult:
+    name, symptom = (checked(bug.get(key), str, f"{where}: {key}") for key in ("bug", "symptom"))
+    records = checked(bug.get("records"), list[Record], f"{where}: records")
+    for record in records:
+        if record.law not in all_laws():
+            raise ValueError(f"{where} has the law {shown(record.law)}, which this version does not have")
+        if record.case:
+            parse_case(record.case)
+    if not records:
+        raise ValueError(f"{where} has no records")
+    return BugResult(name, symptom, tuple(records))
 
 
 def planted_bugs(ids: Iterable[str] = ()) -> list[Any]:

@@ -53,9 +53,14 @@ def gather_rows(kv_cache: Array, block_table: IntArray, cache_seqlens: IntArray)
     """Rows of each sequence in token order, padded with 0 to the longest; [b, t, c+r].
 
     Nothing beyond a sequence's length is read, neither slots nor table entries.
+
+    Raises:
+        ValueError: a sequence is longer than its row of the table.
     """
-    page_size = kv_cache.shape[1]
-    token = np.arange(int(cache_seqlens.max(initial=0)))
+    page_size, longest = kv_cache.shape[1], int(cache_seqlens.max(initial=0))
+    if longest > block_table.shape[1] * page_size:
+        raise ValueError(f"{block_table.shape[1]} pages of {page_size} tokens do not hold a sequence of {longest}")
+    token = np.arange(longest)
     used = token < cache_seqlens[:, None]  # [b, t]
     pages = np.where(used, block_table[:, token // page_size], 0)
     return np.where(used[..., None], kv_cache[pages, token % page_size, 0], 0.0)

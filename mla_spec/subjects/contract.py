@@ -23,13 +23,14 @@ from collections.abc import Mapping
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.installed import operation_names
-from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.supports import DTYPES, Supports
 from mla_spec.subjects.violation import raised
+from mla_spec.text.terminal import one_line, shown
 
 
 def subject_name(subject: object) -> str:
     """``subject.name``, else the name of its class."""
-    return str(getattr(subject, "name", type(subject).__name__))
+    return one_line(getattr(subject, "name", type(subject).__name__), 200)
 
 
 def offers(subject: object, operation: str) -> bool:
@@ -59,11 +60,14 @@ def profile_of(subject: object, dtype: str) -> Profile:
     name = subject_name(subject)
     if not isinstance(declared, Mapping):
         raise TypeError(f"{name}.profile must map dtype names to Profiles, got {type(declared).__name__}")
+    for key in declared:
+        if not isinstance(key, str) or key not in DTYPES:
+            raise TypeError(f"{name}.profile has the key {shown(key)}; expected some of {', '.join(DTYPES)}")
     profile = declared.get(dtype)
     if profile is None:
         return Profile.default(dtype)
     if not isinstance(profile, Profile) or profile.dtype != dtype:
-        raise TypeError(f"{name}.profile[{dtype!r}] must be a Profile of dtype {dtype!r}, got {profile!r}")
+        raise TypeError(f"{name}.profile[{dtype!r}] must be a Profile of dtype {dtype!r}, got {shown(profile)}")
     return profile
 
 

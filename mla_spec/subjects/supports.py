@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mla_spec.reference.cache_layout import LAYOUTS
+from mla_spec.text.terminal import shown
+from mla_spec.text.typed import Count, Least, Size, require_fields
 
 YARN_OPTIONS = ("attention_factor", "softmax_mscale", "truncate", "applies")
 
@@ -84,27 +86,27 @@ class Supports:
             to know a length cannot.
 
     Raises:
-        ValueError: an unknown dtype, cache format, empty-row rule, rope layout or rule for weights.
+        ValueError: a value of another type, an unknown dtype, cache format, empty-row rule, rope layout or rule for weights.
     """
 
     dtypes: tuple[str, ...] = DTYPES
-    page_sizes: tuple[int, ...] | None = None
-    num_heads: tuple[int, ...] | None = None
-    latent_dims: tuple[tuple[int, int], ...] | None = None
-    max_s: int | None = None
-    max_parts: int | None = None
-    prefill_dims: tuple[tuple[int, int], ...] | None = None
-    weight_block_sizes: tuple[tuple[int, int], ...] | None = None
+    page_sizes: tuple[Size, ...] | None = None
+    num_heads: tuple[Size, ...] | None = None
+    latent_dims: tuple[tuple[Size, Size], ...] | None = None
+    max_s: Count | None = None
+    max_parts: Count | None = None
+    prefill_dims: tuple[tuple[Size, Size], ...] | None = None
+    weight_block_sizes: tuple[tuple[Size, Size], ...] | None = None
     cache_formats: tuple[str, ...] = tuple(LAYOUTS)
-    topk_multiple: int = 1
+    topk_multiple: Count = 1
     attention_sink: bool = True
     topk_length: bool = True
-    indexer_dims: tuple[tuple[int, int], ...] | None = None
-    indexer_top_k: tuple[int, ...] | None = None
+    indexer_dims: tuple[tuple[Size, Size], ...] | None = None
+    indexer_top_k: tuple[Size, ...] | None = None
     indexer_logits: bool = True
     indexer_rope_layouts: tuple[str, ...] = ("interleaved", "half")
     indexer_rope_optional: bool = True
-    indexer_norm_eps: float | None = None
+    indexer_norm_eps: Annotated[float, Least(0)] | None = None
     indexer_ties: Literal["smaller index", "any"] = "smaller index"
     lse: bool = True
     backward: tuple[str, ...] | None = None
@@ -121,22 +123,19 @@ class Supports:
     mla_scale_lora: bool = True
     llama_4_scaling: bool = True
     layer_weights: Literal["live", "copied"] = "live"
-    layer_dim_multiple: int = 1
-    latent_norm_eps: float | None = None
-    cache_page: int = 1
+    layer_dim_multiple: Count = 1
+    latent_norm_eps: Annotated[float, Least(0)] | None = None
+    cache_page: Count = 1
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
+        require_fields(self)
         _require_known("dtypes", self.dtypes, DTYPES)
         _require_known("cache_formats", self.cache_formats, tuple(LAYOUTS))
         _require_known("backward", self.backward or (), BACKWARD)
         _require_known("rope_layouts", self.rope_layouts, ("interleaved", "half"))
         _require_known("indexer_rope_layouts", self.indexer_rope_layouts, ("interleaved", "half"))
-        _require_known("empty_row", (self.empty_row,), ("zero/-inf", "zero/+inf", "unsupported"))
-        _require_known("indexer_ties", (self.indexer_ties,), ("smaller index", "any"))
         _require_known("yarn_options", self.yarn_options, YARN_OPTIONS)
-        _require_known("layer_weights", (self.layer_weights,), ("live", "copied"))
-        _require_known("yarn_mscale_rule", (self.yarn_mscale_rule,), ("any", "equal"))
 
     def may_differentiate(self, operation: str) -> bool:
         """Whether autograd differentiates ``operation``, or might."""
@@ -172,4 +171,4 @@ def _size(field: str, value: int | tuple[int, int]) -> int:
 def _require_known(field: str, values: tuple[Any, ...], known: tuple[Any, ...]) -> None:
     for value in values:
         if value not in known:
-            raise ValueError(f"Supports: {field} has unknown value {value!r}; known are {', '.join(known)}")
+            raise ValueError(f"Supports: {field} has unknown value {shown(value)}; known are {', '.join(known)}")

@@ -156,5 +156,5 @@ def expected(hint: Any) -> str:
     if origin is tuple:
         return f"a list of {len(args)}: {', '.join(expected(each) for each in args)}"
     if origin is dict or is_dataclass(hint):
-        return "an object" if origin is dict else f"a {hint.__name__}"
+        return "an object" if origin is dict else f"the fields of {hint.__name__}"
     return _NOUNS.get(hint, f"a {getattr(hint, '__name__', hint)}")

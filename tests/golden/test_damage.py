@@ -73,7 +73,10 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
         lambda root: (root / ARRAY).write_bytes((root / ARRAY).read_bytes()[:50]),
         f"{ARRAY}: the file ends within the header; expected 128 bytes of it",
     ),
-    (huge_shape, f"{ARRAY}: the header gives shape (4, 1, 3, 6); expected (1073741824, *"),
+    (
+        huge_shape,
+        "manifest.json: array 'out' of case 'decode-paged' has shape [1073741824, 1073741824, 1073741824]; expected at most *",
+    ),
     (
         lambda root: edit_manifest(root, lambda m: entry_of(m).update(dtype="float128")),
         "manifest.json: array 'out' of case 'decode-paged' has dtype 'float128'; expected one of float64, *",
@@ -110,6 +113,46 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (
         lambda root: edit_manifest(root, lambda m: m["cases"][0]["parameters"]["rope"].update(dim=3)),
         "case 'rope-table-plain': rope_table cannot be computed from this case: RopeConfig: dim *",
+    ),
+    (
+        lambda root: edit_manifest(root, lambda m: entry_of(m).update(shape=[0, 2**31 - 1, 2**31 - 1, 2**31 - 1])),
+        "manifest.json: array 'out' of case 'decode-paged' has shape [0, 2147483647, *; expected at most 268435456 *",
+    ),
+    (
+        lambda root: edit_manifest(root, lambda m: entry_of(m).update(shape=[1] * 100)),
+        "manifest.json: array 'out' of case 'decode-paged' has shape [1, 1, *; expected at most 268435456 *",
+    ),
+    (
+        lambda root: edit_manifest(root, lambda m: entry_of(m).update(comparison="exakt")),
+        "manifest.json: array 'out' of case 'decode-paged' has comparison 'exakt'; expected 'exact' or 'bounded'",
+    ),
+    (
+        lambda root: edit_manifest(root, lambda m: entry_of(m).pop("comparison")),
+        "manifest.json: array 'out' of case 'decode-paged' has comparison ''; expected 'exact' or 'bounded'",
+    ),
+    (
+        lambda root: edit_manifest(root, lambda m: m["cases"][0]["arrays"][0].update(comparison="exact")),
+        "manifest.json: array 'positions' of case 'rope-table-plain' has comparison 'exact'; expected none, *",
+    ),
+    (
+        lambda root: edit_manifest(root, lambda m: m["cases"][0].update(sources=[{}])),
+        "manifest.json: case 'rope-table-plain' has sources [{}]; expected strings",
+    ),
+    (
+        lambda root: edit_manifest(root, lambda m: m["cases"][0]["parameters"].update(rope=[1])),
+        "manifest.json: case 'rope-table-plain': parameter rope is [1]; expected an object",
+    ),
+    (
+        lambda root: edit_manifest(root, lambda m: m["cases"][0]["parameters"].update(rtol=0.1)),
+        "manifest.json: case 'rope-table-plain': unknown parameter 'rtol'; expected some of *",
+    ),
+    (
+        lambda root: edit_manifest(root, lambda m: m["cases"][0]["parameters"]["rope"].update(dim=2**40)),
+        "manifest.json: case 'rope-table-plain': parameter rope.dim is 1099511627776; expected at most 65536",
+    ),
+    (
+        lambda root: edit_manifest(root, lambda m: m["cases"][0]["parameters"]["rope"].update(theta="big")),
+        "case 'rope-table-plain': rope_table cannot be computed from this case: *",
     ),
     (json_bomb, "manifest.json: not valid JSON in UTF-8: *"),
     (lambda root: (root / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json: not valid JSON in UTF-8: *"),

@@ -119,7 +119,9 @@ def test_a_matrix_that_is_none_is_refused(tmp_path: Path, capsys: pytest.Capture
         file.write_text(text)
         assert main(["coverage", "--selftest", str(file)]) == 2
         assert "--selftest must be what `mla-spec selftest --json` wrote" in capsys.readouterr().err
-    file.write_text(json.dumps({"bugs": [{"bug": "X1", "killed_by": [], "records": [{"law": "test_none"}]}]}))
+    record = {"law": "test_none", "subject": "a", "verdict": "pass"}
+    bugs = [{"bug": "X1", "symptom": "", "records": [record]}]
+    file.write_text(json.dumps({"complete": True, "bugs": bugs}))
     assert main(["coverage", "--selftest", str(file)]) == 2
     assert "has the law 'test_none'" in capsys.readouterr().err
     assert main(["coverage", "no-such-subject"]) == 2
