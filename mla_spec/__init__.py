@@ -9,9 +9,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mla_spec.bounds.profile import Accumulator as Accumulator
     from mla_spec.bounds.profile import Profile as Profile
+    from mla_spec.bounds.profile import RopeProfile as RopeProfile
     from mla_spec.front.parametrize import parametrize_with_checks as parametrize_with_checks
     from mla_spec.judging.check import check_subject as check_subject
     from mla_spec.judging.law import Options as Options
+    from mla_spec.judging.law import Production as Production
+    from mla_spec.judging.verdict import Record as Record
+    from mla_spec.reference.config import Llama4Scaling as Llama4Scaling
+    from mla_spec.reference.config import LongRopeScaling as LongRopeScaling
     from mla_spec.reference.config import MLAConfig as MLAConfig
     from mla_spec.reference.config import RopeConfig as RopeConfig
     from mla_spec.reference.config import YarnScaling as YarnScaling
@@ -19,16 +24,21 @@ if TYPE_CHECKING:
     from mla_spec.subjects.supports import Supports as Supports
 
 _EXPORTS = {
+    "Accumulator": "mla_spec.bounds.profile",
+    "Profile": "mla_spec.bounds.profile",
+    "RopeProfile": "mla_spec.bounds.profile",
+    "parametrize_with_checks": "mla_spec.front.parametrize",
+    "check_subject": "mla_spec.judging.check",
+    "Options": "mla_spec.judging.law",
+    "Production": "mla_spec.judging.law",
+    "Record": "mla_spec.judging.verdict",
+    "Llama4Scaling": "mla_spec.reference.config",
+    "LongRopeScaling": "mla_spec.reference.config",
     "MLAConfig": "mla_spec.reference.config",
     "RopeConfig": "mla_spec.reference.config",
     "YarnScaling": "mla_spec.reference.config",
     "IndexerConfig": "mla_spec.reference.indexer",
-    "Accumulator": "mla_spec.bounds.profile",
-    "Profile": "mla_spec.bounds.profile",
     "Supports": "mla_spec.subjects.supports",
-    "Options": "mla_spec.judging.law",
-    "check_subject": "mla_spec.judging.check",
-    "parametrize_with_checks": "mla_spec.front.parametrize",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -40,3 +50,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mla_spec import __version__, installed
+from mla_spec.front.help import add_examples
 from mla_spec.front.limits import require_within_limits
 from mla_spec.subjects.exits import INCOMPLETE, loud_exits
 from mla_spec.text.terminal import UsageError, any_encoding, append_json, one_line, show_progress, write_json
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     any_encoding()
     try:
-        options = _parser().parse_args(arguments)
+        parser = _parser()
+        _complete(parser)
+        options = parser.parse_args(arguments)
         require_within_limits(vars(options))
         code = _run(options)
         sys.stdout.flush()
@@ -60,12 +63,25 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mla-spec", description="Conformance suite for Multi-head Latent Attention.")
+    parser = _Parser(
+        prog="mla-spec",
+        description="Conformance suite for Multi-head Latent Attention.",
+        epilog="`mla-spec COMMAND --help` has the options, examples and exit codes of a command.",
+    )
     parser.add_argument("--version", action="version", version=f"mla-spec {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     for add in _COMMANDS:
         add(commands)
+    add_examples(commands.choices)
     return parser
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that completes a line, and exit; nothing otherwise."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
 
 
 def _add_check(commands: Commands) -> None:
@@ -243,6 +259,14 @@ def _add_golden(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases to certify (0)")
 
 
+def _add_book(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "book", help="write a page for each operation: its contract, its laws, the bugs they find"
+    )
+    parser.set_defaults(run=_book)
+    parser.add_argument("folder", metavar="DIR", help="where the pages go; it is made if need be")
+
+
 _COMMANDS = (
     _add_check,
     _add_merge,
@@ -255,6 +279,7 @@ _COMMANDS = (
     _add_models,
     _add_cache,
     _add_golden,
+    _add_book,
 )
 
 
@@ -348,6 +373,12 @@ def _contract(options: argparse.Namespace) -> int:
 
     print(contract(options.operation))
     return 0
+
+
+def _book(options: argparse.Namespace) -> int:
+    from mla_spec.front.book import book
+
+    return book(options)
 
 
 def _models(options: argparse.Namespace) -> int:

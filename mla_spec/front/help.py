@@ -1,0 +1,60 @@
+"""What ``--help`` says below the options of a command: examples, and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+_VERDICT = "0 conforms, 1 violates, 2 usage, 3 incomplete, 130 interrupted"
+
+EXIT_CODES: Mapping[str, str] = {
+    "check": _VERDICT,
+    "merge": _VERDICT,
+    "soundness": "0 no element outside its bound, 1 some are, 2 usage, 3 interrupted before all cases",
+    "sensitivity": "0 the card is printed, 2 usage, 130 interrupted",
+    "selftest": "0 every bug is killed, 1 some survive, 2 usage, 130 interrupted",
+    "coverage": "0 every cell has a case or a reason, 1 some have neither, 2 usage, 130 interrupted",
+    "laws": "0 the list is printed, 2 usage",
+    "contract": "0 the contract is printed, 2 usage",
+    "models": "0 the list is printed, 2 usage",
+    "cache": "0 the sizes are printed, 2 usage",
+    "golden": "0 the files or the subject hold, 1 they do not, 2 usage, 3 incomplete, 130 interrupted",
+    "book": "0 the pages are written, 2 usage",
+}
+
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "check": (
+        "mla-spec check my_kernel.py:Kernel",
+        "mla-spec check my_kernel.py:Kernel --law decode --dtype bfloat16",
+        "mla-spec check my_kernels.decode:flash_decode --signature decode",
+        "mla-spec check torch-absorbed --examples 10 --json report.json",
+    ),
+    "merge": ("mla-spec merge first.jsonl second.jsonl --json report.json",),
+    "soundness": ("mla-spec soundness --cases 1000", "mla-spec soundness --first 17 --cases 1"),
+    "sensitivity": ("mla-spec sensitivity torch-absorbed --dtype bfloat16 --cases 5",),
+    "selftest": ("mla-spec selftest --bug K4", "mla-spec selftest --quick"),
+    "coverage": ("mla-spec coverage torch-absorbed --examples 400",),
+    "laws": ("mla-spec laws",),
+    "contract": ("mla-spec contract", "mla-spec contract decode"),
+    "models": ("mla-spec models",),
+    "cache": (
+        "mla-spec cache DeepSeek-V3 --tokens 4096 --tp 8",
+        "mla-spec cache DeepSeek-V3 --training",
+        "mla-spec cache path/to/config.json --layout fp8_ds_mla",
+    ),
+    "golden": (
+        "mla-spec golden verify",
+        "mla-spec golden check my_kernel.py:Kernel",
+        "mla-spec golden regenerate --dir golden",
+    ),
+    "book": ("mla-spec book docs/operations",),
+}
+
+
+def add_examples(commands: Mapping[str, argparse.ArgumentParser]) -> None:
+    """Give each command its examples and exit codes, below its options."""
+    for name in EXAMPLES:
+        parser = commands[name]
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        examples = "\n".join(f"  {line}" for line in EXAMPLES[name])
+        parser.epilog = f"examples:\n{examples}\n\nexit codes: {EXIT_CODES[name]}"
