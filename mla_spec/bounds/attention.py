@@ -33,6 +33,7 @@ from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.bounds.shared_query import moved_by_query
 from mla_spec.bounds.weight_rounding import Likely, rounded_p
 from mla_spec.reference.attention import (
+    BLOCK_SIZE,
     SoftmaxBlock,
     heads_to_rows,
     key_block,
@@ -98,7 +99,7 @@ def attention_with_bound(
     query_error: Array | None = None,
     attn_sink: Array | None = None,
     probable: bool = False,
-    block_size: int = 512,
+    block_size: int = BLOCK_SIZE,
 ) -> BoundedAttention:
     """``attention`` and the error of computing it as ``profile`` says.
 
@@ -113,7 +114,14 @@ def attention_with_bound(
     """
     inherited = with_roundings(q, k, v, softmax_scale, inherited, profile, query_error)
     blocks = softmax_blocks(
-        q, k, v, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal, block_size=block_size
+        q,
+        k,
+        v,
+        softmax_scale=softmax_scale,
+        cache_seqlens=cache_seqlens,
+        causal=causal,
+        accurate=False,
+        block_size=block_size,
     )
     u_p = format_of(profile.probabilities).unit_roundoff
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -163,25 +171,23 @@ def _score_error(
 ) -> Callable[[SoftmaxBlock], Array]:
     """Δ without its part u·m that all keys of a row share."""
     groups = k.shape[-2]
+    size = (1 + rates.kappa) * abs(softmax_scale)  # a scale may be negative
     q_size = np.abs(q) if inherited is None else np.abs(q) + inherited.q
-    size = abs(softmax_scale)  # a scale may be negative
-    q_rows = heads_to_rows(q_size * size, groups)  # [..., g, rows, d]
+    q_rows = heads_to_rows(size * rates.gamma_qk * q_size, groups)  # [..., g, rows, d]
     if inherited is not None:
         # |σ| (e_q·(|k| + e_k) + |q|·e_k) as one product of twice the width
-        q_pair = np.concatenate([inherited.q, np.abs(q)], axis=-1) * size
-        pair_rows = heads_to_rows(q_pair, groups)
+        pair_rows = heads_to_rows(size * np.concatenate([inherited.q, np.abs(q)], axis=-1), groups)
 
     def error(block: SoftmaxBlock) -> Array:
         k_size = np.abs(key_block(k, block.keys))
         k_error = None if inherited is None else key_block(inherited.k, block.keys)
         if k_error is not None:
             k_size = k_size + k_error
-        delta = q_rows @ np.swapaxes(k_size, -1, -2)  # [..., g, rows, block]: the gauge G
-        delta *= rates.gamma_qk * (1 + rates.kappa)
-        delta += rates.kappa * np.abs(block.scores) - rates.u * block.scores
+        delta = q_rows @ np.swapaxes(k_size, -1, -2)  # [..., g, rows, block]: Γ (1 + κ) times the gauge G
+        # κ |s| − u s
+        delta += np.maximum((rates.kappa - rates.u) * block.scores, -(rates.kappa + rates.u) * block.scores)
         if k_error is not None:
-            k_pair = np.concatenate([k_size, k_error], axis=-1)
-            delta += (1 + rates.kappa) * (pair_rows @ np.swapaxes(k_pair, -1, -2))
+            delta += pair_rows @ np.swapaxes(np.concatenate([k_size, k_error], axis=-1), -1, -2)
         return delta
 
     return error

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from mla_spec.reference.attention import SoftmaxBlock, log_sum_exp
+from mla_spec.reference.attention import SoftmaxBlock, key_block, log_sum_exp
 from mla_spec.reference.typing import Array
 
 ScoreError = Callable[[SoftmaxBlock], Array]
@@ -55,71 +56,81 @@ def bound_sums(
         v_error: [..., t, g, dv].
         cell: width of a cell of scores, natural logarithm; None where roundings of P need no statistics.
     """
-    zero = np.zeros(())
-    total, error, error_square, weight_square = zero, zero, zero, zero
-    columns, value_square, cells = zero, zero, zero
+    sums: dict[str, Array] = defaultdict(lambda: np.zeros(()))
     least = np.full((), np.inf)
     for block in blocks:
-        m, decay = block.max_score, block.decay
-        least = np.minimum(least, np.where(block.visible, block.scores, np.inf).min(axis=-1, initial=np.inf))
-        delta = score_error(block)
-        surplus = _surplus(block, delta)  # w_j x_j
-        total = total * decay + block.weights.sum(axis=-1)
-        error = error * decay + surplus.sum(axis=-1)
-        # x_j is inf where δ_j overflows; a weight of 0 stays 0
-        error_square = error_square * decay + _product(surplus, np.expm1(delta)).sum(axis=-1)
-        e = None if v_error is None else np.moveaxis(v_error[..., block.keys, :, :], -2, -3)
+        m = block.max_score
+        least = np.minimum(least, _least_score(block))
+        growth, surplus = _growth(block, score_error(block))  # x_j and w_j x_j
+        by_row = {
+            "total": block.weights.sum(axis=-1),
+            "error": surplus.sum(axis=-1),
+            "error_square": _dot(surplus, growth),
+        }
+        e = None if v_error is None else key_block(v_error, block.keys)
         square = block.v**2
-        parts = [block.v, square] if e is None else [block.v, square, e, e**2]
-        columns = columns * decay[..., None] + block.weights @ np.concatenate(parts, axis=-1)
+        by_column = {"out": block.weights @ block.v, "out_square": block.weights @ square}
+        if e is not None:
+            by_column |= {"v_error": block.weights @ e, "v_error_square": block.weights @ e**2}
+        for name, row in by_row.items():
+            sums[name] = sums[name] * block.decay + row
+        for name, column in by_column.items():
+            sums[name] = sums[name] * block.decay[..., None] + column
         if cell is not None:
-            grown = (block.weights + surplus) ** 2
+            grown = block.weights + surplus
+            grown *= grown
             size_square = square if e is None else (np.abs(block.v) + e) ** 2
-            weight_square = weight_square * decay**2 + grown.sum(axis=-1)
-            value_square = value_square * decay[..., None] ** 2 + grown @ size_square
-            cells = cells * decay[..., None] + _histogram(block, cell)
+            sums["weight_square"] = sums["weight_square"] * block.decay**2 + grown.sum(axis=-1)
+            sums["value_square"] = sums["value_square"] * block.decay[..., None] ** 2 + grown @ size_square
+            sums["cells"] = sums["cells"] * block.decay[..., None] + _histogram(block, cell)
+    total = sums["total"]
     divisor = np.where(total == 0, 1.0, total)
     each = divisor[..., None]
-    means = columns / each
-    dv = means.shape[-1] // (2 if v_error is None else 4)
-    out, out_square, *v_errors = np.split(means, range(dv, means.shape[-1], dv), axis=-1)
-    none = np.zeros_like(out)
+    out = sums["out"] / each
+    v_errors = [np.broadcast_to(sums[name] / each, out.shape) for name in ("v_error", "v_error_square")]
     return BoundSums(
         max_score=m,
         max_abs_score=np.where(total == 0, 0.0, np.maximum(np.abs(m), np.abs(least))),
         lse=log_sum_exp(m, total),
         out=out,
-        out_square=out_square,
-        error=error / divisor,
-        error_square=error_square / divisor,
-        v_error=v_errors[0] if v_errors else none,
-        v_error_square=v_errors[1] if v_errors else none,
-        weight_square=weight_square / divisor**2,
-        value_square=value_square / each**2,
-        cells=cells / each,
+        out_square=sums["out_square"] / each,
+        error=sums["error"] / divisor,
+        error_square=sums["error_square"] / divisor,
+        v_error=v_errors[0],
+        v_error_square=v_errors[1],
+        weight_square=sums["weight_square"] / divisor**2,
+        value_square=sums["value_square"] / each**2,
+        cells=sums["cells"] / each,
     )
 
 
-def _surplus(block: SoftmaxBlock, delta: Array) -> Array:
-    """w_j expm1(δ_j) without cancellation; inf where it overflows."""
+def _least_score(block: SoftmaxBlock) -> Array:
+    """The smallest visible score of each row; inf where there is none."""
+    shown = block.scores if block.visible.all() else np.where(block.visible, block.scores, np.inf)
+    return np.asarray(shown.min(axis=-1, initial=np.inf))
+
+
+def _growth(block: SoftmaxBlock, delta: Array) -> tuple[Array, Array]:
+    """x_j = expm1(δ_j), inf where it overflows, and w_j x_j, inf only where that does; both without cancellation."""
+    growth = np.expm1(delta)
+    if delta.max(initial=0.0) < 300:
+        return growth, block.weights * growth
     small = delta < 300
-    if small.all():
-        return block.weights * np.expm1(delta)
-    return np.where(
-        small,
-        block.weights * np.expm1(np.where(small, delta, 0.0)),
-        np.exp(block.exponent + np.where(small, 0.0, delta)),
-    )
+    large = np.exp(block.exponent + np.where(small, 0.0, delta))
+    return growth, np.where(small, block.weights * np.where(small, growth, 0.0), large)
 
 
-def _product(surplus: Array, growth: Array) -> Array:
-    """Surplus · growth with 0 · inf = 0."""
-    return np.where(surplus == 0, 0.0, surplus * growth)
+def _dot(surplus: Array, growth: Array) -> Array:
+    """Σ_j surplus_j growth_j, with 0 · inf = 0: a weight of 0 stays 0."""
+    if np.isinf(growth).any():
+        growth = np.where(surplus == 0, 0.0, growth)
+    return np.asarray(np.einsum("...j,...j->...", surplus, growth))
 
 
 def _histogram(block: SoftmaxBlock, cell: float) -> Array:
     """Weight per cell of the score, [..., g, rows, CELLS]."""
-    index = np.floor(block.scores * (1 / cell)).astype(np.int64)  # beyond 2^63 all scores share a cell
+    cells = block.scores * (1 / cell)
+    index = np.floor(cells, out=cells).astype(np.int64)  # beyond 2^63 all scores share a cell
     index &= CELLS - 1
     rows = index.reshape(math.prod(index.shape[:-1]), index.shape[-1])  # a view
     rows += CELLS * np.arange(rows.shape[0])[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,13 @@ import numpy as np
 
 from mla_spec.reference.product import accurate_product
 from mla_spec.reference.typing import Array, BoolArray, IntArray
+
+BLOCK_SIZE = 512
+"""Keys held at once: so few that a block and what is formed of it stay in a cache, so many that products are fast."""
+
+# Once it has seen so large a piece freed, malloc of glibc keeps memory of up to this size, and does not return it to the
+# system after each block (mallopt(3), M_MMAP_THRESHOLD). The piece is never written, so it takes no memory.
+np.empty(31 * 2**20, dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,8 @@ def attention(
     softmax_scale: float,
     cache_seqlens: IntArray | int | None = None,
     causal: bool = True,
-    block_size: int = 512,
+    accurate: bool = True,
+    block_size: int = BLOCK_SIZE,
 ) -> tuple[Array, Array]:
     """out_i = Σ_j softmax_j(softmax_scale · q_i·k_j) v_j over the keys query i may see.
 
@@ -59,6 +68,7 @@ def attention(
         k: [..., t, g, d], g dividing h.
         v: [..., t, g, dv].
         cache_seqlens: valid keys of each sequence, [...] or one number; t when None. Rows past it are never read.
+        accurate: products to about an ulp of their gauge, which takes three times as long, and not those of BLAS.
         block_size: keys held at once; memory is O(s · h · (block_size + dv)) whatever t is.
 
     Returns:
@@ -70,11 +80,21 @@ def attention(
     """
     total, out = np.zeros(()), np.zeros(())
     for block in softmax_blocks(
-        q, k, v, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal, block_size=block_size
+        q,
+        k,
+        v,
+        softmax_scale=softmax_scale,
+        cache_seqlens=cache_seqlens,
+        causal=causal,
+        accurate=accurate,
+        block_size=block_size,
     ):
-        ones = np.ones((block.weights.shape[-1], 1))
-        total = total * block.decay + accurate_product(block.weights, ones)[..., 0]  # [..., g, rows]
-        out = out * block.decay[..., None] + accurate_product(block.weights, block.v)  # [..., g, rows, dv]
+        total = total * block.decay + block.weights.sum(axis=-1)  # [..., g, rows]; pairwise
+        if accurate:
+            values = accurate_product(block.weights, block.v, prefixes=not block.visible.all())
+        else:
+            values = block.weights @ block.v
+        out = out * block.decay[..., None] + values  # [..., g, rows, dv]
     s, h = q.shape[-3], q.shape[-2]
     out = out / np.where(total == 0, 1.0, total)[..., None]
     return rows_to_heads(out, s, h), rows_to_lse(log_sum_exp(block.max_score, total), s, h)
@@ -88,6 +108,7 @@ def softmax_blocks(
     softmax_scale: float,
     cache_seqlens: IntArray | int | None,
     causal: bool,
+    accurate: bool = True,
     block_size: int,
 ) -> Iterator[SoftmaxBlock]:
     """The keys in blocks, each with its weights relative to the largest score so far; at least one block.
@@ -96,13 +117,16 @@ def softmax_blocks(
     """
     limit = _visible_keys(q, k, v, cache_seqlens, causal)  # [..., 1, rows]
     read_limit = limit.max(axis=-1, initial=0)[..., None]  # [..., 1, 1]: rows that no query sees are not read
-    rows = heads_to_rows(q * softmax_scale, k.shape[-2])  # [..., g, rows, d]
+    product = accurate_product if accurate else np.matmul
+    factor, power = math.frexp(softmax_scale)  # q times a power of two is exact
+    rows = heads_to_rows(np.ldexp(q, power), k.shape[-2])  # [..., g, rows, d]
     m = np.full(np.broadcast_shapes(rows.shape[:-1], limit.shape), -np.inf)
     for start in range(0, max(1, k.shape[-3]), block_size):
         keys = slice(start, start + block_size)
         index = np.arange(start, min(start + block_size, k.shape[-3]))
         read = index < read_limit  # [..., 1, block]
-        scores = accurate_product(rows, np.swapaxes(key_block(k, keys, read), -1, -2))  # [..., g, rows, block]
+        scores = product(rows, np.swapaxes(key_block(k, keys, read), -1, -2))  # [..., g, rows, block]
+        scores *= factor
         visible = index < limit[..., None]  # [..., 1, rows, block]
         shown = scores if visible.all() else np.where(visible, scores, -np.inf)
         m_new = np.maximum(m, shown.max(axis=-1, initial=-np.inf))

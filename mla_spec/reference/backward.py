@@ -55,14 +55,14 @@ def attention_backward(
     key = key_block(k, block.keys, np.asarray(block.visible.any(axis=-2)))  # [..., g, t, d]
     query = heads_to_rows(q, g)  # [..., g, rows, d]
     do = heads_to_rows(out_grad, g)  # [..., g, rows, dv]
-    dv = accurate_product(np.swapaxes(p, -1, -2), do)  # [..., g, t, dv]
+    dv = accurate_product(np.swapaxes(p, -1, -2), do, prefixes=True)  # [..., g, t, dv]
     dp = accurate_product(do, np.swapaxes(block.v, -1, -2))  # [..., g, rows, t]
     mean = (p * dp).sum(axis=-1, keepdims=True)  # D, [..., g, rows, 1]
     if lse_grad is not None:
         mean = mean - lse_grad.reshape(mean.shape)
     ds = p * (dp - mean)  # [..., g, rows, t]
-    dq = softmax_scale * accurate_product(ds, key)  # [..., g, rows, d]
-    dk = softmax_scale * accurate_product(np.swapaxes(ds, -1, -2), query)  # [..., g, t, d]
+    dq = softmax_scale * accurate_product(ds, key, prefixes=True)  # [..., g, rows, d]
+    dk = softmax_scale * accurate_product(np.swapaxes(ds, -1, -2), query, prefixes=True)  # [..., g, t, d]
     return rows_to_heads(dq, s, h), np.moveaxis(dk, -3, -2), np.moveaxis(dv, -3, -2)
 
 

@@ -40,7 +40,7 @@ def test_cases_are_the_same_for_the_same_seed() -> None:
     assert any("kv_lora_rank=512,qk_rope_head_dim=64" in text for text in texts(3))
 
 
-def float32_product(a: Array, b: Array) -> Array:
+def float32_product(a: Array, b: Array, *, prefixes: bool = False) -> Array:
     return (a.astype(np.float32) @ b.astype(np.float32)).astype(np.float64)
 
 

@@ -68,10 +68,11 @@ def _precise():
 
 @pytest.mark.parametrize(("h", "g"), [(4, 4), (4, 2), (4, 1), (6, 3)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_is_exact_up_to_its_own_bound(h: int, g: int, causal: bool) -> None:
+@pytest.mark.parametrize("accurate", [True, False])
+def test_attention_is_exact_up_to_its_own_bound(h: int, g: int, causal: bool, accurate: bool) -> None:
     s, t = 3, 7
     q, k, v = operands(1, s, t, h, g)
-    out, lse = attention(q, k, v, softmax_scale=SCALE, causal=causal)
+    out, lse = attention(q, k, v, softmax_scale=SCALE, causal=causal, accurate=accurate)
     exact_out, exact_lse = exact_attention(q, k, v, [5, 6, 7] if causal else [7, 7, 7])
     bound = float64_bound(q, k, v, causal=causal)
     assert out.shape == (s, h, 3)
