@@ -69,6 +69,11 @@ def operation_names() -> tuple[str, ...]:
     return tuple(import_module("mla_spec.operations.all").OPERATIONS)
 
 
+def operation_named(name: str) -> Any:
+    """The operation that is called so, or None."""
+    return import_module("mla_spec.operations.all").OPERATIONS.get(name)
+
+
 @functools.cache
 def all_laws() -> dict[str, Law]:
     """Every law by name, in the order of the report."""

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from mla_spec.judging.law import Run
 from mla_spec.subjects.memory import free_memory
+from mla_spec.subjects.near import near
 from mla_spec.subjects.views import ROW_PADDING
+from mla_spec.subjects.violation import DoesNotFit
 
 FAR = 2**31 + ROW_PADDING
 """Elements from one of the leading axis to the next, so that the second lies beyond 2^31, and the third beyond 2^32."""
@@ -25,10 +27,7 @@ PATIENCE = 60.0
 """Seconds to wait for memory that other processes hold: those that check one device take turns."""
 
 
-class DoesNotFit(Exception):
-    """The device has no memory for distant tensors; the text says how much they need, and how much is free."""
-
-
+@near
 def far_zeros(like: Tensor, count: int, wait: bool = True) -> Tensor:
     """Zeros [count, *like.shape[1:]], ``FAR`` elements apart; on the CPU, memory is taken only where it is written.
 
@@ -75,6 +74,7 @@ def require_memory(size: int, device: torch.device, wait: bool = True) -> None:
         time.sleep(0.1)
 
 
+@near
 def far_apart(x: Tensor, wait: bool = True) -> Tensor:
     """The same elements, ``FAR`` apart along the leading axis."""
     return far_zeros(x, len(x), wait).copy_(x)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from mla_spec.judging.law import CaseSource, Law, Run
 from mla_spec.operations.all import CALLED
 from mla_spec.operations.gradients import Branched, Gradients
@@ -20,8 +18,9 @@ from mla_spec.properties.far import far_apart, left_out_where_too_large
 from mla_spec.properties.strategies.all import STRATEGIES
 from mla_spec.properties.strategies.ordinary import ORDINARY
 from mla_spec.properties.strategies.sizes import narrowed
-from mla_spec.subjects.driver import Results, Tensors, tensor_bits
+from mla_spec.subjects.driver import Driver, Results, Tensors, is_tensor, tensor_bits
 from mla_spec.subjects.memory import at_the_end, filled_memory_of_any_device, ordinary_memory, share_memory
+from mla_spec.subjects.near import near, there
 from mla_spec.subjects.violation import Violation
 
 REPETITIONS = 4
@@ -63,11 +62,11 @@ def owns_its_outputs(operation: Operation, run: Run, case: Any) -> None:
     first, others = operation.build(case), operation.others(case)
     calls = [(inputs, run.driver.tensors(operation, inputs)) for inputs in (first, *others, others[-1])]
     returned = [run.driver.raw(operation, inputs, tensors) for inputs, tensors in calls[:1]]
-    bits = [tensor_bits(x) if isinstance(x, Tensor) else None for x in returned[0]]
+    bits = [tensor_bits(x) if is_tensor(x) else None for x in returned[0]]
     returned += [run.driver.raw(operation, inputs, tensors) for inputs, tensors in calls[1:]]
     for i, output in enumerate(operation.outputs):
         x = returned[0][i]
-        if not isinstance(x, Tensor) or output.name in operation.written:
+        if not is_tensor(x) or output.name in operation.written:
             continue
         what = output.what or output.name
         for name, y in calls[0][1].items():
@@ -102,6 +101,7 @@ def reads_its_tensors_anew(operation: Operation, run: Run, case: Any) -> None:
         run.agrees(operation, inputs, run.call(operation, inputs, tensors))
 
 
+@near
 def overwrite(tensors: Tensors, contents: Tensors) -> None:
     """Other contents for the same tensors. Autograd's version counters do not see it, as they do not see a kernel."""
     for name, x in tensors.items():
@@ -133,16 +133,13 @@ def reaches_far(operation: Operation, run: Run, case: Any) -> None:
 def writes_all_of_its_outputs(operation: Operation, run: Run, case: Any) -> None:
     """Every element of every output is written: memory that torch hands out uninitialized holds NaN."""
     inputs = operation.build(case)
-    with filled_memory_of_any_device():
-        got = run.call(operation, inputs)
-    run.agrees(operation, inputs, got)
+    run.agrees(operation, inputs, _call_in(filled_memory_of_any_device, run, operation, inputs))
 
 
 def gives_the_same_bits_again(operation: Operation, run: Run, case: Any) -> None:
     """The same call, many times, gives the same bits, unless the profile says that it is not deterministic."""
     inputs = operation.build(case)
-    with ordinary_memory():
-        results = [_fresh(run, operation, inputs) for _ in range(REPETITIONS)]
+    results = [_call_in(ordinary_memory, run, operation, inputs) for _ in range(REPETITIONS)]
     for i, got in enumerate(results[1:], 2):
         if run.profile.deterministic:
             run.same(got, results[0], f"the same call was made again, for the {i}. time")
@@ -150,8 +147,25 @@ def gives_the_same_bits_again(operation: Operation, run: Run, case: Any) -> None
             run.agrees(operation, inputs, got)
 
 
-def _fresh(run: Run, operation: Operation, inputs: Any) -> Results:
-    return run.call(operation, inputs)
+def _call_in(context: Callable[[], Any], run: Run, operation: Operation, inputs: Any) -> Results:
+    """The outputs of a call made where ``context`` holds."""
+    tensors = there(_tensors_in, run.driver, operation, operation.asked(inputs, shapes=False), context)
+    results: Results = there(
+        _called_in, run.driver, operation, operation.asked(inputs, tensors=False), tensors, context
+    )
+    return results
+
+
+def _tensors_in(driver: Driver, operation: Operation, inputs: Any, context: Callable[[], Any]) -> Tensors:
+    with context():
+        return driver.tensors(operation, inputs)
+
+
+def _called_in(
+    driver: Driver, operation: Operation, inputs: Any, tensors: Tensors, context: Callable[[], Any]
+) -> Results:
+    with context():
+        return driver.call(operation, inputs, tensors)
 
 
 def stays_within_memory(operation: Operation, run: Run, case: Any) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.prefill_backward import prefill_backward_with_bound, sparse_prefill_backward_with_bound
@@ -28,6 +27,7 @@ from mla_spec.properties.hazards import require_unmodified
 from mla_spec.properties.strategies.gradients import exact_backward_cases, prefill_backward_cases, sparse_backward_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import Array
+from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
 
@@ -77,15 +77,15 @@ def _bound(x: Bounded) -> ErrorBound:
 @law(needs=PREFILL, cases=prefill_backward_cases, missing=_needs_prefill)
 def test_prefill_gradients_agree_with_reference(run: Run, case: PrefillBackwardCase) -> None:
     """The gradients of q, k and v are each within their worst-case bound."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
     _judge(run, driver.prefill_gradients(x.forward, _tensors(driver, x)), _expected(run, x))
 
 
 @law(needs=PREFILL, cases=prefill_backward_cases, missing=_needs_prefill_lse)
 def test_prefill_gradients_through_the_lse(run: Run, case: PrefillBackwardCase) -> None:
     """A loss that depends on out and on the LSE has the gradients of both."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
-    tensors = _tensors(driver, x) | {"lse_grad": torch.from_numpy(x.lse_grad).to(driver.device)}
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
+    tensors = _tensors(driver, x) | {"lse_grad": driver.lse_grad(x.lse_grad)}
     want = _expected(run, x, x.lse_grad)
     _judge(run, driver.prefill_gradients(x.forward, tensors), want)
 
@@ -93,7 +93,7 @@ def test_prefill_gradients_through_the_lse(run: Run, case: PrefillBackwardCase) 
 @law(needs=PREFILL, cases=prefill_backward_cases, missing=_needs_prefill, cost=2)
 def test_prefill_gradients_of_some_arguments(run: Run, case: PrefillBackwardCase) -> None:
     """Where one or two of q, k and v require a gradient, they get what they get where all do."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
     names = ("q", "k", "v", "qk", "qv", "kv")[case.seed % 6]
     _judge(run, driver.prefill_gradients(x.forward, _tensors(driver, x), names), _expected(run, x))
 
@@ -101,21 +101,21 @@ def test_prefill_gradients_of_some_arguments(run: Run, case: PrefillBackwardCase
 @law(needs=PREFILL, cases=exact_backward_cases, missing=_needs_prefill)
 def test_prefill_gradients_of_exact_steps(run: Run, case: PrefillBackwardCase) -> None:
     """Where O, P, dP, D and dS have few bits, gradients have no error but that of float32 arithmetic and of storing them."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
     _judge(run, driver.prefill_gradients(x.forward, _tensors(driver, x)), _expected(run, x))
 
 
 @law(needs=PREFILL, cases=narrowed(prefill_backward_cases, few_keys=True), missing=_needs_prefill)
 def test_prefill_gradients_where_nothing_is_seen(run: Run, case: PrefillBackwardCase) -> None:
     """Queries without keys and keys without queries have gradients exactly 0, and change nothing elsewhere."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
     _judge(run, driver.prefill_gradients(x.forward, _tensors(driver, x)), _expected(run, x))
 
 
 @law(needs=PREFILL, cases=narrowed(prefill_backward_cases, min_batch=2), missing=_needs_prefill, cost=2)
 def test_prefill_gradients_of_sequences_are_independent(run: Run, case: PrefillBackwardCase) -> None:
     """A sequence has the same gradients packed with others as alone: the same bits where the profile claims it."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
     packed, want = driver.prefill_gradients(x.forward, _tensors(driver, x)), _expected(run, x)
     offsets_q, offsets_k = x.forward.cu_seqlens_q, x.forward.cu_seqlens_k
     for i in range(len(case.seqlens_q)):
@@ -143,7 +143,7 @@ def test_prefill_gradients_of_sequences_are_independent(run: Run, case: PrefillB
 @law(needs=PREFILL, cases=prefill_backward_cases, missing=_needs_prefill, cost=3)
 def test_prefill_gradients_read_strides(run: Run, case: PrefillBackwardCase) -> None:
     """Views of larger or transposed tensors are read by their strides, and so is the gradient of out, that of a sum too."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
     names = [*_VIEWS, OF_SUM]
     name = names[case.seed % len(names)]
     if name == OF_SUM:
@@ -170,7 +170,7 @@ def _judge_view(name: str, judge: Callable[[], None]) -> None:
 @law(needs=PREFILL, cases=prefill_backward_cases, missing=_needs_prefill)
 def test_prefill_backward_does_not_modify_its_arguments(run: Run, case: PrefillBackwardCase) -> None:
     """Neither the arguments nor the gradient of out have changed when the backward pass is over."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
     tensors = _tensors(driver, x)
     require_unmodified(run, "the backward pass", tensors, lambda: driver.prefill_gradients(x.forward, tensors))
 
@@ -198,14 +198,14 @@ def _sparse_tensors(driver: BackwardDriver, x: SparseBackwardInputs) -> Tensors:
 @law(needs=SPARSE, cases=sparse_backward_cases, missing=_needs_sparse)
 def test_sparse_prefill_gradients_agree_with_reference(run: Run, case: SparseBackwardCase) -> None:
     """The gradients of q and kv are within their bounds: sums over all entries that select a row, exactly 0 without any."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
     _judge(run, driver.sparse_gradients(x.forward, _sparse_tensors(driver, x)), _sparse_expected(run, x))
 
 
 @law(needs=SPARSE, cases=sparse_backward_cases, missing=_needs_sparse, cost=2)
 def test_sparse_prefill_gradients_of_one_argument(run: Run, case: SparseBackwardCase) -> None:
     """Where only q or only kv requires a gradient, it gets what it gets where both do."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
     name = ("q", "kv")[case.seed % 2]
     _judge(run, driver.sparse_gradients(x.forward, _sparse_tensors(driver, x), (name,)), _sparse_expected(run, x))
 
@@ -213,15 +213,15 @@ def test_sparse_prefill_gradients_of_one_argument(run: Run, case: SparseBackward
 @law(needs=SPARSE, cases=sparse_backward_cases, missing=_needs_sparse_lse)
 def test_sparse_prefill_gradients_through_the_lse(run: Run, case: SparseBackwardCase) -> None:
     """A loss that depends on out and on the LSE, which does not count the sink, has the gradients of both."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
-    tensors = _sparse_tensors(driver, x) | {"lse_grad": torch.from_numpy(x.lse_grad).to(driver.device)}
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
+    tensors = _sparse_tensors(driver, x) | {"lse_grad": driver.lse_grad(x.lse_grad)}
     _judge(run, driver.sparse_gradients(x.forward, tensors), _sparse_expected(run, x, x.lse_grad))
 
 
 @law(needs=SPARSE, cases=sparse_backward_cases, missing=_needs_sparse, cost=3)
 def test_sparse_prefill_gradients_read_strides(run: Run, case: SparseBackwardCase) -> None:
     """Views of larger or transposed tensors are read by their strides, and so is the gradient of out."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
     views = {**SPARSE.views, **OUT_GRAD_VIEWS}
     name = list(views)[case.seed % len(views)]
     tensors, want = views[name](_sparse_tensors(driver, x)), _sparse_expected(run, x)
@@ -231,6 +231,6 @@ def test_sparse_prefill_gradients_read_strides(run: Run, case: SparseBackwardCas
 @law(needs=SPARSE, cases=sparse_backward_cases, missing=_needs_sparse)
 def test_sparse_prefill_backward_does_not_modify_its_arguments(run: Run, case: SparseBackwardCase) -> None:
     """Neither the arguments, indices among them, nor the gradient of out have changed when the backward pass is over."""
-    x, driver = case.with_gradients(), BackwardDriver.of(run.driver)
+    x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
     tensors = _sparse_tensors(driver, x)
     require_unmodified(run, "the backward pass", tensors, lambda: driver.sparse_gradients(x.forward, tensors))

@@ -10,6 +10,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.golden.corpus.corpus import installed
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer import LayerCase, LayerDriver, layer_models
+from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 
 
@@ -57,7 +58,7 @@ def test_cache_bytes_are_those_of_published_models(run: Run, case: LayerCase) ->
         run.trivial("no published model has a cache of this width")
     name = layer_models()[_widths()[width]].name
     inputs, page = case.build(), run.supports.cache_page
-    layer = LayerDriver.of(run.driver, inputs.weights, inputs.config)
+    layer = there(LayerDriver.of, run.driver, inputs.weights, inputs.config)
     for tokens, method, called in (
         (case.prompt, "prefill", slice(0, case.prompt)),
         (case.prompt + 1, "decode", slice(case.prompt, case.prompt + 1)),

@@ -22,6 +22,7 @@ from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.allocation import Allocations
 from mla_spec.subjects.driver import Result, Tensors, tensor_bits
 from mla_spec.subjects.memory import share_memory
+from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
 
@@ -40,7 +41,8 @@ def _run(layer: LayerDriver, method: str, inputs: LayerInputs, tokens: slice) ->
 
 
 def _make(run: Run, inputs: LayerInputs) -> LayerDriver:
-    return LayerDriver.of(run.driver, inputs.weights, inputs.config)
+    made: LayerDriver = there(LayerDriver.of, run.driver, inputs.weights, inputs.config)
+    return made
 
 
 @law(needs=LAYER, cases=narrowed(layer_cases, max_steps=0), first=every_option)
@@ -265,7 +267,7 @@ def test_layer_does_not_modify_its_inputs(run: Run, case: LayerCase) -> None:
     tensors = layer.weights | {"hidden": run.driver.tensor(inputs.hidden)}
     before = {name: tensor_bits(x) for name, x in tensors.items()}
     positions = run.driver.tensor(inputs.positions.astype(float)).long()
-    run.driver.guard(lambda: layer.layer.prefill(tensors["hidden"], positions))
+    layer.call("prefill", tensors["hidden"], positions)
     for name, x in tensors.items():
         changed = int((tensor_bits(x) != before[name]).sum())
         run.require(changed == 0, f"prefill changed {changed} of {x.numel()} elements of {name}")
@@ -282,7 +284,7 @@ def test_layer_output_is_not_aliased(run: Run, case: LayerCase) -> None:
             layer.reset()
         hidden = run.driver.tensor(inputs.hidden[:, tokens])
         at = run.driver.integers(inputs.positions[:, tokens], torch.int64)
-        out = run.driver.guard(lambda: getattr(layer.layer, method)(hidden, at))  # noqa: B023 - called at once
+        out = layer.call(method, hidden, at)
         run.driver.result(out, f"{method} output", hidden.shape)
         run.require(not share_memory(out, hidden), f"the output of {method} shares memory with hidden")
         for earlier, x, bits in kept:
@@ -300,7 +302,7 @@ def test_layer_reads_its_tensors_anew(run: Run, case: LayerCase) -> None:
     tensors = _tokens(run, other)
     for inputs in (replace(first, hidden=other.hidden, positions=spread), first):
         overwrite(tensors, _tokens(run, inputs))
-        out = run.driver.guard(lambda: layer.layer.prefill(tensors["hidden"], tensors["positions"]))
+        out = layer.call("prefill", tensors["hidden"], tensors["positions"])
         got = run.driver.result(out, "prefill output", inputs.hidden.shape)
         run.within(got, *_expected(run, inputs))
         layer.reset()

@@ -20,6 +20,7 @@ from mla_spec.reference.formats import format_of
 from mla_spec.reference.layer_backward import layer_backward
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Result, computed
+from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 
 LAYER = ("layer",)
@@ -87,7 +88,8 @@ bound must be meaningful.
 
 
 def _gradients(run: Run, inputs: LayerGradientInputs) -> dict[str, Result]:
-    return LayerGradientDriver(run.driver).gradients(inputs)
+    found: dict[str, Result] = there(LayerGradientDriver, run.driver).gradients(inputs)
+    return found
 
 
 def _expected(run: Run, inputs: LayerGradientInputs) -> dict[str, Gradient]:
@@ -124,7 +126,7 @@ def test_layer_gradients_beside_frozen_weights(run: Run, case: LayerGradientCase
     """Where hidden or one weight alone requires a gradient, it gets what it gets where all do."""
     inputs = case.build_gradient()
     names = ("hidden", *inputs.layer.weights)
-    got = LayerGradientDriver(run.driver).gradients(inputs, names=(names[case.seed % len(names)],))
+    got = there(LayerGradientDriver, run.driver).gradients(inputs, names=(names[case.seed % len(names)],))
     _judge(run, case, inputs, got)
 
 
@@ -157,7 +159,7 @@ def test_layer_backward_is_repeatable(run: Run, case: LayerGradientCase) -> None
 @law(needs=LAYER, cases=layer_gradient_cases, missing=_needs_gradients, cost=2)
 def test_layer_backward_does_not_modify_its_inputs(run: Run, case: LayerGradientCase) -> None:
     """Neither weights, hidden states nor the gradient that arrives have changed after a backward pass."""
-    inputs, driver = case.build_gradient(), LayerGradientDriver(run.driver)
+    inputs, driver = case.build_gradient(), there(LayerGradientDriver, run.driver)
     tensors = driver.tensors(inputs)
     require_unmodified(run, "backward through layer", tensors, lambda: driver.gradients(inputs, tensors))
 

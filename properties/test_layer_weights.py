@@ -15,6 +15,7 @@ from mla_spec.properties.strategies.layer import layer_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.driver import TORCH_DTYPES, Tensors
+from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
 
@@ -61,7 +62,7 @@ def _judge(run: Run, layer: LayerDriver, inputs: LayerInputs, case: LayerCase, w
 def test_layer_uses_weights_overwritten_in_place(run: Run, case: LayerCase) -> None:
     """After one or all of its weights were overwritten in place, a layer prefills and decodes with the new ones."""
     inputs = case.build()
-    layer = LayerDriver.of(run.driver, inputs.weights, inputs.config)
+    layer = there(LayerDriver.of, run.driver, inputs.weights, inputs.config)
     _use(layer, inputs, case)
     changed = _changed(case, _later(case))
     layer.overwrite_weights(changed)
@@ -79,10 +80,15 @@ class _Place:
     identity: int
 
 
-def _tensors_at(places: Mapping[str, _Place], dtype: torch.dtype) -> Tensors:
+def _places(layer: LayerDriver) -> dict[str, _Place]:
+    """Where the weights of a layer are."""
+    return {name: _Place(w.untyped_storage(), w.size(), w.stride(), id(w)) for name, w in layer.weights.items()}
+
+
+def _tensors_at(places: Mapping[str, _Place], dtype: str) -> Tensors:
     """New tensors in the memory of those that are gone, and of many Python objects the ones that those were, if it can be."""
     old, device = {place.identity for place in places.values()}, next(iter(places.values())).storage.device
-    fresh = [torch.empty(0, dtype=dtype, device=device) for _ in range(8 * len(places))]
+    fresh = [torch.empty(0, dtype=TORCH_DTYPES[dtype], device=device) for _ in range(8 * len(places))]
     again = {id(x): x for x in fresh if id(x) in old}
     others = [x for x in fresh if id(x) not in old]
     chosen = {name: again.get(place.identity, others[i]) for i, (name, place) in enumerate(places.items())}
@@ -96,11 +102,11 @@ def _tensors_at(places: Mapping[str, _Place], dtype: torch.dtype) -> Tensors:
 def test_layer_made_again_uses_its_own_weights(run: Run, case: LayerCase) -> None:
     """A layer made after another of equal shapes is gone, whose memory its weights now have, uses none of the other's."""
     inputs, later = case.build(), _later(case)
-    first = LayerDriver.of(run.driver, inputs.weights, inputs.config)
+    first = there(LayerDriver.of, run.driver, inputs.weights, inputs.config)
     _use(first, inputs, case)
     first.overwrite_weights(later.weights)
-    places = {name: _Place(w.untyped_storage(), w.size(), w.stride(), id(w)) for name, w in first.weights.items()}
+    places = there(_places, first)
     del first
-    tensors = _tensors_at(places, TORCH_DTYPES[run.driver.dtype])
-    second = LayerDriver.holding(run.driver, tensors, later.config)
+    tensors = there(_tensors_at, places, run.driver.dtype)
+    second = there(LayerDriver.holding, run.driver, tensors, later.config)
     _judge(run, second, later, case, "an earlier layer had other weights at the same addresses")

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from mla_spec.judging.law import Law, Options, Run, as_test
 from mla_spec.operations.decode import DecodeCase, DecodeInputs
@@ -78,15 +77,10 @@ def within_memory(check: Callable[[Run, Any], None], run: Run, case: Any) -> Non
     try:
         check(run, case)
     except SubjectCrashed as error:
-        if not out_of_memory(error.__cause__):
+        if not error.exhausted:
             raise
         run.exhausted = True
         run.trivial("it did not fit into the memory there is")
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an exception says that memory could not be had. On the CPU torch has no class for it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def production_laws(load: Load) -> tuple[Law, ...]:

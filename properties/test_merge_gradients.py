@@ -30,6 +30,7 @@ from mla_spec.properties.strategies.gradients import merge_backward_cases, ring_
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.driver import computed
+from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 
 Expected = dict[str, Bounded]
@@ -82,14 +83,14 @@ def _bound(error: Array) -> ErrorBound:
 @law(needs=MERGE, cases=merge_backward_cases, missing=_needs_gradients)
 def test_merge_gradients_agree_with_reference(run: Run, case: MergeBackwardCase) -> None:
     """The gradients of outs and of lses are each within their worst-case bound."""
-    x, driver = case.with_gradients(), MergeGradientDriver(run.driver)
+    x, driver = case.with_gradients(), there(MergeGradientDriver, run.driver)
     _judge(run, case, driver.gradients(driver.tensors(x)), _expected(run, x))
 
 
 @law(needs=MERGE, cases=merge_backward_cases, missing=_needs_lse)
 def test_merge_gradients_through_the_lse(run: Run, case: MergeBackwardCase) -> None:
     """A loss that depends on out and on the merged LSE has the gradients of both."""
-    x, driver = case.with_gradients(), MergeGradientDriver(run.driver)
+    x, driver = case.with_gradients(), there(MergeGradientDriver, run.driver)
     got = driver.gradients(driver.tensors(x, through_lse=True))
     _judge(run, case, got, _expected(run, x, through_lse=True), gated=("outs", "lses"))
 
@@ -97,7 +98,7 @@ def test_merge_gradients_through_the_lse(run: Run, case: MergeBackwardCase) -> N
 @law(needs=MERGE, cases=merge_backward_cases, missing=_needs_gradients, cost=2)
 def test_merge_gradients_of_one_argument(run: Run, case: MergeBackwardCase) -> None:
     """Where only outs or only lses require a gradient, they get what they get where both do."""
-    x, driver = case.with_gradients(), MergeGradientDriver(run.driver)
+    x, driver = case.with_gradients(), there(MergeGradientDriver, run.driver)
     name = ("outs", "lses")[case.seed % 2]
     _judge(run, case, driver.gradients(driver.tensors(x), (name,)), _expected(run, x))
 
@@ -105,7 +106,7 @@ def test_merge_gradients_of_one_argument(run: Run, case: MergeBackwardCase) -> N
 @law(needs=MERGE, cases=narrowed(merge_backward_cases, min_empty=0.3), missing=_needs_empty_rows)
 def test_merge_gradients_of_empty_parts(run: Run, case: MergeBackwardCase) -> None:
     """Parts without keys have gradient 0, whatever finite numbers their outputs hold, and the others their own."""
-    x, driver = case.with_gradients(), MergeGradientDriver(run.driver)
+    x, driver = case.with_gradients(), there(MergeGradientDriver, run.driver)
     empty = np.isneginf(np.swapaxes(x.forward.lses, -1, -2))[..., None]
     left_over = -(2.0**15 if case.dtype == "float16" else 2.0**100)
     x = replace(x, forward=replace(x.forward, outs=np.where(empty, left_over, x.forward.outs)))
@@ -116,7 +117,7 @@ def test_merge_gradients_of_empty_parts(run: Run, case: MergeBackwardCase) -> No
 @law(needs=MERGE, cases=merge_backward_cases, missing=_needs_gradients, cost=3)
 def test_merge_gradients_read_strides(run: Run, case: MergeBackwardCase) -> None:
     """Views of larger or transposed tensors are read by their strides, and so is the gradient of out, that of a sum too."""
-    x, driver = case.with_gradients(), MergeGradientDriver(run.driver)
+    x, driver = case.with_gradients(), there(MergeGradientDriver, run.driver)
     want = _expected(run, x)
     for name, view in {**MERGE.views, **OUT_GRAD_VIEWS}.items():
         with Told(f"with {name}"):
@@ -133,7 +134,7 @@ def _of_sum(t: Tensors) -> Tensors:
 @law(needs=MERGE, cases=merge_backward_cases, missing=_needs_gradients)
 def test_merge_backward_does_not_modify_its_arguments(run: Run, case: MergeBackwardCase) -> None:
     """outs, lses, out and its gradient stay, and a branch that is added to out gets that gradient unchanged."""
-    x, driver = case.with_gradients(), MergeGradientDriver(run.driver)
+    x, driver = case.with_gradients(), there(MergeGradientDriver, run.driver)
     tensors = driver.tensors(x)
     got = require_backward_unmodified(run, "merge", tensors, lambda: driver.beside_a_branch(tensors))
     _judge(run, case, got, _expected(run, x), gated=())
@@ -142,7 +143,7 @@ def test_merge_backward_does_not_modify_its_arguments(run: Run, case: MergeBackw
 @law(needs=(PREFILL, MERGE), cases=ring_cases, missing=_needs_parts, cost=3)
 def test_gradients_through_merged_parts_are_those_of_the_whole(run: Run, case: RingCase) -> None:
     """q, k and v get through parts of the keys, attended to apart and merged, what they get through all keys at once."""
-    x, driver = case.with_gradients(), MergeGradientDriver(run.driver)
+    x, driver = case.with_gradients(), there(MergeGradientDriver, run.driver)
     parts = case.key_parts(x.forward)
     got = driver.through_parts(parts, x.out_grad)
     found = _of_whole([{name: result.value for name, result in part.items()} for part in got], parts, x)

@@ -18,6 +18,7 @@ from mla_spec.operations.rope_gradients import (
 from mla_spec.properties.hazards import Told, require_backward_unmodified
 from mla_spec.properties.strategies.gradients import rope_backward_cases, rope_backward_options
 from mla_spec.subjects.driver import Result, Tensors
+from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 
 
@@ -36,7 +37,7 @@ def _judge(run: Run, inputs: RopeBackwardInputs, got: Result, *, gate: bool = Tr
 @law(needs=ROPE, cases=rope_backward_cases, missing=_needs_gradients, first=rope_backward_options)
 def test_rope_gradient_agrees_with_reference(run: Run, case: RopeBackwardCase) -> None:
     """The gradient of x is that of out rotated back, times the factor on cos and sin."""
-    inputs, driver = case.with_gradients(), RopeGradientDriver(run.driver)
+    inputs, driver = case.with_gradients(), there(RopeGradientDriver, run.driver)
     (got,) = driver.gradients([(inputs, driver.tensors(inputs))])
     _judge(run, inputs, got)
 
@@ -48,7 +49,7 @@ def test_rope_gradients_of_two_calls(run: Run, case: RopeBackwardCase) -> None:
     if case.seed % 2:
         later = second.forward.positions + case.shift
         second = replace(second, forward=replace(second.forward, positions=later))
-    driver = RopeGradientDriver(run.driver)
+    driver = there(RopeGradientDriver, run.driver)
     calls = [(inputs, driver.tensors(inputs)) for inputs in (first, second)]
     if not case.seed % 2:
         calls[1][1]["positions"] = calls[0][1]["positions"]
@@ -59,7 +60,7 @@ def test_rope_gradients_of_two_calls(run: Run, case: RopeBackwardCase) -> None:
 @law(needs=ROPE, cases=rope_backward_cases, missing=_needs_gradients, cost=3)
 def test_rope_gradient_reads_strides(run: Run, case: RopeBackwardCase) -> None:
     """Views of larger or transposed tensors are read by their strides, and so is the gradient of out, that of a sum too."""
-    inputs, driver = case.with_gradients(), RopeGradientDriver(run.driver)
+    inputs, driver = case.with_gradients(), there(RopeGradientDriver, run.driver)
     views = {**OUT_GRAD_VIEWS, **ROPE.views}
     for name, view in views.items():
         with Told(f"with {name}"):
@@ -78,7 +79,7 @@ def _of_sum(t: Tensors) -> Tensors:
 @law(needs=ROPE, cases=rope_backward_cases, missing=_needs_gradients)
 def test_rope_backward_does_not_modify_its_arguments(run: Run, case: RopeBackwardCase) -> None:
     """x, positions, out and its gradient stay, and a branch that is added to out gets that gradient unchanged."""
-    inputs, driver = case.with_gradients(), RopeGradientDriver(run.driver)
+    inputs, driver = case.with_gradients(), there(RopeGradientDriver, run.driver)
     tensors = driver.tensors(inputs)
     got = require_backward_unmodified(run, "rope", tensors, lambda: driver.beside_a_branch(inputs, tensors))
     _judge(run, inputs, got["x"], gate=False)

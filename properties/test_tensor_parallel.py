@@ -22,6 +22,7 @@ from mla_spec.reference.formats import format_of
 from mla_spec.reference.tensor_parallel import gather_gradients, shard_layer
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.driver import Result, computed
+from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 
 SHARD = ("shard_layer",)
@@ -42,7 +43,7 @@ def sharded_layer_cases(draw: DrawFn, supports: Supports, profile: Profile, *, m
 def test_shards_partition_the_weights(run: Run, case: ShardedLayerCase) -> None:
     """Each rank has the rows and columns of its heads and all of the rest, bit for bit."""
     inputs = case.build()
-    shards = ParallelDriver(run.driver).shards(inputs.weights, inputs.config, case.ranks)
+    shards = there(ParallelDriver, run.driver).shards(inputs.weights, inputs.config, case.ranks)
     for shard, (weights, _) in zip(shards, shard_layer(inputs.weights, inputs.config, case.ranks), strict=True):
         for name, got in shard.weights().items():
             _require_equal(run, got, weights[name], "not what this rank has of the layer's weight")
@@ -54,7 +55,9 @@ def test_outputs_of_shards_add_up(run: Run, case: ShardedLayerCase) -> None:
     inputs = case.build()
     want, bound = _expected(run, inputs, case.ranks)
     run.meaningful(want, bound)
-    layers = [shard.layer() for shard in ParallelDriver(run.driver).shards(inputs.weights, inputs.config, case.ranks)]
+    layers = [
+        shard.layer() for shard in there(ParallelDriver, run.driver).shards(inputs.weights, inputs.config, case.ranks)
+    ]
     for method, tokens in (("prefill", np.s_[: case.prompt]), ("decode", np.s_[case.prompt :])):
         if want[:, tokens].size:
             total = _sum_over_ranks(layers, method, inputs, tokens)
@@ -81,8 +84,8 @@ def _sum_over_ranks(layers: Sequence[LayerDriver], method: str, inputs: LayerInp
 def test_every_shard_caches_the_whole_latent(run: Run, case: ShardedLayerCase) -> None:
     """A rank's cache takes as many bytes as the whole layer's, whatever the number of ranks: one latent serves all heads."""
     inputs = case.build()
-    shards = ParallelDriver(run.driver).shards(inputs.weights, inputs.config, case.ranks)
-    layers = [LayerDriver.of(run.driver, inputs.weights, inputs.config), *(shard.layer() for shard in shards)]
+    shards = there(ParallelDriver, run.driver).shards(inputs.weights, inputs.config, case.ranks)
+    layers = [there(LayerDriver.of, run.driver, inputs.weights, inputs.config), *(shard.layer() for shard in shards)]
     for layer in layers:
         layer.run("prefill", inputs.hidden, inputs.positions)
     want, *got = [layer.cache_bytes() for layer in layers]
@@ -93,7 +96,7 @@ def test_every_shard_caches_the_whole_latent(run: Run, case: ShardedLayerCase) -
 @law(needs=GATHER, cases=narrowed(sharded_layer_cases, max_steps=0), cost=2)
 def test_gathered_gradients_are_exact(run: Run, case: ShardedLayerCase) -> None:
     """Gradients of heads are joined, those of what all ranks share are added, bit for bit where sums are exact."""
-    driver, gradients = ParallelDriver(run.driver), case.gradients()
+    driver, gradients = there(ParallelDriver, run.driver), case.gradients()
     got = driver.gathered([driver.weights(g) for g in gradients], case.config)
     for name, want in gather_gradients(gradients).items():
         _require_equal(run, got[name], want, "not the gradient of the whole layer's weight")
@@ -102,7 +105,7 @@ def test_gathered_gradients_are_exact(run: Run, case: ShardedLayerCase) -> None:
 @law(needs=GATHER, cases=narrowed(sharded_layer_cases, max_steps=0), cost=2)
 def test_gather_gradients_does_not_modify_its_inputs(run: Run, case: ShardedLayerCase) -> None:
     """No rank's gradient has changed when they are gathered."""
-    driver = ParallelDriver(run.driver)
+    driver = there(ParallelDriver, run.driver)
     gradients = [driver.weights(g) for g in case.gradients()]
     tensors = {f"{name} of rank {rank}": x for rank, g in enumerate(gradients) for name, x in g.items()}
     require_unmodified(run, "gather_gradients", tensors, lambda: driver.gathered(gradients, case.config))

@@ -20,12 +20,34 @@ from mla_spec.properties.strategies.write_cache import write_cases
 from mla_spec.reference.cache import slot_mapping
 from mla_spec.reference.typing import IntArray
 from mla_spec.subjects.driver import Tensors, tensor_bits
+from mla_spec.subjects.near import near
 from mla_spec.subjects.violation import Violation
 
 
+@near
 def _storage(x: Tensor) -> Tensor:
     """Everything in the memory that x is a view of, [elements]."""
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+
+
+@near
+def _rows(pool: Tensor, pages: IntArray, rows: IntArray) -> Tensor:
+    """Rows of a pool, [slots, c+r]."""
+    return pool[torch.from_numpy(pages.copy()), torch.from_numpy(rows.copy()), 0]
+
+
+@near
+def _without(pool: Tensor, pages: IntArray, rows: IntArray) -> Tensor:
+    """A copy of a pool, as far apart in memory no more, with rows of zeros."""
+    rest = pool.clone()
+    rest[torch.from_numpy(pages.copy()), torch.from_numpy(rows.copy()), 0] = 0.0
+    return rest
+
+
+@near
+def _layout(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Shape, strides and offset, in elements."""
+    return tuple(x.shape), x.stride(), int(x.storage_offset())
 
 
 def _write(run: Run, tensors: Tensors) -> None:
@@ -38,33 +60,40 @@ class _Write:
 
     def __init__(self, run: Run, tensors: dict[str, Tensor], *, keep: bool = True) -> None:
         self.run, self.pool = run, tensors["kv_cache"]
-        kept = tensors["slot_mapping"] >= 0
-        slots = tensors["slot_mapping"][kept]
-        self.slots = slots // self.pool.shape[1], slots % self.pool.shape[1], 0  # page, row, the one head
-        self.rows = torch.cat([tensors["latent"], tensors["k_pe"]], dim=-1)[kept]
-        self.before = _storage(self.pool).clone() if keep else None
+        slots = tensor_bits(tensors["slot_mapping"])
+        kept = slots >= 0
+        page_size = _layout(self.pool)[0][1]
+        self.slots = slots[kept] // page_size, slots[kept] % page_size  # page, row
+        self.rows = np.concatenate([tensor_bits(tensors["latent"]), tensor_bits(tensors["k_pe"])], axis=-1)[kept]
+        self.before = tensor_bits(_storage(self.pool)) if keep else None
         _write(run, tensors)
 
     def require_stored(self) -> None:
         """Raise Violation unless every named slot holds its row, bit for bit."""
-        got = self.pool[self.slots]
-        wrong = np.argwhere(tensor_bits(got) != tensor_bits(self.rows))
+        got = tensor_bits(_rows(self.pool, *self.slots))
+        wrong = np.argwhere(got != self.rows)
         if len(wrong):
             i, column = (int(x) for x in wrong[0])
             page, row = int(self.slots[0][i]), int(self.slots[1][i])
+            numbers = (self.run.driver.number(bits[i, column]) for bits in (got, self.rows))
+            found, want = numbers
             self.run.require(
                 False,
-                f"page {page}, row {row}, column {column} holds {float(got[i, column])!r}, want "
-                f"{float(self.rows[i, column])!r}; {len(wrong)} of {got.numel()} elements differ, none may",
+                f"page {page}, row {row}, column {column} holds {found!r}, want {want!r}; {len(wrong)} of {got.size} "
+                "elements differ, none may",
             )
 
     def require_rest_unchanged(self) -> None:
         """Raise Violation if the memory of the pool has changed outside the named slots."""
         assert self.before is not None
-        after = _storage(self.pool).clone()
-        for memory in (self.before, after):
-            memory.as_strided(self.pool.shape, self.pool.stride(), self.pool.storage_offset())[self.slots] = 0.0
-        changed = np.flatnonzero(tensor_bits(self.before) != tensor_bits(after))
+        after = tensor_bits(_storage(self.pool)).copy()
+        before = self.before.copy()
+        shape, strides, offset = _layout(self.pool)
+        for memory in (before, after):
+            steps = tuple(stride * memory.itemsize for stride in strides)
+            pool = np.lib.stride_tricks.as_strided(memory[offset:], shape, steps)
+            pool[(*self.slots, 0)] = 0
+        changed = np.flatnonzero(before != after)
         self.run.require(
             not len(changed),
             f"write_cache changed {len(changed)} elements of the pool's memory outside the slots it was given, first at "
@@ -93,12 +122,12 @@ def test_write_cache_changes_named_slots_only(run: Run, case: WriteCase) -> None
 def test_write_cache_skips_slot_minus_one(run: Run, case: WriteCase) -> None:
     """Tokens with slot -1 might as well be absent, wherever they stand."""
     tensors = run.driver.tensors(WRITE, case.build())
-    kept = tensors["slot_mapping"] >= 0
+    kept = tensor_bits(tensors["slot_mapping"]) >= 0
     if not kept.any():
         _Write(run, tensors).require_all()
         return
     pools = []
-    for tokens in (slice(None), kept):
+    for tokens in (slice(None), np.flatnonzero(kept)):
         arguments = _tokens(tensors, tokens)
         _write(run, arguments)
         pools.append(tensor_bits(arguments["kv_cache"]))
@@ -106,7 +135,8 @@ def test_write_cache_skips_slot_minus_one(run: Run, case: WriteCase) -> None:
     run.require(changed == 0, f"{changed} elements of the pool depend on tokens whose slot is -1")
 
 
-def _tokens(tensors: dict[str, Tensor], which: Tensor | slice) -> dict[str, Tensor]:
+@near
+def _tokens(tensors: dict[str, Tensor], which: IntArray | slice) -> dict[str, Tensor]:
     """The arguments for some of the tokens, and a pool of their own."""
     chosen = {name: tensors[name][which] for name in ("latent", "k_pe", "slot_mapping")}
     return chosen | {"kv_cache": tensors["kv_cache"].clone()}
@@ -145,11 +175,8 @@ def test_write_cache_reaches_beyond_2_31_elements(run: Run, case: WriteCase) -> 
         tensors["kv_cache"] = far_zeros(tensors["kv_cache"], pages, wait=not run.left_out)
         write = _Write(run, tensors, keep=False)
         write.require_stored()
-        rest = tensors["kv_cache"].clone()
-        rest[write.slots] = 0.0
-        run.require(
-            not tensor_bits(rest).any(), "write_cache changed slots of a pool with distant pages that were not named"
-        )
+        rest = tensor_bits(_without(tensors["kv_cache"], *write.slots))
+        run.require(not rest.any(), "write_cache changed slots of a pool with distant pages that were not named")
         del tensors, write, rest
     reaches_far(WRITE, run, case)
 

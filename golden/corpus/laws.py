@@ -27,6 +27,7 @@ from mla_spec.operations.operation import Exactly, Within
 from mla_spec.reference.formats import FORMATS, round_to
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.contract import subject_name, supports_of
+from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 
 
@@ -79,7 +80,7 @@ def _judge_layer(case: StoredCase, run: Run, _: Case) -> None:
     hidden, positions = case.inputs["hidden"], case.inputs["positions"]
     want, bound = layer_with_bound(hidden, positions, weights, config, run.profile)
     answer = np.concatenate([case.expected[name] for name in ("prefill", "decode") if name in case.expected], axis=1)
-    made = layer.LayerDriver.of(run.driver, weights, config)
+    made = there(layer.LayerDriver.of, run.driver, weights, config)
     ends = [prompt, *range(prompt + 1, hidden.shape[1] + 1)]
     for start, end in zip([0, *ends], ends, strict=False):
         tokens = slice(start, end)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from mla_spec.front.device import require_device
@@ -15,7 +16,7 @@ from mla_spec.front.run import Progress, Store, opened, read, subject_lines
 from mla_spec.judging.check import find_laws
 from mla_spec.judging.compiled import compiler_missing
 from mla_spec.judging.isolation import WorkerPool
-from mla_spec.judging.law import Options, Production
+from mla_spec.judging.law import Options, Production, new_seed
 from mla_spec.judging.plan import Cell, Shard, parse_shard, plan
 from mla_spec.judging.records import RecordFile, RecordsError
 from mla_spec.judging.run import kind_of
@@ -28,6 +29,7 @@ from mla_spec.subjects.configured import configured_subject, dims_of
 from mla_spec.subjects.description import describe
 from mla_spec.subjects.find import UnknownSubject, available_subjects
 from mla_spec.subjects.supports import DTYPES
+from mla_spec.subjects.violation import SubjectCrashed
 from mla_spec.text.terminal import UsageError, require_output, show_progress, shown, write_json
 
 INTERRUPTED = 130
@@ -36,6 +38,7 @@ INTERRUPTED = 130
 def check(options: argparse.Namespace) -> int:
     """Check the subjects, print one report each, and return the exit code."""
     _require_sensible(options)
+    options.seed = _seed(options)
     try:
         laws = [law.name for law in find_laws(options.law)]
         common = _law_options(options)
@@ -73,7 +76,7 @@ class _Check:
                 with stops(self.options.time_limit):
                     self._judge(settings)
                 reason = ""
-            except UnknownSubject as error:
+            except (UnknownSubject, SubjectCrashed) as error:
                 raise UsageError(str(error)) from error
             except (Stopped, RecordsError) as error:
                 reason = str(error)
@@ -88,7 +91,7 @@ class _Check:
             left = self._prepare()
             self._keep(run_here(left, objects, Progress(len(left))))
             return
-        with WorkerPool(self.options.jobs, self.options.timeout) as pool:
+        with WorkerPool(self.options.jobs, self.options.timeout, under=self.options.under) as pool:
             declared = [pool.describe(each, self.options.signature) for each in settings]
             self.subjects = [
                 Asked(each, self.options.signature, future.result())
@@ -141,6 +144,8 @@ class _Check:
         for asked in self.subjects[self.printed :]:
             self._print(asked)
         judged = [(cell, self.store.judged[cell]) for cell in self.cells if cell in self.store.judged]
+        if self.options.case is None:
+            print(f"cases: --seed {self.options.seed} --examples {self.options.examples}")
         needless = [] if reason or self.shard.count > 1 else self.waivers.needless(judged)
         for sentence in needless:
             print(f"mla-spec: {sentence}", file=sys.stderr)
@@ -169,6 +174,15 @@ class _Check:
             print(f"mla-spec: {error}", file=sys.stderr)
             return code or 3
         return code
+
+
+def _seed(options: argparse.Namespace) -> int:
+    """The seed that was given, that of the run to resume, 0 for a part of a run, or one that nobody knows before."""
+    if options.seed is not None:
+        return int(options.seed)
+    if options.resume is not None and Path(options.resume).is_file() and (runs := read(options.resume)):
+        return runs[0].header.seed
+    return 0 if options.shard is not None else new_seed()
 
 
 def _name(options: Options) -> str:

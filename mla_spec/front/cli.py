@@ -113,9 +113,14 @@ def _add_check(commands: Commands) -> None:
     )
     _add_production(parser)
     parser.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="worker processes (2)")
-    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the generation (another each time, and printed)")
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="processes that judge, each with a subject (2)"
+    )
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a call may take (300)")
+    parser.add_argument(
+        "--under", default="", metavar="COMMAND", help='run subjects under it, e.g. "compute-sanitizer --tool memcheck"'
+    )
     parser.add_argument("--in-process", action="store_true", help="no worker processes, for debuggers")
     parser.add_argument(
         "--time-limit", type=float, metavar="S", help="seconds after which the run ends with what is judged by then"

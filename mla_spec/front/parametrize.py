@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,11 +14,18 @@ import pytest
 from mla_spec.front.waived import OUTCOMES
 from mla_spec.installed import all_laws
 from mla_spec.judging.check import judge
+from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Law, Options
-from mla_spec.judging.plan import Judged
+from mla_spec.judging.plan import Judged, plan
+from mla_spec.judging.session import Asked, run_in
 from mla_spec.judging.verdict import merge
 from mla_spec.judging.waivers import Waivers, read_waivers
 from mla_spec.subjects.contract import require_subject, subject_name
+from mla_spec.subjects.description import Description
+from mla_spec.subjects.violation import UnknownSubject
+
+TIMEOUT = 300.0
+"""Seconds that a call of a subject given by name may take."""
 
 
 class Check:
@@ -28,7 +38,37 @@ class Check:
 
     def __call__(self, subject: object) -> None:
         """Run the law; skips where it is unsupported and fails with the record's text where it does not hold."""
-        report_to_pytest(judge(self.law, subject, self.options, self.waivers), self.waivers)
+        judged = _judge_named(self.law, subject, self.options) if isinstance(subject, str) else None
+        if judged is None:
+            report_to_pytest(judge(self.law, subject, self.options, self.waivers), self.waivers)
+        else:
+            report_to_pytest([(cell, self.waivers.apply(cell, record)) for cell, record in judged], self.waivers)
+
+
+@cache
+def _pool() -> WorkerPool:
+    """The processes of subjects that are given by name, until Python ends."""
+    pool = WorkerPool(timeout=TIMEOUT)
+    atexit.register(pool.__exit__, None, None, None)
+    return pool
+
+
+@cache
+def _declared(subject: str) -> Description | UnknownSubject:
+    try:
+        return _pool().describe(Options(spec=(subject,))).result()
+    except UnknownSubject as error:
+        return error
+
+
+def _judge_named(law: Law, subject: str, options: Options) -> list[Judged]:
+    """The cells of a law on a subject in a process of its own."""
+    declared = _declared(subject)
+    if isinstance(declared, UnknownSubject):
+        pytest.fail(str(declared), pytrace=False)
+    asked = Asked(replace(options, spec=(subject,)), None, declared)
+    cells = plan([(asked.spec, asked.dtypes)], [law.name], options.seed)
+    return list(run_in(_pool(), cells, {asked.spec: asked}, lambda cell: None))
 
 
 def parametrize_with_checks(
@@ -37,6 +77,8 @@ def parametrize_with_checks(
     """Decorate ``def test(subject, check): check(subject)`` to run every law on every subject.
 
     Args:
+        subjects: objects, or names as for ``mla-spec check``. A name is made in a process of its own, which it can spoil as it
+            likes; an object is in this one, and so is what its results are judged by.
         waivers: a file of expected failures; those that happen are reported as xfailed.
 
     Raises:
@@ -46,10 +88,12 @@ def parametrize_with_checks(
     expected = Waivers() if waivers is None else read_waivers(os.fspath(waivers))
     parameters = []
     for subject in subjects:
-        require_subject(subject)
+        if not isinstance(subject, str):
+            require_subject(subject)
+        label = subject if isinstance(subject, str) else subject_name(subject)
         for name, law in all_laws().items():
             check = Check(law, options, expected)
-            parameters.append(pytest.param(subject, check, id=f"{subject_name(subject)}-{name}"))
+            parameters.append(pytest.param(subject, check, id=f"{label}-{name}"))
     return pytest.mark.parametrize(("subject", "check"), parameters)
 
 

@@ -78,8 +78,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="--mla-production with recorded shapes, a JSON object a line",
     )
     group.addoption("--mla-examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
-    group.addoption("--mla-seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
-    group.addoption("--mla-timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
+    group.addoption("--mla-seed", type=int, metavar="N", help="seed of the generation (another each time, and printed)")
+    group.addoption("--mla-timeout", type=float, default=300, metavar="S", help="seconds a call may take (300)")
+    group.addoption("--mla-under", default="", metavar="COMMAND", help="run subjects under it, e.g. a sanitizer")
     group.addoption("--mla-in-process", action="store_true", help="no worker process, for debuggers")
 
 
@@ -124,7 +125,7 @@ def mla_check(request: pytest.FixtureRequest) -> Iterator[Callable[[Law], None]]
     waivers = _waivers(config)
     options = Options(
         examples=config.getoption("--mla-examples"),
-        seed=config.getoption("--mla-seed"),
+        seed=_seed(config),
         device=config.getoption("--mla-device"),
         threads=config.getoption("--mla-threads"),
         compile=config.getoption("--mla-compile"),
@@ -136,7 +137,7 @@ def mla_check(request: pytest.FixtureRequest) -> Iterator[Callable[[Law], None]]
             subject: Any = resolve_subject(request.param)
             yield lambda law: report_to_pytest(judge(law, subject, options, waivers), waivers)
             return
-        with WorkerPool(timeout=config.getoption("--mla-timeout")) as pool:
+        with WorkerPool(timeout=config.getoption("--mla-timeout"), under=config.getoption("--mla-under")) as pool:
             asked = Asked(options, None, pool.describe(options).result())
 
             def check(law: Law) -> None:
@@ -171,6 +172,19 @@ def _waivers(config: pytest.Config) -> Waivers:
         raise pytest.UsageError(f"--mla-waivers {error}") from error
 
 
+_SEED = pytest.StashKey[int]()
+
+
+def _seed(config: pytest.Config) -> int:
+    """The seed that was given, or one for the whole session."""
+    from mla_spec.judging.law import new_seed
+
+    given: int | None = config.getoption("--mla-seed")
+    if _SEED not in config.stash:
+        config.stash[_SEED] = new_seed() if given is None else given
+    return config.stash[_SEED]
+
+
 def _production(config: pytest.Config) -> Production | None:
     """What the options ask of production laws."""
     from mla_spec.front.production import production
@@ -180,7 +194,7 @@ def _production(config: pytest.Config) -> Production | None:
     if not config.getoption("--mla-production") and workload is None:
         return None
     try:
-        return production(budget, config.getoption("--mla-seed"), workload)
+        return production(budget, _seed(config), workload)
     except UsageError as error:
         raise pytest.UsageError(f"--mla-{str(error).removeprefix('--')}") from error
 
@@ -244,6 +258,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if _SEED in config.stash:
+        terminalreporter.write_line(f"mla-spec: --mla-seed {config.stash[_SEED]} gives these cases again")
     failed = sum(verdict in ("fail", "crashed", "incomplete") for _, verdict in _SAID)
     if _SAID:
         terminalreporter.write_line(f"mla-spec: {failed} cells fail as {len({w for w, _ in _SAID})} waivers expect")

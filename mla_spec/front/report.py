@@ -46,10 +46,18 @@ def report_of(records: list[Record]) -> str:
         )
     notes = [f"{record.law}: {line}" for record in applying for line in record.note.splitlines()]
     parts += ["\n".join(notes)] if notes else []
-    parts += [record.text() for record in applying if not record.holds]
+    parts += _texts([record for record in applying if not record.holds])
     waived = [f"waived: {record.law}: {record.verdict}: {record.waived}" for record in applying if record.waived]
     parts += ["\n".join(waived)] if waived else []
     return "\n\n".join([*parts, f"{summary(records)} in {sum(r.seconds for r in records):.1f} s"])
+
+
+def _texts(records: list[Record]) -> list[str]:
+    """The records in full; of those that say the same without a case, the first."""
+    first: dict[str, Record] = {}
+    for record in records:
+        first.setdefault(record.message, record)
+    return [record.text() for record in records if record.case or first[record.message] is record]
 
 
 def summary(records: list[Record]) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from mla_spec.judging.law import Options, Run
 from mla_spec.subjects.driver import Driver
+from mla_spec.subjects.near import there
 
 
 @cache
@@ -31,9 +32,12 @@ def needs_compiler(options: Options) -> str:
 
 def compiled(run: Run, operation: str) -> Driver:
     """A driver of the subject with ``operation`` alone, compiled; nothing compiled before is used again."""
-    assert run.compile is not None
+    driver: Driver = there(_compiled, run.driver, operation, run.compile)
+    return driver
+
+
+def _compiled(driver: Driver, operation: str, backend: str) -> Driver:
     torch.compiler.reset()
-    driver = run.driver
-    function = torch.compile(getattr(driver.subject, operation), backend=run.compile)
+    function = torch.compile(getattr(driver.subject, operation), backend=backend)
     subject = SimpleNamespace(supports=driver.supports, **{operation: function})
     return Driver(subject, driver.dtype, driver.device)

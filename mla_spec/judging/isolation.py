@@ -1,40 +1,55 @@
-"""Runs laws in a worker process: a subject that kills its process, or never returns, costs one law and not the report.
+"""Runs laws in worker processes, each of which judges a subject that lives in a further one.
 
-A subject that ends its process while it is imported or made is described by nobody, and that is said.
+The subject is neither where the report is made nor where its results are judged: it can spoil its own process only.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
 from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import replay_command, run_law
 from mla_spec.judging.verdict import Record
-from mla_spec.subjects.configured import configured_subject
 from mla_spec.subjects.description import Description, describe
-from mla_spec.subjects.find import UnknownSubject
+from mla_spec.subjects.near import there
+from mla_spec.subjects.process import SubjectProcess
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.violation import BrokenSubject, SubjectCrashed, UnknownSubject
 
-_CONTEXT = multiprocessing.get_context("spawn")  # a forked child could not use CUDA
+_CONTEXT = multiprocessing.get_context("spawn")
+
+PATIENCE = 5.0
+"""Seconds in which a process that judges ends what it has started."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    timeout: float | None
+    share: bool
+    under: str
 
 
 class WorkerPool:
     """Processes that run laws, ``jobs`` at a time; a context manager.
 
-    A law during which its process dies, or a case takes more than ``timeout`` seconds, is *crashed*; what follows runs in a
-    new process. A process serves one subject, as long as laws of that subject are next, unless the subjects ``share`` them.
+    A law during which the subject's process dies, or a call takes more than ``timeout`` seconds, is *crashed*; what follows
+    runs in a new process. Such a process serves one subject, as long as laws of that subject are next, unless the subjects
+    ``share`` it. It runs ``under`` a command where one is given, such as a sanitizer.
     """
 
-    def __init__(self, jobs: int = 1, timeout: float | None = None, *, share: bool = False) -> None:
-        self.timeout = timeout
-        self.share = share
+    def __init__(self, jobs: int = 1, timeout: float | None = None, *, share: bool = False, under: str = "") -> None:
+        self._settings = _Settings(timeout, share, under)
         self._threads = ThreadPoolExecutor(jobs)
         self._own = threading.local()
         self._workers: list[_Worker] = []
@@ -47,20 +62,21 @@ class WorkerPool:
     def describe(self, options: Options, signature: str | None = None) -> Future[Description]:
         """What the subject that ``options.spec`` names declares.
 
-        The future raises ``UnknownSubject`` where it cannot be imported or made, or its process does not live to tell.
+        It has a ``fault`` where it cannot be imported or made, or its process does not live to tell. The future raises
+        ``UnknownSubject`` where there is none.
         """
-        return self._threads.submit(lambda: self._worker(options, signature).describe(self.timeout))
+        return self._threads.submit(lambda: self._worker(options, signature).describe())
 
     def _run(self, law: str, subject_name: str, options: Options, signature: str | None) -> Record:
-        return self._worker(options, signature).run(law, subject_name, self.timeout)
+        return self._worker(options, signature).run(law, subject_name)
 
     def _worker(self, options: Options, signature: str | None) -> _Worker:
         """The worker of this thread, turned to a subject."""
         worker: _Worker | None = getattr(self._own, "worker", None)
         if worker is None:
-            worker = self._own.worker = _Worker(options, signature)
+            worker = self._own.worker = _Worker(self._settings, options, signature)
             self._workers.append(worker)
-        worker.serve(options, signature, share=self.share)
+        worker.serve(options, signature)
         return worker
 
     def __enter__(self) -> WorkerPool:
@@ -74,54 +90,41 @@ class WorkerPool:
 
 @dataclass
 class _Worker:
+    """A process that judges, and what is known of it here."""
+
+    settings: _Settings
     options: Options
     signature: str | None
     process: SpawnProcess | None = None
     connection: Connection = field(init=False)
+    lifeline: Connection = field(init=False)
 
-    def serve(self, options: Options, signature: str | None, *, share: bool) -> None:
-        """Turn to the subject of ``options``, in a new process unless ``share``."""
-        if not share and (options.spec, signature) != (self.options.spec, self.signature):
-            self.stop()
+    def serve(self, options: Options, signature: str | None) -> None:
+        """Turn to the subject of ``options``."""
         self.options, self.signature = options, signature
 
-    def describe(self, timeout: float | None) -> Description:
+    def describe(self) -> Description:
         """What the subject declares."""
         assert self.options.spec is not None
         try:
-            if self.process is None:
-                self._start()
-            self.connection.send((None, self.options, self.signature))
-            if self.connection.poll(timeout):
-                message = self.connection.recv()
-                if isinstance(message, Description):
-                    return message
-                raise UnknownSubject(message)
-            reason = f"did not end within {timeout:g} s"
+            self._ask(None)
+            message = self.connection.recv()
         except (EOFError, ConnectionError):
-            reason = f"failed: the process {self._end()}"
-        self.stop()
-        raise UnknownSubject(f"{self.options.spec[0]}: importing and making it {reason}")
+            return broken(self.options.spec[0], f"the process that judges {self._end()}")
+        if isinstance(message, Description):
+            return message
+        raise message
 
-    def run(self, law: str, subject_name: str, timeout: float | None) -> Record:
+    def run(self, law: str, subject_name: str) -> Record:
+        """The record of a law; crashed where the process that judges does not live to make it."""
         start, cases, last = time.perf_counter(), 0, None
         try:
-            if self.process is None:
-                self._start()
-            self.connection.send((law, self.options, self.signature))
-            while True:
-                if not self.connection.poll(timeout):
-                    reason = f"did not return within {timeout:g} s"
-                    break
-                message = self.connection.recv()
-                if isinstance(message, Record):
-                    if message.verdict == "crashed" and self.options.device != "cpu":
-                        self.stop()  # an illegal access leaves nothing usable in a CUDA process
-                    return message
+            self._ask(law)
+            while not isinstance(message := self.connection.recv(), Record):
                 cases, last = cases + 1, message
+            return message
         except (EOFError, ConnectionError):
-            reason = f"the process {self._end()}; such cases are not made smaller"
-        self.stop()
+            reason = f"the process that judges {self._end()}"
         return Record(
             law,
             subject_name,
@@ -133,48 +136,110 @@ class _Worker:
             seconds=time.perf_counter() - start,
         )
 
+    def _ask(self, law: str | None) -> None:
+        if self.process is None:
+            self._start()
+        self.connection.send((law, self.options, self.signature))
+
     def _start(self) -> None:
         self.connection, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+        end, self.lifeline = _CONTEXT.Pipe(duplex=False)
+        self.process = _CONTEXT.Process(target=_serve, args=(theirs, end, self.settings), daemon=True)
         self.process.start()
         theirs.close()
-        self.connection.recv()  # until its imports are done, for which the timeout is not meant
+        end.close()
 
     def _end(self) -> str:
         """How the process ended."""
         assert self.process is not None
         self.process.join()
         code = self.process.exitcode or 0
+        self.stop()
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def stop(self) -> None:
+        """End the process, and with it that of the subject."""
         if self.process is not None:
+            self.lifeline.close()
+            self.process.join(PATIENCE)
             self.process.kill()
             self.process.join()
             self.connection.close()
             self.process = None
 
 
-def _serve(connection: Connection) -> None:
-    """Send None when ready; then run the laws that arrive, and send each case before it runs, and the record.
+def _serve(connection: Connection, lifeline: Connection, settings: _Settings) -> None:
+    """Judge: run the laws that arrive on the subject that comes with them, and send each case before it runs, and the record.
 
     Without a law the subject is described, or why there is none.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
-    laws = all_laws()
-    connection.send(None)
-    subject, spec = None, None
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    laws, subjects = all_laws(), _Subjects(settings)
     while True:
-        law, options, signature = connection.recv()
-        if options.spec != spec:
-            try:
-                subject, spec = configured_subject(options.spec[0], signature, options.dims), options.spec
-            except UnknownSubject as error:
-                if law is not None:
-                    raise
-                connection.send(str(error))
-                continue
+        try:
+            law, options, signature = connection.recv()
+        except EOFError:
+            return
         if law is None:
-            connection.send(describe(subject))
+            connection.send(subjects.describe(options, signature))
             continue
-        connection.send(run_law(laws[law], subject, replace(options, announce=connection.send, isolated=True)))
+        subject = subjects.of(options, signature)
+        record = run_law(laws[law], subject.subject, replace(options, announce=connection.send, isolated=True))
+        if record.verdict == "crashed" and options.device != "cpu":
+            subject.stop()  # an illegal access leaves nothing usable in a CUDA process
+        connection.send(record)
+
+
+def _end_with(lifeline: Connection) -> None:
+    """End this process when the other end of the lifeline is closed, however that came about."""
+    with suppress(EOFError, OSError):
+        lifeline.recv()
+    os._exit(1)
+
+
+class _Subjects:
+    """The process of the subject that laws run on now."""
+
+    def __init__(self, settings: _Settings) -> None:
+        self.settings = settings
+        self.process: SubjectProcess | None = None
+        self.serves: Any = None
+
+    def of(self, options: Options, signature: str | None) -> SubjectProcess:
+        """The process of the subject that ``options`` name; the one before it ends, unless subjects share it."""
+        assert options.spec is not None
+        serves = options.spec[0], signature, options.dims, options.threads, options.device
+        if self.process is None or (serves != self.serves and not self.settings.share):
+            if self.process is not None:
+                self.process.stop()
+            self.process = SubjectProcess(
+                options.spec[0],
+                signature,
+                options.dims,
+                threads=options.threads,
+                device=options.device,
+                limit=self.settings.timeout,
+                under=self.settings.under,
+            )
+        elif serves != self.serves:
+            self.process.turn_to(options.spec[0], signature, options.dims)
+        self.serves = serves
+        return self.process
+
+    def describe(self, options: Options, signature: str | None) -> Description | UnknownSubject:
+        """What the subject declares, or why there is none."""
+        try:
+            described: Description = there(describe, self.of(options, signature).subject)
+            return described
+        except BrokenSubject as error:
+            return broken(self.serves[0], str(error))
+        except UnknownSubject as error:
+            return error
+        except SubjectCrashed as error:
+            return broken(self.serves[0], f"what it declares cannot be read: {error}")
+
+
+def broken(name: str, fault: str) -> Description:
+    """Stands for what a subject declares where its own code did not let it."""
+    return Description(name, (), Supports(), {}, fault)

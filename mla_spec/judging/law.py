@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -274,6 +275,11 @@ class Options:
     isolated: bool = False
     spec: tuple[str, ...] | None = None
     announce: Callable[[Case], None] | None = None
+
+
+def new_seed() -> int:
+    """A seed that no subject can know before its run."""
+    return secrets.randbelow(2**32)
 
 
 EVERY_REGIME = "every regime"

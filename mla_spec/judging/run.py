@@ -6,6 +6,7 @@ import shlex
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -27,16 +28,13 @@ from mla_spec.judging.verdict import (
     merge,
 )
 from mla_spec.operations.case import Case
-from mla_spec.subjects.contract import (
-    offers,
-    profile_of,
-    subject_name,
-    supports_of,
-)
+from mla_spec.subjects.description import Description, describe
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.memory import filled_memory, give_back_memory
+from mla_spec.subjects.near import Handle, gone, there
+from mla_spec.subjects.process import HANGS, SubjectDied, SubjectHung
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation, raised, subject_code
+from mla_spec.subjects.violation import NotOffered, SubjectCrashed, UnknownSubject, Violation, raised, subject_code
 
 
 class Provider(HypothesisProvider):
@@ -62,13 +60,13 @@ def run_law(law: Law, subject: object, options: Options = Options()) -> Record:
 def run_dtypes(law: Law, subject: object, options: Options = Options()) -> Iterator[Record]:
     """Run a law on a subject, dtype after dtype; a record of each, or one that says why the law does not run."""
     try:
-        with subject_code():
-            supports, name = supports_of(subject), subject_name(subject)
-            absent = [operation for operation in law.needs if not offers(subject, operation)]
-    except SubjectCrashed as error:
+        declared: Description = there(describe, subject)
+    except (SubjectCrashed, UnknownSubject) as error:
         message = f"what it declares cannot be read: {error}"
         yield Record(law.name, type(subject).__name__, "crashed", message=message)
         return
+    supports, name = declared.supports, declared.name
+    absent = [operation for operation in law.needs if operation not in declared.operations]
     reason = f"does not offer {', '.join(absent)}" if absent else ""
     reason = reason or law.unavailable(options) or supports.nothing_to_judge(law.needs) or law.missing(supports)
     dtypes = asked_dtypes(supports, options)
@@ -81,15 +79,26 @@ def run_dtypes(law: Law, subject: object, options: Options = Options()) -> Itera
     share = max(1, -(-options.examples // (spread * law.cost)))
     if options.production is not None:
         options = replace(options, production=replace(options.production, budget=options.production.budget / spread))
+    with _as_laws_want_it(subject, options):
+        for dtype in dtypes:
+            twice = dtype == supports.dtypes[0]
+            record = replace(_run_dtype(law, subject, declared, dtype, share, options, twice=twice), dtype=dtype)
+            yield record
+            if options.until_failure and record.verdict in ("fail", "crashed"):
+                break
+
+
+@contextmanager
+def _as_laws_want_it(subject: object, options: Options) -> Iterator[None]:
+    """Torch's threads and memory where the subject is; a process of its own always has them so."""
+    if isinstance(subject, Handle):
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
         with filled_memory(options.device):
-            for dtype in dtypes:
-                record = replace(_run_dtype(law, subject, dtype, share, options), dtype=dtype)
-                yield record
-                if options.until_failure and record.verdict in ("fail", "crashed"):
-                    break
+            yield
     finally:
         torch.set_num_threads(before)
         give_back_memory(options.device)
@@ -116,12 +125,11 @@ def replay_command(law: str, case: Case, options: Options) -> str:
     return shlex.join(["mla-spec", "check", *options.spec, "--law", law, "--case", case.id, *device])
 
 
-_VERDICTS: dict[type[Exception], Verdict] = {
-    Violation: "fail",
-    SubjectCrashed: "crashed",
-    VacuousCase: "incomplete",
-    InvalidBound: "incomplete",
-}
+def _verdict_of(error: Exception) -> Verdict:
+    if isinstance(error, SubjectCrashed):
+        return "crashed"
+    return "incomplete" if isinstance(error, VacuousCase | InvalidBound) else "fail"
+
 
 _FAILURES = (Violation, SubjectCrashed, VacuousCase, InvalidBound, NotOffered)
 
@@ -129,8 +137,14 @@ REPETITIONS = 5
 """How often the case of a failure that did not come back is run again, to say how often it does."""
 
 
+SHRINKING = 30.0
+"""Seconds that may be spent on cases which end the subject's process, while a smaller one is looked for."""
+
+
 class _Attempts:
     """Runs cases of one law in one dtype, and keeps what the record says of them.
+
+    The first one runs twice where ``twice``: a subject may be another when it is called for the second time.
 
     Attributes:
         cases: how many ran up to the first failure, and with it.
@@ -139,22 +153,30 @@ class _Attempts:
         failure: the first failure, and its case.
     """
 
-    def __init__(self, law: Law, run: Run, options: Options) -> None:
-        self.law, self.run, self.options = law, run, options
+    def __init__(self, law: Law, run: Run, options: Options, make: Callable[[], Driver], *, twice: bool) -> None:
+        self.law, self.run, self.options, self.make = law, run, options, make
+        self.twice = twice and law.grown is None
+        self.deaths = _Deaths()
         self.cases = 0
         self.trivial = (0, "")
         self.last: Case | None = None
         self.failure: tuple[Exception, Case] | None = None
 
     def __call__(self, case: Case) -> None:
+        if self.deaths.spent > SHRINKING:
+            self.deaths.again(case)
+            return
         self.cases += self.failure is None
         self.last, self.run.case_id, self.run.compared = case, case.id, None
         if self.options.announce is not None:
             self.options.announce(case)
         try:
-            self._check(case)
+            self.deaths.counted(case, lambda: self._check(case))
             if self.run.compared == 0:
                 raise TrivialCase("no output has an element")
+            if self.twice:
+                self.twice = False
+                self.deaths.counted(case, lambda: self._check(case))
         except TrivialCase as reason:
             self.trivial = self.trivial[0] + (self.failure is None), str(reason)
         except _FAILURES as error:
@@ -172,6 +194,8 @@ class _Attempts:
 
     def _check(self, case: Case) -> None:
         try:
+            if gone(self.run.driver):
+                self.run.driver = self.make()
             self.law.check(self.run, case)
         except SystemExit as error:  # no law asks for it: it comes of what a subject computes when it is read
             raise SubjectCrashed(raised(error)) from error
@@ -192,7 +216,40 @@ class _Attempts:
         return False
 
 
-def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Options) -> Record:
+class _Deaths:
+    """Which cases have ended the subject's process, and the seconds that they took, those of the first hangs aside."""
+
+    def __init__(self) -> None:
+        self.spent, self.hangs = 0.0, 0
+        self.known: dict[str, tuple[type[SubjectDied], str]] = {}
+        self.first_hang: str | None = None
+
+    def counted(self, case: Case, check: Callable[[], None]) -> None:
+        """Run ``check``, and take note of its end."""
+        start = time.monotonic()
+        try:
+            check()
+            return
+        except SubjectDied as death:
+            kind, text = type(death), str(death)
+        if kind is SubjectHung:  # a later one had less time, which is not what is wrong with it
+            text = self.first_hang = self.first_hang or text
+            self.hangs += 1
+        if kind is not SubjectHung or self.hangs > HANGS:
+            self.spent += time.monotonic() - start
+        self.known.setdefault(case.id, (kind, text))
+        self.again(case)
+
+    def again(self, case: Case) -> None:
+        """What the case came to, if it has ended a process; raised here alone, since Hypothesis tells failures by place."""
+        if case.id in self.known:
+            kind, text = self.known[case.id]
+            raise kind(text)
+
+
+def _run_dtype(
+    law: Law, subject: object, declared: Description, dtype: str, examples: int, options: Options, *, twice: bool
+) -> Record:
     start = time.perf_counter()
 
     def record(verdict: Verdict, message: str, cases: int = 0, case: Case | None = None) -> Record:
@@ -208,22 +265,24 @@ def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Op
             note=run.note if run is not None else "",
         )
 
-    name, run = type(subject).__name__, None
-    try:
+    def make() -> Driver:
         with subject_code():
-            name = subject_name(subject)
-            driver = Driver(subject, dtype, options.device)
-            run = Run(
-                driver,
-                profile_of(subject, dtype),
-                driver.supports,
-                compile=options.compile,
-                isolated=options.isolated,
-                production=options.production or Production(),
-            )
+            driver: Driver = there(Driver, subject, dtype, options.device)
+            return driver
+
+    name, run = declared.name, None
+    try:
+        run = Run(
+            make(),
+            declared.profile(dtype),
+            declared.supports,
+            compile=options.compile,
+            isolated=options.isolated,
+            production=options.production or Production(),
+        )
     except SubjectCrashed as error:
         return record("crashed", f"what it declares cannot be read: {error}")
-    attempt = _Attempts(law, run, options)
+    attempt = _Attempts(law, run, options, make, twice=twice)
     try:
         if options.case is not None:
             attempt.given(options.case)
@@ -233,9 +292,9 @@ def _run_dtype(law: Law, subject: object, dtype: str, examples: int, options: Op
         return record("unsupported", str(error))
     except Flaky:
         first, case, message = attempt.flaky()
-        return record(_VERDICTS.get(type(first), "fail"), message, attempt.cases, case)
+        return record(_verdict_of(first), message, attempt.cases, case)
     except _FAILURES as error:
-        return record(_VERDICTS[type(error)], str(error), attempt.cases, attempt.last)
+        return record(_verdict_of(error), str(error), attempt.cases, attempt.last)
     if attempt.cases == 0:
         return record("unsupported", "no case fits what the subject supports")
     if attempt.trivial[0] == attempt.cases:
@@ -296,7 +355,7 @@ def _first_failure(cases: Iterable[Case], attempt: Callable[[Case], None]) -> Ca
 def _draw(law: Law, run: Run, cases: Any, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
     """Run what Hypothesis draws from the strategy ``cases``."""
 
-    @hypothesis.seed(zlib.crc32(f"{options.seed} {law.name} {run.driver.dtype}".encode()))
+    @hypothesis.seed(zlib.crc32(f"{options.seed} {law.name} {run.profile.dtype}".encode()))
     @_settings(examples, (Phase.generate, Phase.shrink) if options.minimise else (Phase.generate,))
     @given(cases)
     def generated(case: Case) -> None:

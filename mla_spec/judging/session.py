@@ -74,7 +74,7 @@ class Asked:
     @property
     def dtypes(self) -> list[str]:
         """The dtypes of its cells."""
-        return asked_dtypes(self.declared.supports, self.options)
+        return [] if self.declared.fault else asked_dtypes(self.declared.supports, self.options)
 
     def options_of(self, cell: Cell) -> Options:
         """How one cell is run."""
@@ -147,6 +147,9 @@ def run_in(
     running: dict[Future[Record], Cell] = {}
     for cell in cells:
         asked = subjects[cell.spec]
+        if asked.declared.fault:
+            yield cell, Record(cell.law, asked.declared.name, "crashed", message=asked.declared.fault)
+            continue
         running[pool.submit(cell.law, asked.declared.name, asked.options_of(cell), asked.signature)] = cell
     while running:
         done, _ = wait(running, OFTEN, FIRST_COMPLETED)

@@ -22,6 +22,7 @@ from mla_spec.reference.block_scales import CODE, BlockSize, dequantise_weight, 
 from mla_spec.reference.formats import decode_bits, format_of, round_to
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.driver import Driver
+from mla_spec.subjects.near import there
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import ROW_PADDING, slice_of_wider, transposed, viewed
@@ -151,4 +152,5 @@ def layer_of_dequantised(driver: Driver, inputs: QuantisedLayerInputs) -> LayerD
     for name, each in inputs.quantised.items():
         (tensors[name],) = driver.raw(OPERATION, each, driver.tensors(OPERATION, each))
         driver.result(tensors[name], name, each.codes.shape)
-    return LayerDriver(driver, driver.guard(lambda: driver.subject.layer(tensors, inputs.layer.config)), tensors)
+    made: LayerDriver = there(LayerDriver.holding, driver, tensors, inputs.layer.config)
+    return made

@@ -28,6 +28,7 @@ from mla_spec.operations.sparse import SPARSE_PREFILL, SparseInputs, SparsePrefi
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Driver, Result, tensor_bits
+from mla_spec.subjects.near import travels
 from mla_spec.subjects.signature import Signature
 from mla_spec.subjects.views import ROW_PADDING, slice_of_wider, transposed, viewed
 from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation
@@ -160,6 +161,7 @@ Tensors = dict[str, torch.Tensor]
 Gradients = dict[str, Result]
 
 
+@travels
 @dataclass(frozen=True)
 class Branched:
     """What a backward pass left where another branch of the network was added to ``out``.
@@ -196,6 +198,10 @@ class BackwardDriver(Driver):
     def of(cls, driver: Driver) -> BackwardDriver:
         """For the subject of another driver."""
         return cls(driver.subject, driver.dtype, driver.device)
+
+    def lse_grad(self, x: Array) -> torch.Tensor:
+        """A gradient of the LSE, float32 numbers, as a tensor."""
+        return torch.from_numpy(np.array(x)).to(self.device)
 
     def prefill_gradients(
         self, inputs: PrefillInputs, tensors: Tensors, names: Sequence[str] = ("q", "k", "v")

@@ -228,9 +228,12 @@ class LayerDriver:
 
     def run(self, method: str, hidden: Array, positions: IntArray) -> Result:
         """``prefill`` or ``decode`` of hidden [b, s, e] at positions [b, s]."""
-        x, at = self.driver.tensor(hidden), self.driver.integers(positions, torch.int64)
-        out = self.driver.guard(lambda: getattr(self.layer, method)(x, at))
+        out = self.call(method, self.driver.tensor(hidden), self.driver.integers(positions, torch.int64))
         return self.driver.result(out, f"{method} output", hidden.shape)
+
+    def call(self, method: str, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+        """What ``prefill`` or ``decode`` returns, unread."""
+        return self.driver.guard(lambda: getattr(self.layer, method)(hidden, positions))
 
     def reset(self) -> None:
         self.driver.guard(lambda: self.layer.reset())

@@ -133,7 +133,7 @@ class MergeGradientDriver:
         """The arguments by name, "out_grad", and perhaps "lse_grad"."""
         tensors = self.driver.tensors(MERGE, inputs.forward) | {"out_grad": self.driver.tensor(inputs.out_grad)}
         if through_lse:
-            tensors["lse_grad"] = torch.from_numpy(inputs.lse_grad).to(self.driver.device)
+            tensors["lse_grad"] = self.driver.lse_grad(inputs.lse_grad)
         return tensors
 
     def gradients(self, tensors: Tensors, names: Sequence[str] = ("outs", "lses")) -> Gradients:

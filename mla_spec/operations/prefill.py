@@ -26,6 +26,7 @@ from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Tensors
+from mla_spec.subjects.near import near
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
 
@@ -102,6 +103,7 @@ def _others(case: PrefillCase) -> tuple[PrefillInputs, ...]:
     return mirrored.build(), replace(other, softmax_scale=other.softmax_scale / 2)
 
 
+@near
 def _keys_and_values_together(t: Tensors) -> Tensors:
     """k and v as slices of one row per head, as kv_b_proj returns them."""
     both = torch.cat([t["k"], t["v"]], dim=-1)

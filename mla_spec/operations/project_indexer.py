@@ -27,6 +27,7 @@ from mla_spec.reference.formats import round_to
 from mla_spec.reference.indexer import IndexerConfig, indexer_weight_shapes
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Tensors
+from mla_spec.subjects.near import near
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import every_other, transposed, viewed
@@ -110,6 +111,7 @@ def expected(inputs: ProjectIndexerInputs, profile: Profile, supports: Supports)
     )
 
 
+@near
 def _one_fused_projection(t: Tensors) -> Tensors:
     """hidden and q_latent as slices of one row, as a fused projection may write them."""
     both = torch.cat([t["hidden"], t["q_latent"]], dim=-1)

@@ -45,6 +45,7 @@ from mla_spec.reference.formats import decode_bits, format_of, round_to
 from mla_spec.reference.quantised_cache import dequantise, dequantised_cache, quantise
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Result, Tensors, computed
+from mla_spec.subjects.near import near
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import ROW_PADDING, slice_of_wider, viewed
@@ -356,6 +357,7 @@ def _decode_tight(inputs: QuantisedDecodeInputs) -> QuantisedDecodeInputs:
     return replace(inputs, pages=inputs.pages[pages], exact=exact)
 
 
+@near
 def _pages_of_two_layers(t: Tensors) -> Tensors:
     return t | {"pages": torch.stack([t["pages"].roll(1, 0), t["pages"]], dim=1).flatten(0, 1)[1::2]}
 

@@ -21,6 +21,7 @@ from mla_spec.operations.operation import Exactly, Expected, Operation
 from mla_spec.reference.formats import format_of, round_to
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Tensors
+from mla_spec.subjects.near import near
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, viewed
@@ -80,6 +81,7 @@ def expected(inputs: WriteInputs, profile: Profile, supports: Supports) -> tuple
     return (Exactly(pool),)
 
 
+@near
 def _one_projection(t: Tensors) -> Tensors:
     """latent and k_pe as slices of one row, as kv_a_proj_with_mqa returns them."""
     both = torch.cat([t["latent"], t["k_pe"]], dim=-1)

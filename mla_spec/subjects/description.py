@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.installed import operation_names
 from mla_spec.subjects.contract import offers, profile_of, subject_name, supports_of
+from mla_spec.subjects.near import travels
 from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.violation import subject_code
 from mla_spec.text.terminal import one_line
 
+T = TypeVar("T")
 
+
+@travels
 @dataclass(frozen=True)
 class Description:
     """A subject without its code.
@@ -19,29 +25,47 @@ class Description:
         name: its own, or its class's.
         operations: those that it offers.
         supports, profiles: what it declares; a profile for each of its dtypes.
+        fault: why its own code did not let it be made or read, or "".
     """
 
     name: str
     operations: tuple[str, ...]
     supports: Supports
     profiles: dict[str, Profile]
+    fault: str = ""
 
     @property
     def text(self) -> str:
         """Operations, restrictions, and each profile where it is not the default, over several lines."""
+        if self.fault:
+            return self.fault
         lines = [f"{self.name}: offers {', '.join(self.operations)}"]
         restrictions = self.supports.restrictions()
         if restrictions:
             lines.append(f"  supports {restrictions}")
         return "\n".join([*lines, *(f"  profile {profile.describe()}" for profile in self.profiles.values())])
 
+    def profile(self, dtype: str) -> Profile:
+        """That of a dtype, which may be none of its own."""
+        return self.profiles.get(dtype) or Profile.default(dtype)
+
 
 def describe(subject: object) -> Description:
-    """What is declared: the name, operations, restrictions, and the profile of each dtype."""
-    supports = supports_of(subject)
-    return Description(
-        one_line(subject_name(subject), 200),
-        tuple(operation for operation in operation_names() if offers(subject, operation)),
-        supports,
-        {dtype: profile_of(subject, dtype) for dtype in supports.dtypes},
-    )
+    """What is declared: the name, operations, restrictions, and the profile of each dtype.
+
+    Raises:
+        SubjectCrashed: it cannot be read.
+    """
+    with subject_code():
+        supports = supports_of(subject)
+        return Description(
+            one_line(subject_name(subject), 200),
+            tuple(operation for operation in operation_names() if offers(subject, operation)),
+            as_given(Supports, supports),
+            {dtype: as_given(Profile, profile_of(subject, dtype)) for dtype in supports.dtypes},
+        )
+
+
+def as_given(cls: type[T], declared: T) -> T:
+    """An object of this very class with the same fields."""
+    return declared if type(declared) is cls else cls(**{f.name: getattr(declared, f.name) for f in fields(cls)})  # type: ignore[arg-type]

@@ -12,7 +12,8 @@ import torch
 from mla_spec.reference.formats import encode
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.contract import supports_of
-from mla_spec.subjects.signature import Argument, Output, Signature
+from mla_spec.subjects.near import HANDLES, TRAVELS, Handle, call_method, near, there, travels
+from mla_spec.subjects.signature import Argument, Asked, Output, Signature
 from mla_spec.subjects.violation import Violation, subject_code
 
 Tensors = dict[str, torch.Tensor]
@@ -27,6 +28,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@travels
 @dataclass(frozen=True)
 class Result:
     """A tensor that a subject returned, as plain data.
@@ -73,15 +75,25 @@ class Results(tuple[Any, ...]):
         return Results(dict(zip(self.names, parts, strict=True)))
 
 
+TRAVELS["Results"] = Results, lambda results: {"parts": dict(zip(results.names, results, strict=True))}
+
+
 def computed(value: Array, what: str) -> Result:
     """A float64 value that a law computed from results, as a Result."""
     return Result(value, np.ascontiguousarray(value).view(np.int64), what)
 
 
+@near
 def tensor_bits(x: torch.Tensor) -> IntArray:
     """The bit patterns of a tensor's elements."""
     bits: IntArray = x.detach().cpu().contiguous().view(_BITS[x.element_size()]).numpy().copy()
     return bits
+
+
+@near
+def is_tensor(x: Any) -> bool:
+    """Whether something that a subject returned is a tensor."""
+    return isinstance(x, torch.Tensor)
 
 
 class Driver:
@@ -107,6 +119,11 @@ class Driver:
     def tensor(self, x: Array) -> torch.Tensor:
         """float64 data as a tensor of the case's dtype; values are representable, so this is exact."""
         return self._copy(x, TORCH_DTYPES[self.dtype])
+
+    def number(self, bits: Any) -> float:
+        """The number of the case's dtype that has these bits."""
+        dtype = TORCH_DTYPES[self.dtype]
+        return float(torch.tensor(int(bits), dtype=_BITS[dtype.itemsize]).view(dtype))
 
     def integers(self, x: IntArray, dtype: torch.dtype) -> torch.Tensor:
         return self._copy(x, dtype)
@@ -168,10 +185,11 @@ class Driver:
         parts: dict[str, Result | None] = {}
         for output, x in zip(operation.outputs, unread, strict=True):
             offered = output.offered(self.supports)
-            parts[output.name] = self._output(output, x, inputs) if offered else None
+            shape = inputs.shapes[output.name] if isinstance(inputs, Asked) else output.shape(inputs)
+            parts[output.name] = self._output(output, x, shape) if offered else None
         return Results(parts)
 
-    def _output(self, output: Output, x: Any, inputs: Any) -> Result:
+    def _output(self, output: Output, x: Any, shape: tuple[int, ...]) -> Result:
         dtypes = {
             "values": (TORCH_DTYPES[self.dtype],),
             "wide": (self.wide,),
@@ -179,7 +197,7 @@ class Driver:
             "indices": (torch.int32, torch.int64),
             "bytes": (torch.uint8,),
         }
-        return self.result(x, output.what or output.name, output.shape(inputs), dtypes[output.kind])
+        return self.result(x, output.what or output.name, shape, dtypes[output.kind])
 
     def call(self, operation: Signature, inputs: Any, tensors: Tensors | None = None) -> Results:
         """The outputs of the operation. ``tensors`` replace those built from ``inputs``."""
@@ -204,12 +222,55 @@ class Driver:
         dtypes = dtypes or (TORCH_DTYPES[self.dtype],)
         if not isinstance(x, torch.Tensor):
             raise Violation(f"{what} must be a torch tensor, got {type(x).__name__}")
+        if odd := _odd(x, self.device):
+            raise Violation(f"{what} must be a plain tensor on {self.device}, got {odd}")
         if tuple(x.shape) != shape:
             raise Violation(f"{what} must have shape {list(shape)}, got {list(x.shape)}")
         if x.dtype not in dtypes:
             raise Violation(f"{what} must be {' or '.join(str(d) for d in dtypes)}, got {x.dtype}")
         value: Array = x.detach().to("cpu", torch.float64).numpy().copy()
         return Result(value, tensor_bits(x), what)
+
+
+class DriverHandle(Handle):
+    """A driver in the process of the subject, which gets of inputs only what a caller knows."""
+
+    __slots__ = ()
+
+    def tensors(self, operation: Signature, inputs: Any) -> Tensors:
+        """See ``Driver``."""
+        made: Tensors = there(call_method, self, "tensors", operation, operation.asked(inputs, shapes=False))
+        return made
+
+    def raw(self, operation: Signature, inputs: Any, tensors: Tensors) -> Any:
+        """See ``Driver``."""
+        return there(call_method, self, "raw", operation, operation.asked(inputs, tensors=False), tensors)
+
+    def read(self, operation: Signature, inputs: Any, unread: tuple[Any, ...]) -> Any:
+        """See ``Driver``."""
+        return there(call_method, self, "read", operation, operation.asked(inputs, tensors=False), unread)
+
+    def call(self, operation: Signature, inputs: Any, tensors: Tensors | None = None) -> Any:
+        """See ``Driver``."""
+        return there(call_method, self, "call", operation, operation.asked(inputs, tensors=tensors is None), tensors)
+
+
+HANDLES["Driver"] = HANDLES["BackwardDriver"] = DriverHandle
+
+
+def _odd(x: torch.Tensor, device: str) -> str:
+    """What is unusual about a tensor, so that its elements could not be read as they lie in memory; or ""."""
+    if type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(x).__name__}"
+    if x.is_nested:
+        return "a nested tensor"
+    if x.layout is not torch.strided:
+        return f"one of layout {x.layout}"
+    if x.device.type != torch.device(device).type:
+        return f"one on {x.device}"
+    if x.is_conj() or x.is_neg():
+        return "a lazy view"
+    return ""
 
 
 def _passed(argument: Argument, inputs: Any, tensors: Tensors) -> Any:

@@ -13,10 +13,9 @@ from typing import Any
 
 from mla_spec.installed import SHIPPED, operation_names
 from mla_spec.subjects.contract import require_subject
+from mla_spec.subjects.violation import BrokenSubject, UnknownSubject, raised
 
-
-class UnknownSubject(Exception):
-    """No subject has this name, or it cannot be made; the text is one sentence for the user."""
+__all__ = ["BrokenSubject", "UnknownSubject", "available_subjects", "resolve_subject", "unavailable"]
 
 
 class FunctionSubject:
@@ -48,7 +47,8 @@ def resolve_subject(spec: str, signature: str | None = None) -> Any:
         signature: the operation that ``object`` implements, where it is a bare function.
 
     Raises:
-        UnknownSubject: it does not exist, cannot be made, or is no subject.
+        UnknownSubject: it does not exist, or is no subject.
+        BrokenSubject: its code did not let it be made.
     """
     if spec in SHIPPED:
         reason = unavailable(spec)
@@ -62,7 +62,7 @@ def resolve_subject(spec: str, signature: str | None = None) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise UnknownSubject(f"{spec}: making the object failed with {type(error).__name__}: {error}") from error
+        raise BrokenSubject(f"{spec}: making the object failed with {raised(error)}") from error
     if signature is not None:
         names = operation_names()
         if signature not in names:
@@ -90,7 +90,7 @@ def _user_attribute(spec: str) -> Any:
     except (UnknownSubject, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too: a file that ends the process has not been judged
-        raise UnknownSubject(f"{spec}: importing {module} failed with {type(error).__name__}: {error}") from error
+        raise BrokenSubject(f"{spec}: importing {module} failed with {raised(error)}") from error
 
 
 def _attribute(spec: str) -> Any:
@@ -112,11 +112,20 @@ def _import(name: str) -> ModuleType:
 
 
 def _load_file(path: Path) -> ModuleType:
+    """The module of a file, which is executed once whatever number of subjects it holds; its folder is importable."""
     if not path.is_file():
         raise UnknownSubject(f"no such file: {path}")
+    path = path.resolve()
+    if path in _FILES:
+        return _FILES[path]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
-    return module
+    return _FILES.setdefault(path, module)
+
+
+_FILES: dict[Path, ModuleType] = {}

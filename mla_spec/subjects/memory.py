@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mla_spec.subjects.near import near
+
 ALIGNMENT = 64
 """Bytes to which torch aligns its own tensors on a CPU, and which vectorized kernels rely on."""
 
@@ -52,6 +54,12 @@ def filled_memory(device: str) -> Iterator[None]:
         yield
 
 
+def fill_memory(device: str) -> None:
+    """``filled_memory`` for good, in a process of the subject's own."""
+    if torch.device(device).type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 @contextmanager
 def filled_memory_of_any_device() -> Iterator[None]:
     """As ``filled_memory``, on every device, in whose deterministic mode torch's own algorithms may be others."""
@@ -76,6 +84,7 @@ def _deterministic(mode: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@near
 def share_memory(x: Any, y: Any) -> bool:
     """Whether the memories that two tensors are views of overlap; False where one is no tensor, or has no elements."""
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or not x.numel() or not y.numel():
@@ -86,6 +95,7 @@ def share_memory(x: Any, y: Any) -> bool:
     )
 
 
+@near
 def at_the_end(x: Tensor, *, guarded: bool) -> Tensor:
     """The same elements, in memory that ends with them, up to alignment.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
+from mla_spec.installed import operation_named
 from mla_spec.subjects.supports import Supports
 
 ArgumentKind = Literal["values", "wide", "lse", "float32", "int32", "int64", "bytes", "codes", "config"]
@@ -63,6 +65,13 @@ class Output:
     view: bool = False
 
 
+class Asked(SimpleNamespace):
+    """Of the inputs of a call what its caller knows: arguments, keywords, and ``shapes``, those of its outputs by name.
+
+    Inputs may also hold what the call must give, which is not to be where the subject is.
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Signature:
     """How an operation is called.
@@ -79,6 +88,20 @@ class Signature:
     arguments: tuple[Argument, ...]
     keywords: tuple[str, ...] = ()
     outputs: tuple[Output, ...]
+
+    def __reduce__(self) -> Any:
+        """By name: its functions are no data."""
+        if operation_named(self.name) is not self:
+            raise TypeError(f"{self.name} is not the operation of this name")
+        return operation_named, (self.name,)
+
+    def asked(self, inputs: Any, *, tensors: bool = True, shapes: bool = True) -> Asked | None:
+        """What a call on ``inputs`` is asked, with or without its tensors and ``shapes``; None where the inputs are."""
+        if inputs is None:
+            return None
+        names = [a.name for a in self.arguments if tensors or a.kind == "config"]
+        values = {name: getattr(inputs, name) for name in [*names, *(k for k in self.keywords if k != "dtype")]}
+        return Asked(**values, shapes={o.name: o.shape(inputs) for o in self.outputs} if shapes else {})
 
     @property
     def written(self) -> tuple[str, ...]:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from mla_spec.subjects.driver import Tensors
+from mla_spec.subjects.near import near
 
 ROW_PADDING = 64
 """Elements between rows: aligned rows stay aligned, as kernels may demand of real caches."""
 
 
+@near
 def slice_of_wider(x: Tensor, dim: int, extra: int) -> Tensor:
     """x as the last slice of a tensor that is ``extra`` longer in ``dim``; what is before it repeats x's own elements."""
     if x.shape[dim] == 0:
@@ -25,16 +27,19 @@ def slice_of_wider(x: Tensor, dim: int, extra: int) -> Tensor:
     return x.index_select(dim, index).narrow(dim, extra, x.shape[dim])
 
 
+@near
 def transposed(x: Tensor, first: int, second: int) -> Tensor:
     """x stored with two axes exchanged, as the output of a batched matrix product."""
     return x.transpose(first, second).contiguous().transpose(first, second)
 
 
+@near
 def every_other(x: Tensor) -> Tensor:
     """x as every other element, of its last axis, of a tensor that has each twice."""
     return x.repeat_interleave(2, dim=-1)[..., ::2]
 
 
+@near
 def behind_others(t: Tensors) -> Tensors:
     """Every tensor behind another of its shape in one memory."""
     return {name: _behind_another(x) for name, x in t.items()}

@@ -12,11 +12,33 @@ class Violation(Exception):
 
 
 class SubjectCrashed(Exception):
-    """The subject raised an exception on valid input, or asked to end the process."""
+    """The subject raised an exception on valid input, or asked to end the process.
+
+    Attributes:
+        exhausted: whether it could not have the memory it asked for.
+    """
+
+    exhausted = False
 
 
 class NotOffered(Exception):
     """The subject turned out to have no such thing, and never said that it has; the text says how that showed."""
+
+
+class DoesNotFit(Exception):
+    """The device has no memory for distant tensors; the text says how much they need, and how much is free."""
+
+
+class UnknownSubject(Exception):
+    """No subject has this name; the text is one sentence for the user."""
+
+
+class BrokenSubject(UnknownSubject):
+    """A subject has this name, but its own code did not let it be made."""
+
+
+TOLD = {c.__name__: c for c in (Violation, SubjectCrashed, NotOffered, DoesNotFit, UnknownSubject, BrokenSubject)}
+"""What code beside a subject may raise, by name."""
 
 
 @contextmanager
@@ -24,14 +46,32 @@ def subject_code() -> Iterator[None]:
     """Code of the subject runs here: whatever it raises, SystemExit included, is ``SubjectCrashed``. Ctrl-C is not its own."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SubjectCrashed):
         raise
     except BaseException as error:
-        raise SubjectCrashed(raised(error)) from error
+        crash = SubjectCrashed(raised(error))
+        crash.exhausted = _lacks_memory(error)
+        raise crash from error
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had. On the CPU torch has no class for it."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in _text(error)
+    )
 
 
 def raised(error: BaseException) -> str:
     """The type of an exception, the first line of its text, and where it was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = str(error).strip().splitlines()
+    text = _text(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''} ({frame.filename}:{frame.lineno})"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:  # of the subject's own class
+        return "it cannot be printed"

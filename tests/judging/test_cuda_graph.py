@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
-def recorded(call: Callable[[], Any]) -> Callable[[], Any]:
+def recorded(call: Callable[[], Any], device: str) -> Callable[[], Any]:
     """As ``captured``: warm up, record, and replay."""
     call()
     with Recorder() as graph:

@@ -44,15 +44,15 @@ def records(folder: Path, subject: str, timeout: float) -> list[Record]:
 @pytest.mark.parametrize(
     ("subject", "message"),
     [
-        ("Segfault", "the process was killed by SIGSEGV; such cases are not made smaller"),
-        ("Hang", "did not return within 15 s"),
+        ("Segfault", "the process was killed by SIGSEGV"),
+        ("Hang", "did not return within 8 s"),
     ],
 )
 def test_a_lost_process_costs_one_law_and_names_the_case(tmp_path: Path, subject: str, message: str) -> None:
-    absorb, decode, rope = records(tmp_path, subject, timeout=15)
+    absorb, decode, rope = records(tmp_path, subject, timeout=8)
     assert (absorb.verdict, absorb.cases, absorb.message) == ("crashed", 1, message)
-    assert (decode.verdict, decode.message) == ("crashed", message)
+    assert (decode.verdict, decode.message.partition("within")[0]) == ("crashed", message.partition("within")[0])
     assert decode.cases >= 1
-    assert ",num_heads=5," in decode.case
+    assert "seqlens=0,s=1,num_heads=5,kv_lora_rank=1," in decode.case
     assert decode.replay.endswith(f":{subject} --law {LAWS[1]} --case {decode.case}")
     assert (rope.law, rope.verdict, rope.cases) == (LAWS[2], "pass", 60)

@@ -1,0 +1,202 @@
+"""What goes between the process that judges and that of a subject, as bytes.
+
+A request names a function and carries its arguments. A reply can hold plain data, arrays, a few classes of the suite and
+references to what stays behind, and nothing else: to read one runs no code that it names. Contents of arrays are sent as they lie
+in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from mla_spec.bounds.profile import Accumulator, Profile, RopeProfile
+from mla_spec.subjects.near import TRAVELS, Handle, travels
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.violation import SubjectCrashed
+
+Parts = list[Any]
+"""The bytes of a message: its structure, and the contents of each array in it."""
+
+_PLAIN = (type(None), bool, int, float, str, bytes, tuple, list, dict)
+_SMALL = 1 << 16
+_MOST_PARTS = 1 << 20
+
+DECLARED = (Supports, Profile, Accumulator, RopeProfile)
+"""Classes that a subject fills with what it likes: all that is in them must be plain."""
+
+for each in DECLARED:
+    travels(each)
+
+
+class NoMessage(Exception):
+    """What arrived is none of the suite's messages: somebody else wrote into the channel."""
+
+
+class _Writer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, parts: Parts) -> None:
+        super().__init__(file, protocol=5)
+        self.parts = parts
+
+    def array(self, x: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+        self.parts.append(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data if x.size else b"")
+        return "array", x.dtype.str, x.shape, len(self.parts) - 1
+
+
+class _RequestWriter(_Writer):
+    def persistent_id(self, x: Any) -> Any:
+        if isinstance(x, Handle):
+            if not x.process.holds(x):
+                raise SubjectCrashed("the process that held it has ended")
+            return "handle", x.key
+        if type(x) is np.ndarray and x.dtype.kind in "biuf":
+            return self.array(x)
+        return None
+
+
+class _ReplyWriter(_Writer):
+    def __init__(self, file: io.BytesIO, parts: Parts, keep: Callable[[Any], int]) -> None:
+        super().__init__(file, parts)
+        self.keep = keep
+
+    def persistent_id(self, x: Any) -> Any:
+        kind = type(x)
+        if kind in _PLAIN:
+            return None
+        if kind is np.ndarray and x.dtype.kind in "biuf":
+            return self.array(x)
+        if isinstance(x, np.generic):
+            return "plain", x.item()
+        if kind is torch.Size:
+            return "plain", tuple(x)
+        if kind.__name__ in TRAVELS and kind is TRAVELS[kind.__name__][0]:
+            values = TRAVELS[kind.__name__][1](x)
+            if kind in DECLARED:
+                _require_plain(kind.__name__, values)
+            return "data", kind.__name__, values
+        return "handle", self.keep(x), kind.__name__
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, parts: Parts, found: Callable[..., Any]) -> None:
+        super().__init__(io.BytesIO(parts[0]))
+        self.parts, self.found = parts, found
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, *rest = pid
+        if kind == "array":
+            return _array(self.parts, *rest)
+        if kind == "plain":
+            return rest[0]
+        if kind == "data":
+            return _data(*rest)
+        return self.found(*rest)
+
+
+class _ReplyReader(_Reader):
+    def find_class(self, module: str, name: str) -> Any:
+        raise NoMessage(f"a reply names {module}.{name}")
+
+
+def _array(parts: Parts, dtype: str, shape: tuple[int, ...], part: int) -> np.ndarray[Any, Any]:
+    if np.dtype(dtype).kind not in "biuf" or math.prod(shape) * np.dtype(dtype).itemsize != len(parts[part]):
+        raise NoMessage(f"an array of {dtype} {shape} in {len(parts[part])} bytes")
+    return np.frombuffer(parts[part], dtype=dtype).reshape(shape)
+
+
+def _data(name: str, values: dict[str, Any]) -> Any:
+    if TRAVELS[name][0] in DECLARED and _holds_handles(values):
+        raise NoMessage(f"{name} holds what is no plain data")
+    return TRAVELS[name][0](**values)
+
+
+def _require_plain(what: str, tree: Any) -> None:
+    """Raise SubjectCrashed where a declaration holds anything that is no plain data."""
+    for x in [*tree, *tree.values()] if isinstance(tree, dict) else tree:
+        if isinstance(x, (list, tuple, dict)):
+            _require_plain(what, x)
+        elif type(x) not in (*_PLAIN, *DECLARED) and not isinstance(x, np.generic):
+            raise SubjectCrashed(f"its {what} holds a {type(x).__name__}, which is no plain data")
+
+
+def _holds_handles(tree: Any) -> bool:
+    if isinstance(tree, dict):
+        tree = [*tree, *tree.values()]
+    return any(isinstance(x, Handle) or (isinstance(x, (list, tuple, dict)) and _holds_handles(x)) for x in tree)
+
+
+def write_request(request: Any) -> Parts:
+    """The parts of a request; what it names must be importable by name."""
+    return _written(_RequestWriter, request)
+
+
+def write_reply(reply: Any, keep: Callable[[Any], int]) -> Parts:
+    """The parts of a reply; ``keep`` gives a number to what stays behind."""
+    return _written(lambda file, parts: _ReplyWriter(file, parts, keep), reply)
+
+
+def _written(writer: Callable[[io.BytesIO, Parts], _Writer], message: Any) -> Parts:
+    file = io.BytesIO()
+    parts: Parts = [b""]
+    writer(file, parts).dump(message)
+    parts[0] = file.getbuffer()
+    return parts
+
+
+def read_request(parts: Parts, found: Callable[[int], Any]) -> Any:
+    """The request; ``found`` gives what a number stands for."""
+    return _Reader(parts, found).load()
+
+
+def read_reply(parts: Parts, handle: Callable[[int, str], Any]) -> Any:
+    """The reply; ``handle`` makes what stands for a number and the name of a class.
+
+    Raises:
+        NoMessage: it is not what ``write_reply`` writes.
+    """
+    try:
+        return _ReplyReader(parts, handle).load()
+    except NoMessage:
+        raise
+    except Exception as error:
+        raise NoMessage(f"{type(error).__name__}: {error}") from error
+
+
+def framed(parts: Parts) -> Parts:
+    """The parts with their number and sizes before them; small ones joined."""
+    head = struct.pack(f"<{1 + len(parts)}Q", len(parts), *map(len, parts))
+    if sum(map(len, parts)) < _SMALL:
+        return [b"".join([head, *parts])]
+    return [head, *parts]
+
+
+def read_parts(read: Callable[[int], bytearray]) -> Parts:
+    """The parts of the message that ``read`` gives the bytes of."""
+    (count,) = struct.unpack("<Q", read(8))
+    if not 0 < count < _MOST_PARTS:
+        raise NoMessage(f"{count} parts")
+    sizes = struct.unpack(f"<{count}Q", read(8 * count))
+    try:
+        return [read(size) for size in sizes]
+    except (MemoryError, OverflowError) as error:
+        raise NoMessage(f"parts of {max(sizes)} bytes") from error
+
+
+def read_exactly(channel: socket.socket, size: int) -> bytearray:
+    """So many bytes of a blocking socket; EOFError at its end."""
+    got = bytearray(size)
+    view, done = memoryview(got), 0
+    while done < size:
+        count = channel.recv_into(view[done:])
+        if not count:
+            raise EOFError
+        done += count
+    return got
