@@ -94,7 +94,8 @@ def _varied(profile: Profile, rng: np.random.Generator) -> Profile:
         "tile": [None, 16, 32, 64, 128, 256],  # multiples of every block
         "splits": [1, 2, 3, 7, 16, 64],
         "probabilities": [wide, "bfloat16", "float16"],
-        "row_sum": ["unrounded", "rounded", "normalised"],
+        "row_sum": ["unrounded", "rounded", "normalised", "lse"],
+        "merge_shares": ["unnormalised", "normalised", "sigmoid"],
         "score": accumulators,
         "value": accumulators,
         "output_rounding": ["nearest", "truncate"],
