@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mla_spec.bounds.kernel_presets import presets as presets
     from mla_spec.bounds.profile import Accumulator as Accumulator
     from mla_spec.bounds.profile import Profile as Profile
     from mla_spec.bounds.profile import RopeProfile as RopeProfile
@@ -27,6 +28,7 @@ _EXPORTS = {
     "Accumulator": "mla_spec.bounds.profile",
     "Profile": "mla_spec.bounds.profile",
     "RopeProfile": "mla_spec.bounds.profile",
+    "presets": "mla_spec.bounds.kernel_presets",
     "parametrize_with_checks": "mla_spec.front.parametrize",
     "check_subject": "mla_spec.judging.check",
     "Options": "mla_spec.judging.law",

@@ -16,7 +16,7 @@ import numpy as np
 from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run
-from mla_spec.reference.formats import round_to
+from mla_spec.reference.formats import format_of, round_to
 from mla_spec.reference.typing import Array, BoolArray, IntArray
 
 LEAD = 1024.0
@@ -113,8 +113,10 @@ class Answer:
         """Out [..., width] and LSE of queries that see all keys with weight."""
         profile = run.profile
         run.compares(out.size)
-        exact = profile.merges(1) == 0 and profile.output_rounding == "nearest"
-        error = 0.0 if exact else 2 * float(self.bounded.out_error.total.max())
+        exact = profile.merges(1) == 0 and profile.averages_exactly
+        # Weights of losing keys may be the smallest normal number instead of 0.
+        losers = 2.0**24 * format_of(profile.softmax).smallest_normal
+        error = losers if exact else 2 * float(self.bounded.out_error.total.max())
         want = round_to(self.out, profile.output)
         wrong = ~(np.abs(out - want) <= error)
         if wrong.any():

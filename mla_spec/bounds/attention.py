@@ -143,6 +143,7 @@ def attention_with_bound(
             moments = replace(moments, moved=np.minimum(moments.moved, moved))
         size = v if inherited is None else np.abs(v) + inherited.v
         # Σ_j |v_j| ≤ sqrt(t Σ_j v_j²), which needs no copy of v
+        largest = np.abs(size).max(axis=-3, initial=0.0)[..., None, :]  # [..., g, 1, dv]
         column = np.sqrt(k.shape[-3] * np.einsum("...tgd,...tgd->...gd", size, size))[..., None, :]  # [..., g, 1, dv]
         roundings = [rounded_p(moments, rates, column)]
         if probable:
@@ -151,7 +152,11 @@ def attention_with_bound(
             roundings.append((np.minimum(roundings[0][0], pair[0]), np.minimum(roundings[0][1], pair[1])))
         lse_errors = [_lse_error(sums, moments, rates, rounded_sum) for _, rounded_sum in roundings]
         sinks = [_Sink.of(attn_sink, sums, lse_error, rates, q.shape[-3], k.shape[-2]) for lse_error in lse_errors]
-        out_errors = [_out_error(moments, rates, r, sink) for (r, _), sink in zip(roundings, sinks, strict=True)]
+        log_domain = _log_domain_error(sums, rates) if profile.row_sum == "lse" else None
+        out_errors = [
+            _out_error(moments, rates, r, sink, largest, log_domain)
+            for (r, _), sink in zip(roundings, sinks, strict=True)
+        ]
     seen = ~np.isneginf(sums.max_score)
     s, h = q.shape[-3:-1]
     out_errors = [e.map(lambda x: rows_to_heads(np.where(seen[..., None], x, 0.0), s, h)) for e in out_errors]
@@ -229,8 +234,15 @@ class _Sink:
         return cls(share[..., None], np.where(share > 0, error, 0.0)[..., None])
 
 
-def _out_error(moments: Moments, rates: Rates, rounding: Array, sink: _Sink) -> ErrorBound:
-    """E_d."""
+def _out_error(
+    moments: Moments, rates: Rates, rounding: Array, sink: _Sink, largest: Array, log_domain: Array | None
+) -> ErrorBound:
+    """E_d.
+
+    Args:
+        largest: largest magnitude of a value dim over all keys.
+        log_domain: error of the LSE that normalises the weights; None where they are divided by their sum.
+    """
     profile, o = rates.profile, np.abs(moments.out)
     u_p = format_of(profile.probabilities).unit_roundoff
     accumulated = (1 + u_p) * rates.gamma_pv * moments.gauge
@@ -238,11 +250,16 @@ def _out_error(moments: Moments, rates: Rates, rounding: Array, sink: _Sink) -> 
     # Each merge stores the parts and forms a weighted sum of them, of two or of all the splits at once.
     parts = max(2, min(profile.splits, rates.t))
     u_merge = format_of(profile.split_format).unit_roundoff + gamma(parts + 1, rates.u)
-    merged = profile.merges(rates.t) * u_merge * (moments.gauge + before_merge)
+    # In out − share (out − part) a part counts in full, however small its share.
+    of_part = largest if profile.merge_shares == "sigmoid" else moments.gauge
+    u_merge = u_merge + (gamma(6, rates.u) if profile.merge_shares == "sigmoid" else 0.0)
+    merged = profile.merges(rates.t) * u_merge * (of_part + before_merge)
     # Shares exp(lse_part − lse) need not be divided by their sum again, and then need not add up to 1.
     merged = merged + moments.shares * (o + before_merge)
     before_division = before_merge + merged
     divided = (rates.rho / (1 - rates.rho) if rates.rho < 1 else math.inf) * (o + before_division)
+    if log_domain is not None:
+        divided = np.expm1(log_domain) * (o + before_division)
     before_sink = before_division + divided
     sunk = sink.error * (o + before_sink)
     doubled = 2 if profile.output_rounding == "truncate" else 1
@@ -259,6 +276,13 @@ def _out_error(moments: Moments, rates: Rates, rounding: Array, sink: _Sink) -> 
     }
     scaled = ErrorBound({name: overflowed(sink.share * term) for name, term in terms.items()})
     return scaled.plus(f"rounding of the output to {profile.output}", stored)
+
+
+def _log_domain_error(sums: BoundSums, rates: Rates) -> Array:
+    """How far log Σ exp ŝ of the computed scores is off, by which all weights exp(ŝ − lse) grow; [..., g, rows, 1]."""
+    size = 3 * np.abs(finite(sums.lse)) + 2 * np.abs(finite(sums.max_score)) + 2
+    error: Array = rates.u * size - np.log(max(1 - rates.rho, 0.0)) - np.log(max(1 - rates.eps, 0.0))
+    return error[..., None]
 
 
 def _lse_error(sums: BoundSums, moments: Moments, rates: Rates, rounded_sum: Array) -> ErrorBound:

@@ -72,6 +72,8 @@ class Moments:
         m = finite(sums.max_score)
         split = _split_error(sums, rates)[..., None]
         shared = rates.u * m[..., None] + split
+        if rates.profile.row_sum == "lse":  # s − lse is rounded, not s − m
+            shared = shared + rates.u * np.abs(finite(sums.lse) - m)[..., None]
         # η = stretch · expm1(Δ − shared) + lift
         stretch = np.exp(shared) * (1 + rates.eps)
         lift = np.expm1(shared) * (1 + rates.eps) + rates.eps
@@ -103,7 +105,9 @@ def _split_error(sums: BoundSums, rates: Rates) -> Array:
     """Error of the weight exp(lse_part − lse) of a part of the keys, as an error of every score in it."""
     u = max(rates.u, format_of(rates.profile.lse).unit_roundoff)
     each = u * (2 * (sums.max_abs_score + math.log(max(rates.t, 1))) + 2 + rates.profile.exp_error)
-    return rates.profile.merges(rates.t) * each
+    # In one after the other the difference, its sigmoid and logsigmoid, and the new LSE are rounded.
+    roundings = 4 if rates.profile.merge_shares == "sigmoid" else 1
+    return rates.profile.merges(rates.t) * roundings * each
 
 
 def finite(x: Array) -> Array:

@@ -142,6 +142,7 @@ class ErrorModel:
         products = products + self.u + self._row_rounding
         u_lse = max(u, format_of(profile.lse).unit_roundoff)
         parts = profile.merges(self.keys) * u_lse * (2 * (size.max(axis=-1, keepdims=True) + math.log(self.keys)) + 2)
+        parts = parts * (4 if profile.merge_shares == "sigmoid" else 1) + self._log_domain
         below = np.where(np.isneginf(self.scores), 0.0, self.max_score - self.scores)
         delta = (1 + kappa) * (products * (self.gauge + self.query) + self.query) + kappa * size + u * below + parts
         rescales = math.ceil(self.keys / profile.tile) if profile.tile else 0
@@ -159,8 +160,17 @@ class ErrorModel:
         # Hardware may flush subnormals of wide formats; those of narrow ones are in reach, and kept.
         lost = p.smallest_subnormal / 2 if p.min_exponent > -100 else p.smallest_normal
         lost = lost / self.profile.probabilities_scale
-        divided_first = self.profile.row_sum == "normalised"
+        divided_first = self.profile.row_sum in ("normalised", "lse")
         return np.minimum(self.p, lost if divided_first else lost / self.total)
+
+    @property
+    def _log_domain(self) -> Array:
+        """What weights exp(s − lse) are off by, together: their LSE, and its subtraction; [b, h, 1]."""
+        if self.profile.row_sum != "lse":
+            return np.zeros((1, 1, 1))
+        above = np.abs(self.lse[..., None] - self.max_score)
+        error: Array = self.u * (3 * np.abs(self.lse[..., None]) + 2 * np.abs(self.max_score) + 2 + above)
+        return error
 
     @property
     def _row_rounding(self) -> float:
@@ -186,14 +196,14 @@ class ErrorModel:
         return spread_error(Accumulator(format=self.profile.softmax), self.keys) + 4 * self.u + self._rounding_bias
 
     @property
-    def relative(self) -> float:
-        """ρ: rounding of V, accumulation of P·V, row sum and division, and merging of parts."""
+    def relative(self) -> Array:
+        """ρ: rounding of V, accumulation of P·V, row sum and division, and merging of parts; [b, h, 1]."""
         profile = self.profile
         rescales = math.ceil(self.keys / profile.tile) if profile.tile else 0
         u_value = format_of(profile.value.format).unit_roundoff
         accumulated = spread_error(profile.value, self.keys) + (rescales * u_value if u_value > self.u else 0.0)
         merged = profile.merges(self.keys) * (format_of(profile.split_format).unit_roundoff + 3 * self.u)
-        return self._row_rounding + accumulated + merged + self._row_sum
+        return self._row_rounding + accumulated + merged + self._row_sum + self._log_domain
 
     def bias(self, direction: Array) -> Array:
         """Largest |⟨β, w⟩| of each row, for w [b, h, c]; [b, h]. What a truncated output loses is counted with it."""

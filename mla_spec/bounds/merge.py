@@ -151,6 +151,8 @@ def _declared(
     """The errors in the profile's arithmetic and the reference's own."""
     own_weights, own_sum, own_lse = _arithmetic(size, "float64", _OWN_EXP_ERROR)
     weights, weighted_sum, log = _arithmetic(size, profile.softmax, profile.exp_error)
+    if profile.merge_shares == "sigmoid":
+        weights, weighted_sum, log = _one_after_another(size, profile.softmax, profile.exp_error)
     lse_fmt = format_of(profile.lse)
     # An LSE in base 2 is multiplied by ln 2 before it is returned; log2(e), ln 2 and the product are rounded.
     returned = gamma(3, format_of(profile.softmax).unit_roundoff) * (size.lse + log)
@@ -187,4 +189,24 @@ def _arithmetic(size: Parts, softmax: str, exp_error: float) -> tuple[Array, Arr
     # Hardware may flush small weights and products to 0.
     flushed = fmt.smallest_normal * (size.outs.sum(axis=0) + n)
     weighted_sum = gamma(n, u) * (size.gauge.sum(axis=0) + weights) + flushed
+    return weights, weighted_sum, log
+
+
+def _one_after_another(size: Parts, softmax: str, exp_error: float) -> tuple[Array, Array, Array]:
+    """The same of out − g (out − out'), lse − logsigmoid(l − l') with g = sigmoid(l' − l), over the parts in any order.
+
+    LSEs of merged parts lie between the smallest of the parts and the lse, and their outputs between those of the parts. A
+    difference d of two LSEs is off by u |d|, logsigmoid by as much again and by a few roundoffs, the new LSE by u |lse|; errors of
+    earlier LSEs reach the next with a weight of at most 1. The slope of g is at most 1/4, and at most 1/(4|d|), so that g is off by a
+    quarter of u and of what the LSEs are, and by exp's error; it moves out by that share of the difference of two outputs. In out − g (out − out') both outputs are rounded, whatever g is.
+    """
+    fmt, merges = FORMATS[softmax], max(len(size.lses) - 1, 0)
+    u = fmt.unit_roundoff
+    reach = np.where(size.present, size.distances, 0.0).max(axis=0, initial=0.0)  # [..., h, s]
+    each = u * (3 * reach + size.largest + size.lse + exp_error + 4)
+    log = merges * each * (1 + merges * u)
+    largest = size.outs.max(axis=0, initial=0.0)  # [..., s, h, dv]
+    weights = merges * part_columns((log + u) / 4 + (exp_error + 3) * u) * 2 * largest
+    flushed = merges * fmt.smallest_normal * (1 + 2 * largest)
+    weighted_sum = merges * gamma(3, u) * 2 * (largest + weights) + flushed
     return weights, weighted_sum, log

@@ -121,12 +121,14 @@ class Profile:
         probabilities_scale: power of two by which the weights are multiplied before they are rounded, and which the
             output is divided by.
         row_sum: whether the row sum adds the weights before ("unrounded") or after ("rounded") that rounding;
-            "normalised" where it adds them before and they may be divided by it before they are rounded.
+            "normalised" where it adds them before and they may be divided by it before they are rounded; "lse" where
+            the weights are exp(s − lse), which nothing divides.
         value: accumulation of P·V.
         splits: parts into which the keys may be split and which are then merged by their LSEs, all at once;
             ``split_format`` stores the parts.
         merge_shares: whether the shares exp(lse_part − lse) of merged parts are used as they are ("unnormalised") or
-            divided by their sum ("normalised").
+            divided by their sum ("normalised"); or the sigmoid of a difference of LSEs ("sigmoid"), by which parts are
+            merged one after the other: out − sigmoid(l' − l)(out − out'), lse − logsigmoid(l − l').
         merge_every: keys after which the running result is merged by its LSE with the next part; None if never.
         output, output_rounding: format and rounding of the output.
         lse: format of the LSE.
@@ -155,11 +157,11 @@ class Profile:
     tile: Count | None = None
     probabilities: str = "float32"
     probabilities_scale: float = 1.0
-    row_sum: Literal["unrounded", "rounded", "normalised"] = "unrounded"
+    row_sum: Literal["unrounded", "rounded", "normalised", "lse"] = "unrounded"
     value: Accumulator = field(default_factory=Accumulator)
     splits: Size = 1
     merge_every: Count | None = None
-    merge_shares: Literal["unnormalised", "normalised"] = "unnormalised"
+    merge_shares: Literal["unnormalised", "normalised", "sigmoid"] = "unnormalised"
     split_format: str = "float32"
     output: str = ""
     output_rounding: Literal["nearest", "truncate"] = "nearest"
@@ -195,9 +197,16 @@ class Profile:
         """Whether rounding P may move an output by more than 5 %, so that a worst case of it says nothing."""
         return format_of(self.probabilities).unit_roundoff > 0.05
 
+    @property
+    def averages_exactly(self) -> bool:
+        """Whether keys of equal weight give exactly their mean, where they are as many as a power of two and in one part."""
+        ring = self.merge_shares == "sigmoid" and self.merges(1) > 0
+        return self.output_rounding == "nearest" and self.splits <= 1 and self.row_sum != "lse" and not ring
+
     def merges(self, keys: int) -> int:
         """Merges by LSE that a part of ``keys`` keys passes through."""
-        return int(self.splits > 1) + (math.ceil(keys / self.merge_every) if self.merge_every else 0)
+        of_splits = self.splits - 1 if self.merge_shares == "sigmoid" else int(self.splits > 1)
+        return max(of_splits, 0) + (math.ceil(keys / self.merge_every) if self.merge_every else 0)
 
     @classmethod
     def default(cls, dtype: str, **changes: Any) -> Profile:

@@ -25,7 +25,7 @@ def underflow(moments: Moments, rates: Rates) -> Array:
     # Hardware may flush subnormals of wide formats; those of narrow ones are in reach, and kept.
     lost = p.smallest_subnormal / 2 if p.min_exponent > -100 else p.smallest_normal
     lost = lost / rates.profile.probabilities_scale
-    if rates.profile.row_sum == "normalised":
+    if rates.profile.row_sum in ("normalised", "lse"):
         return np.full_like(moments.inverse, lost)
     return lost * moments.inverse / moments.row_total
 

@@ -231,6 +231,21 @@ def _add_contract(commands: Commands) -> None:
     parser.add_argument("operation", nargs="?", metavar="OPERATION", help="default: the calls of all")
 
 
+def _add_profiles(commands: Commands) -> None:
+    parser = commands.add_parser("profiles", help="list the presets of arithmetic, each with its source")
+    parser.set_defaults(run=_profiles)
+
+
+def _add_profile(commands: Commands) -> None:
+    parser = commands.add_parser("profile", help="propose the strictest preset that a subject's decode satisfies")
+    parser.set_defaults(run=_profile)
+    parser.add_argument("subject", metavar="SUBJECT", help="as for check")
+    parser.add_argument("--device", default="cpu", help="torch device of the tensors (cpu)")
+    parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
+    parser.add_argument("--cases", type=int, default=40, metavar="N", help="cases (40)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
+
+
 def _add_models(commands: Commands) -> None:
     parser = commands.add_parser("models", help="list the published MLA models")
     parser.set_defaults(run=_models)
@@ -281,6 +296,8 @@ _COMMANDS = (
     _add_coverage,
     _add_laws,
     _add_contract,
+    _add_profiles,
+    _add_profile,
     _add_models,
     _add_cache,
     _add_golden,
@@ -384,6 +401,20 @@ def _book(options: argparse.Namespace) -> int:
     from mla_spec.front.book import book
 
     return book(options)
+
+
+def _profiles(options: argparse.Namespace) -> int:
+    from mla_spec.front.profile_command import profiles
+
+    print(profiles())
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.front.profile_command import propose
+
+    return propose(options)
 
 
 def _models(options: argparse.Namespace) -> int:

@@ -16,6 +16,8 @@ EXIT_CODES: Mapping[str, str] = {
     "coverage": "0 every cell has a case or a reason, 1 some have neither, 2 usage, 130 interrupted",
     "laws": "0 the list is printed, 2 usage",
     "contract": "0 the contract is printed, 2 usage",
+    "profiles": "0 the list is printed, 2 usage",
+    "profile": "0 every dtype satisfies a preset, 1 some satisfy none, 2 usage, 130 interrupted",
     "models": "0 the list is printed, 2 usage",
     "cache": "0 the sizes are printed, 2 usage",
     "golden": "0 the files or the subject hold, 1 they do not, 2 usage, 3 incomplete, 130 interrupted",
@@ -36,6 +38,8 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "coverage": ("mla-spec coverage torch-absorbed --examples 400",),
     "laws": ("mla-spec laws",),
     "contract": ("mla-spec contract", "mla-spec contract decode"),
+    "profiles": ("mla-spec profiles",),
+    "profile": ("mla-spec profile my_kernel.py:Kernel", "mla-spec profile torch-absorbed --dtype bfloat16 --cases 20"),
     "models": ("mla-spec models",),
     "cache": (
         "mla-spec cache DeepSeek-V3 --tokens 4096 --tp 8",

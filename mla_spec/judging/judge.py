@@ -93,4 +93,36 @@ def _describe(got: Result, want: Array, total: Array, bound: ErrorBound, index: 
         f"error {error:.3g} exceeds the bound {total[index]:.3g} by a factor {factor:.3g}; "
         f"{outside} of {want.size} elements do\n"
         f"main term of the bound: {main} ({terms.terms[main][index]:.3g})"
+        f"{_declarable(main, float(factor), float(error), abs(float(want[index])))}"
     )
+
+
+FIELDS = {
+    "error of the scores": "score, score_format or query",
+    "rounding of P": "probabilities or probabilities_scale",
+    "accumulation of P·V": "value",
+    "merging of parts": "splits, merge_every, merge_shares or split_format",
+    "row sum": "row_sum or softmax",
+    "logarithm": "lse",
+    "log-sum-exp": "merge_shares or softmax",
+    "weights in": "merge_shares or softmax",
+    "rounding of the output": "output or output_rounding",
+    "rounding of the LSE": "lse",
+    "frequency and angle": "rope.frequency or rope.angle",
+    "cos and sin table": "rope.table",
+    "rotation in": "rope.rotation",
+    "accumulation of the projection": "linear",
+    "products of q and k": "score",
+}
+"""Fields of a Profile by the beginning of the terms that they make larger."""
+
+LIKE_ROUNDING = 2.0**-5
+"""Error, relative to what is expected, up to which a rounding of 8 bits may have made it."""
+
+
+def _declarable(term: str, factor: float, error: float, want: float) -> str:
+    """Which field of a Profile allows an error that looks like a rounding; "" where there is none, or it looks like none."""
+    field = next((field for start, field in FIELDS.items() if term.startswith(start)), "")
+    if not field or not error <= LIKE_ROUNDING * want or not factor < 2.0**20:
+        return ""
+    return f"\nif the subject rounds so on purpose, Profile.{field} declares it, which makes the statement weaker"

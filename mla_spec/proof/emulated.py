@@ -41,6 +41,7 @@ class Schedule:
         shares_from_lse: parts are weighted by exp(lse of the part − lse of all) and the sum is not divided again, as by
             FlashMLA's combine kernel; else by exp(lse of the part − the largest), and divided by the sum of these.
         exp_bias: every exp is off by this share of the error that the profile grants it, in -1 .. 1.
+        clamp: exponents are no smaller than that of the smallest normal number, so that no exponential is 0.
         truncate_probabilities: P is truncated to its format. No profile declares this: such a kernel is wrong.
     """
 
@@ -49,6 +50,7 @@ class Schedule:
     reverse: bool = False
     shares_from_lse: bool = False
     exp_bias: float = 0.0
+    clamp: bool = False
     truncate_probabilities: bool = False
 
 
@@ -176,6 +178,8 @@ class EmulatedAttention:
     def exp(self, x: Array) -> Array:
         """The exponential of x, or the power of 2."""
         exact = np.exp2(x) if self.schedule.exp2 else np.exp(x)
+        if self.schedule.clamp:
+            exact = np.where(np.isneginf(x), exact, np.maximum(exact, format_of(self.profile.softmax).smallest_normal))
         granted = max(self.profile.exp_error - 1, 0.0) * format_of(self.profile.softmax).unit_roundoff
         return self.softmax(exact * (1 + self.schedule.exp_bias * granted))
 
@@ -204,16 +208,32 @@ class EmulatedAttention:
         parts = [
             self.part(scores[..., i : i + size], v[..., i : i + size, :]) for i in range(0, max(t, 1), max(size, 1))
         ]
-        if self.profile.merge_every is None:
+        ring = self.profile.merge_shares == "sigmoid"
+        if self.profile.merge_every is None and not ring:
             return parts[0] if len(parts) == 1 else self.merge(parts)
         result = parts[0]
         for part in parts[1:]:
-            result = self.merge([result, part])
+            result = self.merge_next(result, part) if ring else self.merge([result, part])
         return result
+
+    def merge_next(self, whole: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[Array, Array]:
+        """One (out, lse) of two by the sigmoid of the difference of their LSEs, as in ring attention."""
+        softmax, (out, lse), (other, other_lse) = self.softmax, whole, part
+        seen, more = ~np.isneginf(lse), ~np.isneginf(other_lse)
+        factor = math.log(2) if self.schedule.exp2 else 1.0
+        difference = softmax(np.where(seen & more, other_lse, 0.0) - np.where(seen & more, lse, 0.0))
+        share = softmax(1 / (1 + np.exp(-difference * factor)))
+        merged = softmax(out - softmax(share[..., None] * softmax(out - rounded(other, self.profile.split_format))))
+        new = softmax(lse - softmax(-np.logaddexp(0.0, difference * factor) / factor))
+        both = seen & more
+        out = np.where(both[..., None], merged, np.where(more[..., None], other, out))
+        return out, np.where(both, new, np.where(more, other_lse, lse))
 
     def part(self, scores: Array, v: Array) -> tuple[Array, Array]:
         """(out [..., rows, dv], lse [..., rows]) of some of the keys: an online softmax over tiles."""
         profile, softmax = self.profile, self.softmax
+        if profile.row_sum == "lse":
+            return self.log_domain(scores, v)
         *rows, t = scores.shape
         m, total = np.full(rows, -np.inf), np.zeros(rows)
         out = np.zeros((*rows, v.shape[-1]))
@@ -235,6 +255,19 @@ class EmulatedAttention:
         divisor = np.where(empty, 1.0, total)
         lse = np.where(empty, -np.inf, softmax(np.where(empty, 0.0, m) + self.log(divisor)))
         return softmax(out if divided_first else out / divisor[..., None]), lse
+
+    def log_domain(self, scores: Array, v: Array) -> tuple[Array, Array]:
+        """The same by weights exp(s − lse), which nothing divides."""
+        softmax = self.softmax
+        m = scores.max(axis=-1, initial=-np.inf)
+        empty = np.isneginf(m)
+        shift = np.where(empty, 0.0, m)
+        total = self.row_sum(np.zeros(m.shape), self.exp(softmax(scores - shift[..., None])))
+        lse = softmax(shift + self.log(np.where(empty, 1.0, total)))
+        p = self.probabilities(self.exp(softmax(scores - lse[..., None])))
+        zero = np.zeros((*m.shape, v.shape[-1]))
+        out = multiply_add(zero, p, v, self.profile.value, stepwise=self.schedule.stepwise)
+        return softmax(out), np.where(empty, -np.inf, lse)
 
     def probabilities(self, p: Array) -> Array:
         """The weights as they multiply V."""

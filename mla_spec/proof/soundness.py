@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
+from mla_spec.bounds.kernel_presets import all_presets
 from mla_spec.bounds.profile import Accumulator, Profile
-from mla_spec.bounds.profile_presets import PRESETS
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.proof.emulated import EmulatedAttention, Schedule
 from mla_spec.reference.cache import gather_rows
@@ -64,9 +64,10 @@ class HonestCase:
 def draw_case(seed: int, index: int) -> HonestCase:
     """Case ``index`` of a run with ``seed``; equal numbers give equal cases."""
     rng = np.random.default_rng([seed, index])
-    name = str(rng.choice(list(PRESETS)))
+    presets = all_presets()
+    name = str(rng.choice(list(presets)))
     size = str(rng.choice(list(SIZES), p=[share for share, *_ in SIZES.values()]))
-    profile = PRESETS[name]
+    profile = presets[name]
     if rng.random() < 0.75:
         profile = _varied(profile, rng)
     schedule = {
@@ -94,7 +95,8 @@ def _varied(profile: Profile, rng: np.random.Generator) -> Profile:
         "tile": [None, 16, 32, 64, 128, 256],  # multiples of every block
         "splits": [1, 2, 3, 7, 16, 64],
         "probabilities": [wide, "bfloat16", "float16"],
-        "row_sum": ["unrounded", "rounded", "normalised"],
+        "row_sum": ["unrounded", "rounded", "normalised", "lse"],
+        "merge_shares": ["unnormalised", "normalised", "sigmoid"],
         "score": accumulators,
         "value": accumulators,
         "output_rounding": ["nearest", "truncate"],
@@ -278,7 +280,7 @@ def report(judged: list[Judged], seed: int) -> str:
     """
     if not judged:
         return "no case is done"
-    by_preset = {name: [j for j in judged if j.preset == name] for name in PRESETS} | {"all": judged}
+    by_preset = {name: [j for j in judged if j.preset == name] for name in all_presets()} | {"all": judged}
     rows = [_row(name, those) for name, those in by_preset.items() if those]
     lines = [format_table([HEADER + HEADER_PROBABLE, *rows]), ""]
     for what in RESULTS:

@@ -156,14 +156,22 @@ class Row:
     @cached_property
     def merges(self) -> int:
         every = self.profile.merge_every
-        return (1 if self.profile.splits > 1 else 0) + (math.ceil(self.t / every) if every else 0)
+        ring = self.profile.merge_shares == "sigmoid"
+        splits = max(self.profile.splits - 1, 0) if ring else 1 if self.profile.splits > 1 else 0
+        return splits + (math.ceil(self.t / every) if every else 0)
 
     @cached_property
     def split(self) -> float:
         """Error of the exponent lse of a part − lse."""
         u = max(self.u, unit(self.profile.lse))
         largest = max(abs(s) for s in self.s)
-        return self.merges * u * (2 * (largest + math.log(self.t)) + 2 + self.profile.exp_error)
+        steps = 4 if self.profile.merge_shares == "sigmoid" else 1
+        return steps * self.merges * u * (2 * (largest + math.log(self.t)) + 2 + self.profile.exp_error)
+
+    @cached_property
+    def subtracted(self) -> float:
+        """What rounding s − lse instead of s − m adds."""
+        return self.u * (self.lse - self.m) if self.profile.row_sum == "lse" else 0.0
 
     @cached_property
     def reference(self) -> float:
@@ -182,7 +190,7 @@ class Row:
                 gauge += abs(self.scale) * (abs(a) + e_a) * (abs(b) + e_b)
                 inherited += abs(self.scale) * (e_a * (abs(b) + e_b) + abs(a) * e_b)
             of_score = (1 + self.kappa) * (self.gamma_qk * gauge + inherited) + self.kappa * abs(s)
-            found.append(of_score + self.u * (self.m - s) + self.split)
+            found.append(of_score + self.u * (self.m - s) + self.subtracted + self.split)
         return found
 
     @cached_property
@@ -207,7 +215,7 @@ class Row:
         wide = fmt.name in ("float64", "float32", "bfloat16")
         lost = fmt.smallest_normal if wide else fmt.smallest_subnormal / 2
         lost /= self.profile.probabilities_scale
-        return lost if self.profile.row_sum == "normalised" else lost * self.inverse / self.total
+        return lost if self.profile.row_sum in ("normalised", "lse") else lost * self.inverse / self.total
 
     @cached_property
     def u_p(self) -> float:
@@ -305,7 +313,7 @@ class Row:
                 inherited += abs(self.scale) * (abs(x) + e_x) * e_y
             delta = (1 + self.kappa) * (self.gamma_qk * gauge + inherited) + self.kappa * abs(s)
             largest = math.fsum(x * max(abs(row[i]) for row in self.k) for i, x in enumerate(e))
-            delta += (self.kappa + 2 * self.u) * largest + self.u * (self.m - s) + self.split
+            delta += (self.kappa + 2 * self.u) * largest + self.u * (self.m - s) + self.subtracted + self.split
             eta = math.expm1(delta) * (1 + self.eps) + self.eps
             further.append(math.exp(reach) - 1 - reach + math.exp(reach) * eta)
         rest = math.sqrt(self.mean([x * x for x in further]) * self.mean([x * x for x in from_o]))
@@ -354,12 +362,19 @@ class Row:
         error = self.moved(d) + self.inherited(d) + rounding + accumulated
         parts = max(2, min(profile.splits, self.t))
         stored = unit(profile.split_format) + gamma(parts + 1, self.u)
-        merged = self.merges * stored * (self.gauge(d) + error)
+        of_part = self.gauge(d)
+        if profile.merge_shares == "sigmoid":
+            stored += gamma(6, self.u)
+            of_part = max(self.sizes(d))
+        merged = self.merges * stored * (of_part + error)
         if profile.merge_shares == "unnormalised":
             merged += math.expm1(self.split) * (o + error)
         error += merged
         rho = gamma(self.t + 4, self.u)
         divided = rho / (1 - rho) * (o + error)
+        if profile.row_sum == "lse":
+            of_lse = self.u * (3 * abs(self.lse) + 2 * abs(self.m) + 2)
+            divided = math.expm1(of_lse - math.log1p(-rho) - math.log1p(-self.eps)) * (o + error)
         error += divided
         share, share_error = (self.share, self.share_error(lse_error)) if sink else (1.0, 0.0)
         sunk = share_error * (o + error)

@@ -34,6 +34,11 @@ def profile_kernels() -> Iterator[EmulatedAttention]:
         yield EmulatedAttention(
             replace(default, splits=4, split_format="bfloat16", probabilities="float32", output="float32")
         )
+        yield EmulatedAttention(replace(default, row_sum="lse"))
+        yield EmulatedAttention(replace(default, row_sum="lse", splits=3), Schedule(exp2=True))
+        yield EmulatedAttention(replace(default, splits=5, merge_shares="sigmoid"))
+        yield EmulatedAttention(replace(default, merge_every=7, merge_shares="sigmoid", tile=2), Schedule(reverse=True))
+        yield EmulatedAttention(replace(default, tile=16), Schedule(clamp=True))
         yield EmulatedAttention(replace(default, operand_roundings=4))
         yield EmulatedAttention(replace(default, value=Accumulator(format=dtype)), Schedule(stepwise=True))
         yield EmulatedAttention(replace(default, score_format="bfloat16", score_roundings=2))

@@ -23,6 +23,8 @@ PROFILES = {
     ),  # whose smallest weights are not negligible
     "softmax in bfloat16": replace(FLOAT32, softmax="bfloat16", exp_error=0.5),
     "LSE in bfloat16": replace(FLOAT16, lse="bfloat16"),
+    "ring": replace(FLOAT32, merge_shares="sigmoid"),
+    "ring in float16": replace(FLOAT16, merge_shares="sigmoid", softmax="float16"),
 }
 INF = math.inf
 ROWS = {  # LSEs of the four parts
@@ -111,8 +113,25 @@ class Row:
             summed.append(gamma(self.n, u) * (gauge + error) + lost)
         return moved, summed, log
 
+    def ring(self, softmax: str, exp_error: float) -> tuple[list[float], list[float], float]:
+        """The same where parts are merged one after the other by sigmoids."""
+        u, merges = UNIT_ROUNDOFF[softmax], self.n - 1
+        reach = max(self.below.values())
+        each = 3 * u * reach + u * self.largest + u * self.lse + (exp_error + 4) * u
+        log = merges * (1 + merges * u) * each
+        share = log / 4 + u / 4 + (exp_error + 3) * u
+        largest = [max(self.outs[i][d] for i in self.parts) for d in range(len(self.out))]
+        moved = [merges * share * 2 * x for x in largest]
+        least = FORMATS[softmax].smallest_normal
+        summed = [
+            merges * (2 * gamma(3, u) * (x + error) + least * (1 + 2 * x))
+            for x, error in zip(largest, moved, strict=True)
+        ]
+        return moved, summed, log
+
     def terms(self, profile: Profile) -> tuple[dict[str, list[float]], dict[str, float]]:
-        moved, summed, log = self.arithmetic(profile.softmax, profile.exp_error)
+        by = self.ring if profile.merge_shares == "sigmoid" else self.arithmetic
+        moved, summed, log = by(profile.softmax, profile.exp_error)
         own_moved, own_summed, own_log = self.arithmetic("float64", 4.0)
         before = [sum(x) for x in zip(self.inherited, moved, summed, strict=True)]
         factor = 2 if profile.output_rounding == "truncate" else 1

@@ -224,6 +224,12 @@ def small_weights() -> Inputs:
     return Inputs(np.ones((1, 1, 1)), round_to(k, "float32"), v, 1.0, 4001)
 
 
+def one_light_part() -> Inputs:
+    """Two parts of one key; the first has no weight, and a large value."""
+    k, v = np.array([-1000.0, 0.0])[:, None, None], np.array([1e4, 1.0 / 3])[:, None, None]
+    return Inputs(np.ones((1, 1, 1)), *(round_to(x, "float32") for x in (k, v)), 1.0, 2)
+
+
 UNDECLARED: dict[str, tuple[dict[str, Any], Profile, Inputs]] = {
     # name: (what the kernel does otherwise, what it declares, a case that shows it)
     "bfloat16 accumulation of P·V": (
@@ -259,6 +265,16 @@ UNDECLARED: dict[str, tuple[dict[str, Any], Profile, Inputs]] = {
         spread(33),
     ),
     "bfloat16 output": ({"output": "bfloat16"}, Profile.default("float32"), spread(33)),
+    "weights exp(s − lse) that nothing divides": (
+        {"row_sum": "lse"},
+        Profile.default("float32"),
+        Inputs(np.ones((1, 1, 1)), np.full((33, 1, 1), -30000.0), np.ones((33, 1, 1)), 1.0, 33),
+    ),
+    "a ring of parts": (
+        {"merge_shares": "sigmoid"},
+        Profile.default("float32", splits=2, merge_shares="normalised"),
+        one_light_part(),
+    ),
     "query in float8": (
         {"query": "float8_e4m3fn", "query_scale": "head"},
         Profile.default("float32"),

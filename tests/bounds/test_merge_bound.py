@@ -82,6 +82,53 @@ def divided_merge(outs: Array, lses: Array) -> tuple[Array, Array]:
     return sums / np.swapaxes(total, -1, -2)[..., None], m + np.log(total)
 
 
+def ring_merge(outs: Array, lses: Array, shares: type = np.float32) -> tuple[Array, Array]:
+    """By the sigmoid of the difference of two LSEs, in float32, one part after the other."""
+    one = np.float32(1)
+    out, lse = outs[0].astype(np.float32), lses[0].astype(np.float32)
+    for part, part_lse in zip(outs[1:].astype(np.float32), lses[1:].astype(np.float32), strict=True):
+        difference = part_lse - lse
+        with np.errstate(over="ignore"):
+            share = (one / (one + np.exp(-difference))).astype(shares).astype(np.float32)
+        out = out - np.swapaxes(share, -1, -2)[..., None] * (out - part)
+        lse = lse - (np.minimum(-difference, 0) - np.log1p(np.exp(-np.abs(difference))))
+    return out, lse
+
+
+RING = Profile.default("float32", merge_shares="sigmoid")
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.0, 0.0), (-300.0, 30.0), (5e4, 3.0), (0.0, 1e3), (0.0, 2e4)])
+@pytest.mark.parametrize("count", [2, 7, 33])
+def test_ring_merges_are_within_the_bound(mean: float, std: float, count: int) -> None:
+    lses = (mean + std * RNG.standard_normal((count, 8, 4, 5))).astype(np.float32).astype(float)
+    outs = (10 * RNG.standard_normal((count, 8, 5, 4, 6))).astype(np.float32).astype(float)
+    out, lse = ring_merge(outs, lses)
+    want = merge_with_bound(outs, lses, RING)
+    assert (np.abs(out - want.out) <= want.out_error.total).all()
+    assert (np.abs(lse - want.lse) <= want.lse_error.total).all()
+
+
+def test_a_ring_merge_must_be_declared() -> None:
+    """An LSE of nearly 0 after one of −5000 is off by a roundoff of their difference; a part of no weight rounds the output."""
+    lses = np.array([-5000.0, 1e-3])[:, None, None, None] * np.ones((2, 8, 4, 5))
+    lses = (lses + 1e-4 * RNG.standard_normal(lses.shape)).astype(np.float32).astype(float)
+    outs = np.array([1000.0, 1.0])[:, None, None, None, None] * RNG.standard_normal((2, 8, 5, 4, 6))
+    outs = outs.astype(np.float32).astype(float)
+    out, lse = ring_merge(outs, lses)
+    want = merge_with_bound(outs, lses, Profile.default("float32"))
+    assert (np.abs(out - want.out) > want.out_error.total).any()
+    assert (np.abs(lse - want.lse) > want.lse_error.total).any()
+
+
+def test_a_ring_merge_of_float16_shares_exceeds_the_bound() -> None:
+    lses = RNG.standard_normal((3, 8, 4, 5)).astype(np.float32).astype(float)
+    outs = RNG.standard_normal((3, 8, 5, 4, 6)).astype(np.float32).astype(float)
+    out, _ = ring_merge(outs, lses, shares=np.float16)
+    want = merge_with_bound(outs, lses, RING)
+    assert (np.abs(out - want.out) > want.out_error.total).any()
+
+
 @pytest.mark.parametrize("how", [exp2_merge, divided_merge])
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.0, 0.0), (-300.0, 30.0), (5e4, 3.0), (-5e4, 0.1)])
 @pytest.mark.parametrize("count", [2, 7])

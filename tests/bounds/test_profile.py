@@ -50,7 +50,7 @@ def test_formats_of_a_rope_profile_must_be_known(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"row_sum": "both"}, "row_sum is 'both'; expected one of 'unrounded', 'rounded', 'normalised'"),
+        ({"row_sum": "both"}, "row_sum is 'both'; expected one of 'unrounded', 'rounded', 'normalised', 'lse'"),
         ({"output_rounding": "up"}, "output_rounding is 'up'; expected one of 'nearest', 'truncate'"),
         ({"form": "naive"}, "form is 'naive'; expected one of 'explicit', 'absorbed'"),
         ({"splits": -1}, "splits is -1; expected an integer of at least 0"),

@@ -160,3 +160,16 @@ def test_the_sign_of_zero_is_no_difference_but_nan_is() -> None:
     judge_same_bits(result(np.array([-0.0])), result(np.array([0.0])), "why")
     with pytest.raises(Violation):
         judge_same_bits(result(np.array([np.nan])), result(np.array([0.0])), "why")
+
+
+@pytest.mark.parametrize(("error", "told"), [(0.01, True), (0.5, False)])
+def test_an_error_that_looks_like_a_rounding_names_the_field_that_declares_it(error: float, told: bool) -> None:
+    want, bound = np.ones(2), ErrorBound({"rounding of P to bfloat16": np.full(2, 0.001)})
+    with pytest.raises(Violation) as violation:
+        judge_within(result(want + error), want, bound)
+    last = str(violation.value).splitlines()[-1]
+    assert (
+        last
+        == "if the subject rounds so on purpose, Profile.probabilities or probabilities_scale declares it, which makes the "
+        "statement weaker"
+    ) == told

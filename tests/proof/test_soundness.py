@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mla_spec.bounds.kernel_presets import all_presets
 from mla_spec.bounds.profile import Profile
-from mla_spec.bounds.profile_presets import PRESETS
 from mla_spec.front.cli import main
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.proof.soundness import (
@@ -67,7 +67,7 @@ def test_cases_repeat_and_differ() -> None:
     assert draw_case(1, 7) == draw_case(1, 7)
     described = {draw_case(seed, index).describe() for seed in (0, 1) for index in range(40)}
     assert len(described) == 80
-    assert {draw_case(0, index).preset for index in range(200)} == set(PRESETS)
+    assert {draw_case(0, index).preset for index in range(400)} == set(all_presets())
 
 
 def test_family_covers_what_profiles_can_say() -> None:
