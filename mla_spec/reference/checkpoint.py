@@ -91,8 +91,7 @@ def checkpoint_model(source: Source) -> PublishedModel:
         ValueError: unreadable file, text that is no JSON object, attention that is not MLA, a dimension that is no positive
             integer, or a key of the rotary embedding that is unknown or contradicts another.
     """
-    name, config = _read(source)
-    config, name = _language_model(config), name or str(_language_model(config).get("model_type", "configuration"))
+    name, config = read_config(source)
     try:
         return _entry(name, _renamed(config))
     except ValueError as error:
@@ -111,6 +110,13 @@ def find_model(name: str) -> PublishedModel:
         ValueError: see ``checkpoint_model`` and ``published_model``.
     """
     return checkpoint_model(name) if is_checkpoint(name) else published_model(name)
+
+
+def read_config(source: Source) -> tuple[str, dict[str, Any]]:
+    """(path or model_type, configuration of the language model); ValueError for what is unreadable or no JSON object."""
+    name, config = _read(source)
+    config = _language_model(config)
+    return name or str(config.get("model_type", "configuration")), config
 
 
 def _read(source: Source) -> tuple[str, dict[str, Any]]:
