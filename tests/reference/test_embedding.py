@@ -18,8 +18,8 @@ from mla_spec.reference.embedding import (
     GroupedWeights,
     embed,
     embedded_layer,
-    grouped_layer,
     exact_row,
+    grouped_layer,
 )
 from mla_spec.reference.grouped_checkpoint import grouped_attention
 from mla_spec.reference.mla import Attend, absorbed, explicit
