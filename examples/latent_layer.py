@@ -91,6 +91,7 @@ class LatentLayers:
         yarn=False,
         longrope=False,
         mla_scale_lora=False,
+        k_pe_norm=False,
         llama_4_scaling=False,
     )
     profile = {dtype: Profile.default(dtype, form="absorbed") for dtype in supports.dtypes}

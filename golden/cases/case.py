@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,12 @@ def rope_from(parameters: Mapping[str, Any]) -> RopeConfig:
         lists = {name: tuple(longrope[name]) for name in ("short_factor", "long_factor")}
         longrope = LongRopeScaling(**{**longrope, **lists})
     return RopeConfig(**fields, yarn=None if yarn is None else YarnScaling(**yarn), longrope=longrope)
+
+
+def config_parameters(config: MLAConfig) -> dict[str, Any]:
+    """The fields of ``config``, without those that came after the corpus was frozen where they say what was so before."""
+    fields = asdict(config)
+    return fields if config.k_pe_norm else {name: value for name, value in fields.items() if name != "k_pe_norm"}
 
 
 def config_from(parameters: Mapping[str, Any]) -> MLAConfig:

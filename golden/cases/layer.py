@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from mla_spec.golden.cases.case import Case, Numbers, on_github
+from mla_spec.golden.cases.case import Case, Numbers, config_parameters, on_github
 from mla_spec.golden.cases.rope import RATIO_YARN, SHORT_YARN
 from mla_spec.reference.config import Llama4Scaling, LongRopeScaling, MLAConfig, RopeConfig
 from mla_spec.reference.mla import weight_shapes
@@ -32,7 +31,7 @@ def small_cases() -> Iterator[Case]:
         purpose="kv_b_proj split per head into key rows, first, and value rows, with n unlike v",
         catches="all heads' key rows taken first; key and value rows exchanged; n used for both widths",
         sources=on_github("ModelTC/LightLLM/pull/744", "vllm-project/vllm/pull/56773"),
-        parameters={"config": asdict(config)},
+        parameters={"config": config_parameters(config)},
         inputs={"kv_b_proj": Numbers("absorb").array(*weight_shapes(config)["kv_b_proj"])},
         exact=("w_uk", "w_uv"),
     )
@@ -217,7 +216,7 @@ def _layer_case(
         purpose=purpose,
         catches=catches,
         sources=on_github(*sources),
-        parameters={"config": asdict(config), "prompt": prompt},
+        parameters={"config": config_parameters(config), "prompt": prompt},
         inputs={
             **weights,
             "hidden": numbers.array(2, prompt + steps, 12, size=hidden_size, dtype=dtype),

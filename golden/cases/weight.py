@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import numpy as np
 
-from mla_spec.golden.cases.case import Case, Numbers, on_github
+from mla_spec.golden.cases.case import Case, Numbers, config_parameters, on_github
 from mla_spec.golden.exact import rationals as exact
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.mla import weight_shapes
@@ -62,7 +61,7 @@ def _ranks() -> Iterator[Case]:
         "the other weights",
         catches="rows taken in turn and not by head; kv_b_proj divided into keys and values; rows of o_proj; a latent "
         "projection that is divided",
-        parameters={"config": asdict(config), "ranks": ranks},
+        parameters={"config": config_parameters(config), "ranks": ranks},
         inputs=weights,
         exact=tuple(f"rank{i}.{name}" for i in range(ranks) for name in shapes),
     )
@@ -72,7 +71,7 @@ def _ranks() -> Iterator[Case]:
         purpose="gradients of two ranks joined where the weight is divided, and added where every rank has it",
         catches="the gradients of the shared latent and rope rows left as those of one rank, or only some of them added",
         sources=on_github("NVIDIA/Megatron-LM/pull/6839"),
-        parameters={"config": asdict(config), "ranks": ranks},
+        parameters={"config": config_parameters(config), "ranks": ranks},
         inputs={
             f"rank{i}.{name}": numbers.integers(*part.shape) for i in range(ranks) for name, part in parts[i].items()
         },

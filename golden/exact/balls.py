@@ -348,7 +348,8 @@ def _sequence(
     latent = rms_norm(kv[:, :c], w["kv_a_layernorm"], eps)  # [s, c]
     if config.mla_scale_kv_lora:
         latent = latent * (arb(config.hidden_size) / c).sqrt()
-    k_pe = rotate(kv[:, c:], positions, config.rope)  # [s, r]
+    k_pe = rms_norm(kv[:, c:], w["k_rope_only_layernorm"], eps) if config.k_pe_norm else kv[:, c:]  # [s, r]
+    k_pe = rotate(k_pe, positions, config.rope)
     w_uk, w_uv = absorb(w["kv_b_proj"], config)
     out = attend(q[..., :n], q_pe, latent, k_pe, w_uk, w_uv, softmax_scale(config))  # [s, h, v]
     return out.reshape(len(x), -1) @ w["o_proj"].T  # [s, e]

@@ -135,7 +135,9 @@ def layer(hidden: Array, positions: IntArray, weights: Weights, config: MLAConfi
     q = q.reshape(*hidden.shape[:-1], config.num_heads, config.qk_head_dim)
     q = concat(q[..., :n], rope(q[..., n:], positions, config.rope))
     both = product("oe,...e->...o", weights["kv_a_proj_with_mqa"], x)
-    latent, k_pe = rms_norm(both[..., :c], weights["kv_a_layernorm"], eps), rope(both[..., c:], positions, config.rope)
+    latent, k_pe = rms_norm(both[..., :c], weights["kv_a_layernorm"], eps), both[..., c:]
+    k_pe = rms_norm(k_pe, weights["k_rope_only_layernorm"], eps) if config.k_pe_norm else k_pe
+    k_pe = rope(k_pe, positions, config.rope)
     w_uk, w_uv = absorb(weights["kv_b_proj"], config)
     out, _ = explicit(q, latent, k_pe, w_uk, w_uv, softmax_scale=config.scale)
     return product("oe,...e->...o", weights["o_proj"], out.reshape(*hidden.shape[:-1], -1))

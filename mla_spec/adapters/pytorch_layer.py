@@ -77,7 +77,13 @@ class TorchLayerSteps(TorchRope, TorchAttention):
         latent, k_pe = both.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         latent = self.rms_norm(latent, weights["kv_a_layernorm"], config.latent_norm_eps)
         latent = self.scaled(latent, config.kv_lora_scale)
-        return latent, self.layer_rope(k_pe, positions, config)
+        return latent, self.layer_rope(self.k_pe_norm(k_pe, weights, config), positions, config)
+
+    def k_pe_norm(self, k_pe: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
+        """k_pe before it is rotated, [b, s, r]."""
+        if not config.k_pe_norm:
+            return k_pe
+        return self.rms_norm(k_pe, weights["k_rope_only_layernorm"], config.latent_norm_eps)
 
     def attend_latent(
         self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float

@@ -98,6 +98,7 @@ class DeepseekV3:
         latent_norm_eps=1e-6,
         longrope=False,
         mla_scale_lora=False,
+        k_pe_norm=False,
         llama_4_scaling=False,
         yarn_options=("attention_factor", "truncate", "applies"),
     )
@@ -162,6 +163,7 @@ class DeepseekV2(DeepseekV3):
         rope_layouts=("interleaved",),
         longrope=False,
         mla_scale_lora=False,
+        k_pe_norm=False,
         llama_4_scaling=False,
         yarn_options=("attention_factor", "truncate", "applies"),
         layer_dim_multiple=2,

@@ -39,7 +39,7 @@ class BoundedLayer:
     Attributes:
         q_down, c_q: the query latent before and after its norm, [..., s, q_lora_rank]; the tokens without compression.
         q_nope: as it meets the keys, [..., s, h, n].
-        kv_down: latent before its norm and k_pe before it is rotated, [..., t, c+r].
+        kv_down: latent before its norm and k_pe before it is normalized and rotated, [..., t, c+r].
         latent: as it is cached, [..., t, c].
         q, k, v: the operands of attention, [..., s, h, n+r], [..., t, h, n+r] and [..., t, h, v] in the explicit form,
             [..., s, h, c+r], [..., t, 1, c+r] and [..., t, 1, c] in the absorbed one.
@@ -107,7 +107,10 @@ def bounded_layer(
     latent = bounded_rms_norm(kv_down[..., :c], weights["kv_a_layernorm"], config.latent_norm_eps, profile)
     latent = foldable(latent, config.kv_lora_scale, profile.dtype)
     latent = scaled_by_config(latent, config.kv_lora_scale, profile)
-    k_pe = rotated(kv_down[..., c:], positions, config.rope, profile)[..., None, :]  # [..., t, 1, r]
+    k_pe = kv_down[..., c:]
+    if config.k_pe_norm:
+        k_pe = bounded_rms_norm(k_pe, weights["k_rope_only_layernorm"], config.latent_norm_eps, profile)
+    k_pe = rotated(k_pe, positions, config.rope, profile)[..., None, :]  # [..., t, 1, r]
     w_uk, w_uv = absorb(weights["kv_b_proj"], config)
     if profile.form == "explicit":
         k_nope = product("hnc,...tc->...thn", w_uk, latent, profile)

@@ -171,9 +171,15 @@ class _Backward:
         down_grad, norm_grad = rms_norm_gradients(
             self.layer.kv_down[..., :c], self.weights["kv_a_layernorm"], config.latent_norm_eps, latent_grad, profile
         )
+        norms = {"kv_a_layernorm": norm_grad}
         k_pe_grad = rotated(k_pe_grad, -self.positions, config.rope, profile)
+        if config.k_pe_norm:
+            name, down_pe = "k_rope_only_layernorm", self.layer.kv_down[..., c:]
+            k_pe_grad, norms[name] = rms_norm_gradients(
+                down_pe, self.weights[name], config.latent_norm_eps, k_pe_grad, profile
+            )
         hidden_grad, grads = self._from_hidden("kv_a_proj_with_mqa", concatenated(down_grad, k_pe_grad))
-        return hidden_grad, {**grads, "kv_a_layernorm": norm_grad}
+        return hidden_grad, {**grads, **norms}
 
     def _from_hidden(self, name: str, grad: Bounded) -> tuple[Bounded, dict[str, Gradient]]:
         """(∂hidden, ∂weight) of the projection ``name`` of the hidden states."""

@@ -264,6 +264,12 @@ def _add_cache(commands: Commands) -> None:
     parser.add_argument("--training", action="store_true", help="what a training step keeps of activations instead")
 
 
+def _add_embed(commands: Commands) -> None:
+    parser = commands.add_parser("embed", help="an existing model's MHA, GQA or MQA with rotary embedding as exact MLA")
+    parser.set_defaults(run=_embed)
+    parser.add_argument("config", metavar="CONFIG", help="a config.json with transformers' names, or its folder")
+
+
 def _add_golden(commands: Commands) -> None:
     parser = commands.add_parser(
         "golden",
@@ -300,6 +306,7 @@ _COMMANDS = (
     _add_profile,
     _add_models,
     _add_cache,
+    _add_embed,
     _add_golden,
     _add_book,
 )
@@ -451,6 +458,16 @@ def _cache(options: argparse.Namespace) -> int:
             return 0
         sizes = options.tokens, options.batch, options.page_size
         print(cache_report(options.model, options.dtype, *sizes, layout=options.layout, tensor_parallel=options.tp))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from mla_spec.front.embed_report import embed_report
+
+    try:
+        print(embed_report(options.config))
     except ValueError as error:
         raise UsageError(str(error)) from error
     return 0

@@ -77,6 +77,7 @@ class LayerCase(Case):
     """
 
     kind = "layer"
+    optional = ("k_pe_norm",)
     batch: int = 1
     prompt: int = 1
     steps: int = 0
@@ -95,6 +96,7 @@ class LayerCase(Case):
     latent_norm_eps: float = 1e-6
     mla_scale_q_lora: bool = False
     mla_scale_kv_lora: bool = False
+    k_pe_norm: bool = False
     llama_4_scaling: bool = False
     model: str = "none"
     weights: str = "dense"
@@ -119,6 +121,7 @@ class LayerCase(Case):
             latent_norm_eps=self.latent_norm_eps,
             mla_scale_q_lora=self.mla_scale_q_lora,
             mla_scale_kv_lora=self.mla_scale_kv_lora,
+            k_pe_norm=self.k_pe_norm,
             llama_4_scaling=LLAMA_4_SCALING if self.llama_4_scaling else None,
         )
 
@@ -194,6 +197,7 @@ REGIMES: tuple[Regime, ...] = (
     ("no rotary embedding", lambda case: case.config.rope is None),
     ("rotary embedding", lambda case: case.config.rope is not None),
     ("factors on latents", lambda case: case.config.mla_scale_q_lora or case.config.mla_scale_kv_lora),
+    ("norm on k_pe", lambda case: case.config.k_pe_norm),
     ("temperature by position", lambda case: case.config.llama_4_scaling is not None),
     ("small hidden states", lambda case: case.hidden_scale < 1),
 )

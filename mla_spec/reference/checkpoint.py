@@ -31,6 +31,7 @@ class Architecture:
         interleaved: pair layout of the rotary embedding.
         passes_eps: whether the norms on the latents get ``rms_norm_eps``; otherwise their eps is 1e-6.
         scales_latents: whether both latents are multiplied by sqrt(hidden_size / rank).
+        normalizes_k_pe: whether k_pe has an RMSNorm.
         rotary: False where the class has no rotary embedding.
         not_modelled: options that ``MLAConfig`` does not express.
     """
@@ -38,6 +39,7 @@ class Architecture:
     interleaved: bool = True
     passes_eps: bool = False
     scales_latents: bool = False
+    normalizes_k_pe: bool = False
     rotary: bool = True
     not_modelled: tuple[str, ...] = ()
 
@@ -66,7 +68,9 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     **dict.fromkeys(("glm5_next", "glm5_next_text"), Architecture(passes_eps=True, rotary=False)),
     "axk2": Architecture(not_modelled=("query gate projection and sigmoid output gate",)),
     "bailing_hybrid": Architecture(not_modelled=("head-wise sigmoid output gate",)),
-    "dots3_note": Architecture(passes_eps=True, not_modelled=("RMSNorm on k_pe", "head-wise output gate")),
+    "dots3_note": Architecture(
+        passes_eps=True, scales_latents=True, normalizes_k_pe=True, not_modelled=("head-wise output gate",)
+    ),
     "hy_v4": Architecture(interleaved=False, not_modelled=("learned sink per head", "element-wise sigmoid gate")),
 }
 """By ``model_type``. A file without one, as DeepSeek's own, is of the default architecture."""
@@ -91,8 +95,7 @@ def checkpoint_model(source: Source) -> PublishedModel:
         ValueError: unreadable file, text that is no JSON object, attention that is not MLA, a dimension that is no positive
             integer, or a key of the rotary embedding that is unknown or contradicts another.
     """
-    name, config = _read(source)
-    config, name = _language_model(config), name or str(_language_model(config).get("model_type", "configuration"))
+    name, config = read_config(source)
     try:
         return _entry(name, _renamed(config))
     except ValueError as error:
@@ -111,6 +114,13 @@ def find_model(name: str) -> PublishedModel:
         ValueError: see ``checkpoint_model`` and ``published_model``.
     """
     return checkpoint_model(name) if is_checkpoint(name) else published_model(name)
+
+
+def read_config(source: Source) -> tuple[str, dict[str, Any]]:
+    """(path or model_type, configuration of the language model); ValueError for what is unreadable or no JSON object."""
+    name, config = _read(source)
+    config = _language_model(config)
+    return name or str(config.get("model_type", "configuration")), config
 
 
 def _read(source: Source) -> tuple[str, dict[str, Any]]:
@@ -197,6 +207,7 @@ def _entry(name: str, config: dict[str, Any]) -> PublishedModel:
         "latent_norm_eps": config.get("rms_norm_eps") if architecture.passes_eps else 1e-6,
         "mla_scale_q_lora": config.get("mla_scale_q_lora", architecture.scales_latents),
         "mla_scale_kv_lora": config.get("mla_scale_kv_lora", architecture.scales_latents),
+        "k_pe_norm": architecture.normalizes_k_pe,
         **_indexer(config),
     }
     counts = {key: fields[key] for key in (*_DIMS, "q_lora_rank", "num_mla_layers") if fields[key] is not None}

@@ -211,12 +211,13 @@ class MLAConfig:
             checkpoint's rms_norm_eps says; vLLM and SGLang pass rms_norm_eps. State it to choose.
         mla_scale_q_lora, mla_scale_kv_lora: whether the normalised latents of query and keys are multiplied by
             sqrt(e / their rank) (LongCat-Flash).
+        k_pe_norm: whether k_pe has an RMSNorm of its own before it is rotated, with latent_norm_eps (dots3).
         llama_4_scaling: temperature by position (Mistral-Large-3), or None.
         softmax_scale: overrides the default scale.
 
     Raises:
-        ValueError: a dimension is not a positive integer, rope.dim differs from qk_rope_head_dim, or mla_scale_q_lora is
-            set without query compression.
+        ValueError: a dimension is not a positive integer, rope.dim differs from qk_rope_head_dim, mla_scale_q_lora is set
+            without query compression, or k_pe_norm without rope dims.
     """
 
     hidden_size: int
@@ -230,6 +231,7 @@ class MLAConfig:
     latent_norm_eps: float = 1e-6
     mla_scale_q_lora: bool = False
     mla_scale_kv_lora: bool = False
+    k_pe_norm: bool = False
     llama_4_scaling: Llama4Scaling | None = None
     softmax_scale: float | None = None
 
@@ -255,6 +257,8 @@ class MLAConfig:
         require_positive("MLAConfig", latent_norm_eps=self.latent_norm_eps)
         if self.mla_scale_q_lora and self.q_lora_rank is None:
             raise ValueError("MLAConfig: mla_scale_q_lora needs a q_lora_rank, got None")
+        if self.k_pe_norm and self.qk_rope_head_dim == 0:
+            raise ValueError("MLAConfig: k_pe_norm needs a k_pe, got qk_rope_head_dim 0")
         if self.softmax_scale is not None:
             require_positive("MLAConfig", softmax_scale=self.softmax_scale)
 

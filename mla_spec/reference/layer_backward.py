@@ -92,9 +92,13 @@ def project_latent_backward(
     down = hidden @ weight[:c].T  # [..., s, c]
     scaled_grad = config.kv_lora_scale * latent_grad
     down_grad, norm_grad = rms_norm_backward(down, weights["kv_a_layernorm"], config.latent_norm_eps, scaled_grad)
-    both_grad = np.concatenate([down_grad, rope_backward(k_pe_grad, positions, config.rope)], axis=-1)  # [..., s, c+r]
-    grads = {"kv_a_proj_with_mqa": linear_backward(both_grad, hidden), "kv_a_layernorm": norm_grad}
-    return both_grad @ weight, grads
+    grads = {"kv_a_layernorm": norm_grad}
+    k_pe_grad = rope_backward(k_pe_grad, positions, config.rope)
+    if config.k_pe_norm:
+        name, down_pe = "k_rope_only_layernorm", hidden @ weight[c:].T  # [..., s, r]
+        k_pe_grad, grads[name] = rms_norm_backward(down_pe, weights[name], config.latent_norm_eps, k_pe_grad)
+    both_grad = np.concatenate([down_grad, k_pe_grad], axis=-1)  # [..., s, c+r]
+    return both_grad @ weight, {"kv_a_proj_with_mqa": linear_backward(both_grad, hidden), **grads}
 
 
 def linear_backward(grad: Array, x: Array) -> Array:

@@ -40,6 +40,8 @@ def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
         shapes["q_b_proj"] = (h * config.qk_head_dim, config.q_lora_rank)
     shapes["kv_a_proj_with_mqa"] = (config.cache_dim, e)
     shapes["kv_a_layernorm"] = (c,)
+    if config.k_pe_norm:
+        shapes["k_rope_only_layernorm"] = (config.qk_rope_head_dim,)
     shapes["kv_b_proj"] = (h * (config.qk_nope_head_dim + config.v_head_dim), c)
     shapes["o_proj"] = (e, h * config.v_head_dim)
     return shapes
@@ -95,13 +97,16 @@ def project_latent(hidden: Array, positions: IntArray, weights: Weights, config:
     """What is cached, equations 41 and 43: the normalised latent c_KV = W_DKV h, and k_R = RoPE(W_KR h).
 
     The RMSNorm on the latents is in every published implementation; the paper mentions it in section 3.1.2. LongCat-Flash
-    multiplies the latent, not k_R, by sqrt(e / kv_lora_rank) after it (transformers models/longcat_flash).
+    multiplies the latent, not k_R, by sqrt(e / kv_lora_rank) after it (transformers models/longcat_flash). dots3 has an RMSNorm
+    on k_R too, before it is rotated (transformers models/dots3_note).
 
     Returns:
         (latent [..., s, c], k_pe [..., s, r]).
     """
     both = accurate_product(hidden, weights["kv_a_proj_with_mqa"].T)  # [..., s, c+r]
     latent, k_pe = both[..., : config.kv_lora_rank], both[..., config.kv_lora_rank :]
+    if config.k_pe_norm:
+        k_pe = rms_norm(k_pe, weights["k_rope_only_layernorm"], config.latent_norm_eps)
     if config.rope is not None:
         k_pe = apply_rope(k_pe, positions, config.rope)
     latent = rms_norm(latent, weights["kv_a_layernorm"], config.latent_norm_eps)

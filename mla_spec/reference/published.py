@@ -80,6 +80,7 @@ class PublishedModel:
             latent_norm_eps=self.required("latent_norm_eps"),
             mla_scale_q_lora=self.fields.get("mla_scale_q_lora", False),
             mla_scale_kv_lora=self.fields.get("mla_scale_kv_lora", False),
+            k_pe_norm=self.fields.get("k_pe_norm", False),
             llama_4_scaling=None if temperature is None else Llama4Scaling(**temperature),
         )
 

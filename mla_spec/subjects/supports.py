@@ -76,6 +76,7 @@ class Supports:
         yarn_mscale_rule: whether only "equal" mscale and mscale_all_dim are implemented, or "any".
         longrope: whether LongRoPE is implemented.
         mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors.
+        k_pe_norm: whether a layer may have an RMSNorm on k_pe.
         llama_4_scaling: whether a layer's queries may have a temperature by position.
         layer_weights: what a layer sees when the weights it was made from are overwritten: "live" where its next call uses
             the new ones, "copied" where it keeps those it was made with, and has to be made anew.
@@ -121,6 +122,7 @@ class Supports:
     yarn_mscale_rule: Literal["any", "equal"] = "any"
     longrope: bool = True
     mla_scale_lora: bool = True
+    k_pe_norm: bool = True
     llama_4_scaling: bool = True
     layer_weights: Literal["live", "copied"] = "live"
     layer_dim_multiple: Count = 1

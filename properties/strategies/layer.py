@@ -35,6 +35,7 @@ def _supported(model: PublishedModel, supports: Supports) -> bool:
         and (scaling["type"] != "yarn" or (supports.yarn and (equal or supports.yarn_mscale_rule == "any")))
         and (scaling["type"] != "longrope" or supports.longrope)
         and (supports.mla_scale_lora or not (fields.get("mla_scale_q_lora") or fields.get("mla_scale_kv_lora")))
+        and (supports.k_pe_norm or not fields.get("k_pe_norm"))
         and (supports.llama_4_scaling or fields.get("llama_4_scaling") is None)
         and supports.latent_norm_eps in (None, fields["latent_norm_eps"])
     )
@@ -134,6 +135,10 @@ def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
             case = replace(case, q_lora_rank=None)
         cases.append(case if fields["qk_rope_head_dim"] else replace(case, qk_rope_head_dim=0))
     cases += [replace(base, seed=i, start=250, **scaling) for i, scaling in enumerate(supported_scalings(supports))]
+    if supports.k_pe_norm:
+        cases += [replace(base, start=250, k_pe_norm=True), replace(base, start=250, k_pe_norm=True, layout="none")][
+            : 1 + supports.rope_optional
+        ]
     return [*cases, replace(base, kv_lora_rank=512, qk_rope_head_dim=64, num_heads=2, hidden_size=6)]
 
 
@@ -162,6 +167,7 @@ def layer_options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rop
         "mla_scale_q_lora": q_lora_rank is not None and draw(scaled),
         "mla_scale_kv_lora": draw(scaled),
         "llama_4_scaling": supports.llama_4_scaling and draw(FLAGS),
+        "k_pe_norm": supports.k_pe_norm and rope_dim > 0 and draw(FLAGS),
     }
 
 

@@ -47,6 +47,7 @@ CASES = {
     "no query compression": replace(BASE, q_lora_rank=None),
     "no rope": replace(BASE, qk_rope_head_dim=0, layout="none"),
     "not rotated": replace(BASE, layout="none"),
+    "norm on k_pe": replace(BASE, k_pe_norm=True),
     "YaRN": replace(BASE, yarn="cos-sin-only", start=60),
     "scaled": replace(BASE, mla_scale_q_lora=True, mla_scale_kv_lora=True, llama_4_scaling=True, start=62),
 }

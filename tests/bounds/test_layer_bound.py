@@ -53,6 +53,7 @@ LAYERS = {
     "latents scaled by less than 1": replace(LAYER, hidden_size=7, mla_scale_q_lora=True, mla_scale_kv_lora=True),
     # Within the six positions of a case it begins, and changes.
     "temperature": replace(LAYER, llama_4_scaling=Llama4Scaling(beta=0.3, original_max_position_embeddings=2)),
+    "norm on k_pe": replace(LAYER, k_pe_norm=True),
     "no query compression": replace(LAYER, q_lora_rank=None),
     "NoPE": replace(LAYER, rope=None),
 }
@@ -120,7 +121,8 @@ def emulated_layer(
     q = scaled(q, q_factor).reshape(len(hidden), h, -1)
     q_nope, q_pe = cooled(q[..., :n]), cooled(rotated(q[..., n:]))
     down = linear(hidden, weights["kv_a_proj_with_mqa"])
-    latent, k_pe = scaled(norm(down[:, :c], weights["kv_a_layernorm"]), kv_factor), rotated(down[:, None, c:])
+    latent, k_pe = scaled(norm(down[:, :c], weights["kv_a_layernorm"]), kv_factor), down[:, c:]
+    k_pe = rotated((norm(k_pe, weights["k_rope_only_layernorm"]) if config.k_pe_norm else k_pe)[:, None])
     up = weights["kv_b_proj"].reshape(h, n + v, c)
     kernel = EmulatedAttention(profile)
     if profile.form == "explicit":

@@ -60,6 +60,7 @@ CONFIGS = {
     "plain": PLAIN,
     "no query compression": replace(PLAIN, q_lora_rank=None),
     "not rotated": replace(PLAIN, rope=None),
+    "norm on k_pe": replace(PLAIN, k_pe_norm=True),
     "scaled": replace(
         PLAIN,
         mla_scale_q_lora=True,
@@ -157,7 +158,11 @@ class Composed:
 
     @cached_property
     def k_pe(self) -> Bounded:
-        return self.rotated(self.kv_down[..., self.config.kv_lora_rank :])
+        config, down = self.config, self.kv_down[..., self.config.kv_lora_rank :]
+        if not config.k_pe_norm:
+            return self.rotated(down)
+        weight = self.weights["k_rope_only_layernorm"]
+        return self.rotated(bounded_rms_norm(down, weight, config.latent_norm_eps, self.profile))
 
     @cached_property
     def operands(self) -> list[tuple[Bounded, Bounded, Bounded]]:
@@ -282,7 +287,13 @@ class Composed:
         down, grads["kv_a_layernorm"] = rms_norm_gradients(
             self.kv_down[..., :c], weights["kv_a_layernorm"], config.latent_norm_eps, latent_grad, profile
         )
-        both = side_by_side([down, self.rotated(k_pe_grad, -POSITIONS)])
+        before = self.rotated(k_pe_grad, -POSITIONS)
+        if config.k_pe_norm:
+            weight, eps = weights["k_rope_only_layernorm"], config.latent_norm_eps
+            before, grads["k_rope_only_layernorm"] = rms_norm_gradients(
+                self.kv_down[..., c:], weight, eps, before, profile
+            )
+        both = side_by_side([down, before])
         grads["kv_a_proj_with_mqa"] = weight_gradient(both, exact(self.hidden), profile)
         return self.back(weights["kv_a_proj_with_mqa"], both, self.both_down)
 

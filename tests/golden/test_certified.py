@@ -235,6 +235,8 @@ def layer_inputs(seed: int, size: float, **changes: Any) -> tuple[dict[str, Any]
         {"softmax_scale": 0.25, "latent_norm_eps": 1e-5},
         {"qk_rope_head_dim": 6, "rope": RopeConfig(dim=6, longrope=LONGROPE, max_position_embeddings=131072)},
         {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+        {"k_pe_norm": True},
+        {"k_pe_norm": True, "rope": None},
         {"llama_4_scaling": Llama4Scaling(beta=0.1, original_max_position_embeddings=2)},
     ],
 )

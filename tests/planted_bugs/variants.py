@@ -1,4 +1,4 @@
-"""Faults of the options that single models have: factors on latents, LongRoPE, temperature, several tokens a step."""
+"""Faults of the options that single models have: factors on latents, a norm on k_pe, LongRoPE, temperature, several tokens a step."""
 
 from __future__ import annotations
 
@@ -63,6 +63,35 @@ class WholeRowScaled(TorchAbsorbed):
     ) -> tuple[Tensor, Tensor]:
         latent, k_pe = super().project_latent(hidden, positions, weights, config)
         return latent, self.scaled(k_pe, config.kv_lora_scale)
+
+
+@planted(
+    "X-k-pe-not-normalized",
+    symptom="positions weigh too much or too little, token by token",
+    shows_when="a model with k_pe_norm",
+    killed_by=(AGREES, "test_layer_decode_agrees_with_reference"),
+)
+class KPeNotNormalized(TorchAbsorbed):
+    """DeepSeek's projection serves a model whose k_pe has a norm."""
+
+    def k_pe_norm(self, k_pe: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
+        return k_pe
+
+
+@planted(
+    "X-k-pe-normalized-after-rotation",
+    symptom="short prompts are right, long ones degrade",
+    shows_when="a model with k_pe_norm and a rotary embedding, beyond position 0",
+    killed_by=(AGREES, "test_layer_decode_agrees_with_reference"),
+)
+class KPeNormalizedAfterRotation(TorchAbsorbed):
+    """The norm's weight multiplies dims that the rotation has mixed; its root mean square is the same."""
+
+    def project_latent(
+        self, hidden: Tensor, positions: Tensor, weights: Mapping[str, Tensor], config: MLAConfig
+    ) -> tuple[Tensor, Tensor]:
+        latent, k_pe = super().project_latent(hidden, positions, weights, replace(config, k_pe_norm=False))
+        return latent, self.k_pe_norm(k_pe, weights, config)
 
 
 @planted(

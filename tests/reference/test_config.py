@@ -183,6 +183,10 @@ def test_rope_config_refuses(arguments: dict[str, Any], message: str) -> None:
             {"mla_scale_q_lora": True, "q_lora_rank": None},
             "MLAConfig: mla_scale_q_lora needs a q_lora_rank, got None",
         ),
+        (
+            {"k_pe_norm": True, "qk_rope_head_dim": 0},
+            "MLAConfig: k_pe_norm needs a k_pe, got qk_rope_head_dim 0",
+        ),
         ({"softmax_scale": -0.1}, "MLAConfig: softmax_scale must be a positive finite number, got -0.1"),
         ({"softmax_scale": 0.0}, "MLAConfig: softmax_scale must be a positive finite number, got 0.0"),
     ],

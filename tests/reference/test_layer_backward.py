@@ -63,7 +63,8 @@ def complex_layer(hidden: Complex, positions: IntArray, weights: dict[str, Compl
         q = config.llama_4_scaling.factor(positions)[..., None, None] * q
     down = hidden @ weights["kv_a_proj_with_mqa"].T
     latent = config.kv_lora_scale * norm(down[..., :c], weights["kv_a_layernorm"])
-    k_pe = np.repeat(rotate(down[..., None, c:]), h, axis=-2)
+    k_pe = norm(down[..., c:], weights["k_rope_only_layernorm"]) if config.k_pe_norm else down[..., c:]
+    k_pe = np.repeat(rotate(k_pe[..., None, :]), h, axis=-2)
     up = (latent @ weights["kv_b_proj"].T).reshape(*latent.shape[:-1], h, -1)
     k, v = np.concatenate([up[..., :n], k_pe], axis=-1), up[..., n:]
     scores = config.scale * np.einsum("bshd,bthd->bhst", q, k)

@@ -62,6 +62,8 @@ CONFIGS = {
     "scaled latents": replace(BASE, mla_scale_q_lora=True, mla_scale_kv_lora=True),
     "scaled latent of the keys": replace(BASE, mla_scale_kv_lora=True),
     "temperature": replace(BASE, llama_4_scaling=Llama4Scaling(beta=0.3, original_max_position_embeddings=32)),
+    "norm on k_pe": replace(BASE, k_pe_norm=True),
+    "norm on k_pe, not rotated": replace(BASE, k_pe_norm=True, rope=None),
     "no query compression": replace(BASE, q_lora_rank=None),
     "NoPE": replace(BASE, rope=None),
     "no rope dims": replace(BASE, rope=None, qk_rope_head_dim=0, q_lora_rank=None),
@@ -115,7 +117,8 @@ def naive_layer(hidden: Array, positions: Array, weights: dict[str, Array], conf
         down = weights["kv_a_proj_with_mqa"] @ x
         latent = norm(down[:c], weights["kv_a_layernorm"])
         up = weights["kv_b_proj"] @ (latent * np.sqrt(config.hidden_size / 12) if config.mla_scale_kv_lora else latent)
-        k_pe = rotated(down[c:], position)
+        k_pe = norm(down[c:], weights["k_rope_only_layernorm"]) if config.k_pe_norm else down[c:]
+        k_pe = rotated(k_pe, position)
         q_heads, kv_heads = q.reshape(-1, n + r), up.reshape(-1, n + v)
         queries.append([np.concatenate([q[:n], rotated(q[n:], position)]) for q in q_heads])
         keys.append([np.concatenate([kv[:n], k_pe]) for kv in kv_heads])

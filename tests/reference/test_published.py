@@ -71,7 +71,7 @@ NOT_MODELLED = {
     "Mistral-Large-4-1T-A52B": "LeRoPE frequencies",
     "A.X-K2-Light": "query gate projection",
     "Ling-3.0-Flash": "head-wise sigmoid output gate",
-    "dots3-note-prev (DSA layers)": "RMSNorm on k_pe",
+    "dots3-note-prev (DSA layers)": "head-wise output gate",
     "Hy4-preview (class default)": "learned sink per head",
     "Ling-3.0-tiny": "head-wise sigmoid output gate",
     "Ling-2.6-1T / Ring-2.6-1T": "which of its layers are MLA",

@@ -14,6 +14,8 @@ from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.layer import LayerCase, LayerInputs, layer_models
 from mla_spec.reference.config import MLAConfig
+from mla_spec.reference.mla import project_latent
+from mla_spec.reference.rope import apply_rope
 from mla_spec.reference.typing import Array
 
 pytest.importorskip("transformers", reason="compares with model code of transformers, which is not installed")
@@ -82,6 +84,25 @@ def test_longcat_scales_its_latents() -> None:
     assert excess(got, inputs) <= 1
     for option in ("mla_scale_q_lora", "mla_scale_kv_lora"):
         assert excess(got, inputs, **{option: False}) > 1
+
+
+def test_dots3_normalizes_k_pe_before_it_is_rotated() -> None:
+    """Its norm of k_pe, alone: the module gates its heads, which MLAConfig does not express."""
+    modeling = importlib.import_module("transformers.models.dots3_note.modeling_dots3_note")
+    plain = inputs_of("deepseek-v3", 100)
+    config = replace(plain.config, k_pe_norm=True, latent_norm_eps=1e-5)
+    assert config.rope is not None
+    r, c, rng = config.qk_rope_head_dim, config.kv_lora_rank, np.random.default_rng(0)
+    weights = {**plain.weights, "k_rope_only_layernorm": rng.uniform(0.5, 1.5, r)}
+    _, k_pe = project_latent(plain.hidden, plain.positions, weights, config)
+    norm = modeling.Dots3NoteRMSNorm(r, eps=1e-5)
+    norm.weight.data = torch.from_numpy(weights["k_rope_only_layernorm"]).float()
+    down = torch.from_numpy(plain.hidden @ weights["kv_a_proj_with_mqa"][c:].T).float()
+    normed = norm(down).detach().double().numpy()
+    want = apply_rope(normed, plain.positions, config.rope)
+    assert np.abs(k_pe - want).max() <= 2**-20 * np.abs(want).max()  # the module's norm is of float32
+    other = project_latent(plain.hidden, plain.positions, weights, replace(config, k_pe_norm=False))[1]
+    assert np.abs(k_pe - other).max() > 0.01 * np.abs(want).max()
 
 
 def mistral_output(inputs: LayerInputs) -> Array:
