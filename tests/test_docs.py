@@ -19,7 +19,7 @@ from tests.test_import_rules import ROOMS
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 STABILITY = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "golden" / "README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "golden" / "README.md"])
 TOPS = ("mla_spec", "properties", "golden", "tests", "docs", "benchmarks", "examples")
 FOLDERS = r"(?:mla_spec|properties|golden|tests|examples|benchmarks|docs)/"
 

@@ -259,6 +259,14 @@ def _add_golden(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases to certify (0)")
 
 
+def _add_book(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "book", help="write a page for each operation: its contract, its laws, the bugs they find"
+    )
+    parser.set_defaults(run=_book)
+    parser.add_argument("folder", metavar="DIR", help="where the pages go; it is made if need be")
+
+
 _COMMANDS = (
     _add_check,
     _add_merge,
@@ -271,6 +279,7 @@ _COMMANDS = (
     _add_models,
     _add_cache,
     _add_golden,
+    _add_book,
 )
 
 
@@ -364,6 +373,12 @@ def _contract(options: argparse.Namespace) -> int:
 
     print(contract(options.operation))
     return 0
+
+
+def _book(options: argparse.Namespace) -> int:
+    from mla_spec.front.book import book
+
+    return book(options)
 
 
 def _models(options: argparse.Namespace) -> int:

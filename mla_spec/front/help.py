@@ -19,6 +19,7 @@ EXIT_CODES: Mapping[str, str] = {
     "models": "0 the list is printed, 2 usage",
     "cache": "0 the sizes are printed, 2 usage",
     "golden": "0 the files or the subject hold, 1 they do not, 2 usage, 3 incomplete, 130 interrupted",
+    "book": "0 the pages are written, 2 usage",
 }
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
@@ -46,6 +47,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec golden check my_kernel.py:Kernel",
         "mla-spec golden regenerate --dir golden",
     ),
+    "book": ("mla-spec book docs/operations",),
 }
 
 
