@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mla_spec.installed import LAW_MODULES, planted_bugs
+from mla_spec.installed import LAW_MODULES, all_laws, planted_bugs
 from mla_spec.judging.law import Law
 from mla_spec.operations.all import OPERATIONS, Composite
 from mla_spec.operations.operation import Operation
@@ -43,12 +43,13 @@ def pages() -> dict[str, str]:
 
 
 def _groups() -> list[Group]:
-    """Every module of laws, in the order of the report."""
+    """Every module of laws, in the order of the report; a law that two modules name is of the first."""
+    left = all_laws().copy()
     found = []
     for name in LAW_MODULES:
         module = import_module(f"mla_spec.properties.{name}")
-        laws = [value.law for value in vars(module).values() if hasattr(value, "law")]
-        found.append((module.__doc__ or "", laws))
+        names = [value.law.name for value in vars(module).values() if hasattr(value, "law")]
+        found.append((module.__doc__ or "", [left.pop(law) for law in names if law in left]))
     return found
 
 
