@@ -11,7 +11,7 @@ from typing import Any
 from mla_spec.front.device import require_device
 from mla_spec.front.production import production
 from mla_spec.front.report import exit_code, merged, report_of
-from mla_spec.front.run import Progress, Store, opened, read, subject_lines
+from mla_spec.front.run import INTERRUPTED, Progress, Store, opened, read, subject_lines
 from mla_spec.judging.check import find_laws
 from mla_spec.judging.compiled import compiler_missing
 from mla_spec.judging.isolation import WorkerPool
@@ -29,8 +29,6 @@ from mla_spec.subjects.description import describe
 from mla_spec.subjects.find import UnknownSubject, available_subjects
 from mla_spec.subjects.supports import DTYPES
 from mla_spec.text.terminal import UsageError, require_output, show_progress, shown, write_json
-
-INTERRUPTED = 130
 
 
 def check(options: argparse.Namespace) -> int:

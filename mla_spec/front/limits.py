@@ -15,12 +15,12 @@ LEAST_AND_MOST: dict[str, tuple[int, int]] = {
     "cases": (1, 10**9),
     "threads": (1, 1024),
     "jobs": (1, 1024),
-    "repeat": (1, 10**6),
+    "rounds": (1, 10**9),
 }
 LONGEST = 10**6
 """Seconds, more than eleven days; what waits for an event cannot be given many more."""
 
-SECONDS = ("timeout", "budget", "time_limit")
+SECONDS = ("timeout", "budget", "time_limit", "hours")
 
 
 def require_within_limits(options: Mapping[str, Any]) -> None:
