@@ -22,7 +22,7 @@ from mla_spec.judging.records import RecordFile, RecordsError
 from mla_spec.judging.session import Asked, Stopped, header, run_in, stops
 from mla_spec.subjects.find import UnknownSubject
 from mla_spec.subjects.supports import DTYPES
-from mla_spec.text.terminal import UsageError, require_output, show_progress, shown
+from mla_spec.text.terminal import UsageError, show_progress, shown
 
 
 def campaign(options: argparse.Namespace) -> int:
@@ -31,7 +31,6 @@ def campaign(options: argparse.Namespace) -> int:
         if dtype not in DTYPES:
             raise UsageError(f"unknown dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
     require_device(options.device)
-    require_output("--corpus", options.corpus)
     try:
         laws = [law.name for law in find_laws(options.law)]
         known = read_hard_cases(options.corpus) if os.path.exists(options.corpus) else ()

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from mla_spec import __version__, installed
 from mla_spec.front.help import add_examples
-from mla_spec.front.limits import require_within_limits
+from mla_spec.front.limits import require_outputs, require_within_limits
 from mla_spec.subjects.exits import INCOMPLETE, loud_exits
 from mla_spec.text.terminal import UsageError, any_encoding, append_json, one_line, show_progress, write_json
 
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complete(parser)
         options = parser.parse_args(arguments)
         require_within_limits(vars(options))
+        require_outputs(vars(options))
         code = _run(options)
         sys.stdout.flush()
         return code
@@ -122,6 +123,7 @@ def _add_check(commands: Commands) -> None:
     )
     parser.add_argument("--waivers", metavar="FILE", help="expected failures; docs/waivers.md shows such a file")
     parser.add_argument("--shard", metavar="I/N", help="only part I of N; `mla-spec merge` puts their records together")
+    parser.add_argument("--begin", metavar="FILE", help="cases to begin with, as `mla-spec campaign` keeps the hardest")
     parser.add_argument("--resume", metavar="FILE", help="as --records FILE, without what FILE already has")
     parser.add_argument("--json", metavar="FILE", help="also write a record of each law to FILE")
     _add_records(parser)
