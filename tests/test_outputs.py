@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,11 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)
     with pytest.raises(OSError, match="No such device or address"):
-        require_writable(pipe)  # nobody reads it: that would wait for ever
+        write_atomically(pipe, "text")  # nobody reads it: that would wait for ever
     reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
     reader.start()
+    time.sleep(0.2)
+    require_writable(pipe)
     write_atomically(pipe, "text")
     reader.join(20)
     assert got == ["text"]

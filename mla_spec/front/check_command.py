@@ -12,9 +12,10 @@ from typing import Any
 from mla_spec.front.device import require_device
 from mla_spec.front.production import production
 from mla_spec.front.report import exit_code, merged, report_of
-from mla_spec.front.run import Progress, Store, opened, read, subject_lines
+from mla_spec.front.run import INTERRUPTED, Progress, Store, opened, read, subject_lines
 from mla_spec.judging.check import find_laws
 from mla_spec.judging.compiled import compiler_missing
+from mla_spec.judging.hardest import CorpusError, HardCase, read_hard_cases
 from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Options, Production, new_seed
 from mla_spec.judging.plan import Cell, Shard, parse_shard, plan
@@ -30,9 +31,7 @@ from mla_spec.subjects.description import describe
 from mla_spec.subjects.find import UnknownSubject, available_subjects
 from mla_spec.subjects.supports import DTYPES
 from mla_spec.subjects.violation import SubjectCrashed
-from mla_spec.text.terminal import UsageError, require_output, show_progress, shown, write_json
-
-INTERRUPTED = 130
+from mla_spec.text.terminal import UsageError, show_progress, shown, write_json
 
 
 def check(options: argparse.Namespace) -> int:
@@ -45,6 +44,9 @@ def check(options: argparse.Namespace) -> int:
         specs = options.subjects or available_subjects()
         shard = Shard() if options.shard is None else parse_shard(options.shard)
         waivers = Waivers() if options.waivers is None else read_waivers(options.waivers)
+        hard = () if options.begin is None else read_hard_cases(options.begin)
+    except CorpusError as error:
+        raise UsageError(f"--begin {error}") from error
     except WaiverError as error:
         raise UsageError(f"--waivers {error}") from error
     except ValueError as error:
@@ -54,14 +56,16 @@ def check(options: argparse.Namespace) -> int:
     settings = [Options(**common, spec=(spec, *given)) for spec in dict.fromkeys(specs)]
     report_to: AbstractContextManager[Any] = redirect_stdout(sys.stderr) if options.json == "-" else nullcontext()
     with report_to:
-        return _Check(options, laws, shard, waivers).run(settings)
+        return _Check(options, laws, shard, waivers, hard).run(settings)
 
 
 class _Check:
     """One run of the command."""
 
-    def __init__(self, options: argparse.Namespace, laws: list[str], shard: Shard, waivers: Waivers) -> None:
-        self.options, self.laws, self.shard, self.waivers = options, laws, shard, waivers
+    def __init__(
+        self, options: argparse.Namespace, laws: list[str], shard: Shard, waivers: Waivers, hard: tuple[HardCase, ...]
+    ) -> None:
+        self.options, self.laws, self.shard, self.waivers, self.hard = options, laws, shard, waivers, hard
         self.subjects: list[Asked] = []
         self.cells: list[Cell] = []
         self.file: RecordFile | None = None
@@ -86,7 +90,9 @@ class _Check:
     def _judge(self, settings: list[Options]) -> None:
         if self.options.in_process:
             here = [(each, configured_subject(_name(each), self.options.signature, each.dims)) for each in settings]
-            self.subjects = [Asked(each, self.options.signature, describe(subject)) for each, subject in here]
+            self.subjects = [
+                Asked(each, self.options.signature, describe(subject), self.hard) for each, subject in here
+            ]
             objects = {asked.spec: (asked, subject) for asked, (_, subject) in zip(self.subjects, here, strict=True)}
             left = self._prepare()
             self._keep(run_here(left, objects, Progress(len(left))))
@@ -94,7 +100,7 @@ class _Check:
         with WorkerPool(self.options.jobs, self.options.timeout, under=self.options.under) as pool:
             declared = [pool.describe(each, self.options.signature) for each in settings]
             self.subjects = [
-                Asked(each, self.options.signature, future.result())
+                Asked(each, self.options.signature, future.result(), self.hard)
                 for each, future in zip(settings, declared, strict=True)
             ]
             left = self._prepare()
@@ -236,6 +242,5 @@ def _require_sensible(options: argparse.Namespace) -> None:
     if options.resume is not None and options.records not in (None, options.resume):
         raise UsageError("--resume FILE goes on in FILE: --records cannot be another one")
     require_device(options.device)
-    require_output("--json", options.json)
     if options.compile is not None and (reason := compiler_missing(options.compile, options.device)):
         raise UsageError(f"--compile {shown(options.compile)}: {reason}")

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from mla_spec import __version__, installed
 from mla_spec.front.help import add_examples
-from mla_spec.front.limits import require_within_limits
+from mla_spec.front.limits import require_outputs, require_within_limits
 from mla_spec.subjects.exits import INCOMPLETE, loud_exits
 from mla_spec.text.terminal import UsageError, any_encoding, append_json, one_line, show_progress, write_json
 
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complete(parser)
         options = parser.parse_args(arguments)
         require_within_limits(vars(options))
+        require_outputs(vars(options))
         code = _run(options)
         sys.stdout.flush()
         return code
@@ -127,9 +128,30 @@ def _add_check(commands: Commands) -> None:
     )
     parser.add_argument("--waivers", metavar="FILE", help="expected failures; docs/waivers.md shows such a file")
     parser.add_argument("--shard", metavar="I/N", help="only part I of N; `mla-spec merge` puts their records together")
+    parser.add_argument("--begin", metavar="FILE", help="cases to begin with, as `mla-spec campaign` keeps the hardest")
     parser.add_argument("--resume", metavar="FILE", help="as --records FILE, without what FILE already has")
     parser.add_argument("--json", metavar="FILE", help="also write a record of each law to FILE")
     _add_records(parser)
+
+
+def _add_campaign(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "campaign", help="run the laws with one seed after another, and keep the hardest cases"
+    )
+    parser.set_defaults(run=_campaign)
+    parser.add_argument("subjects", nargs="+", metavar="SUBJECT", help="as for check")
+    parser.add_argument("--records", metavar="FILE", default="campaign.jsonl", help="what is judged (campaign.jsonl)")
+    parser.add_argument("--corpus", metavar="FILE", default="hardest.jsonl", help="the hardest cases (hardest.jsonl)")
+    parser.add_argument("--hours", type=float, metavar="H", help="end after so many hours")
+    parser.add_argument("--rounds", type=int, metavar="N", help="end after so many seeds")
+    parser.add_argument("--ray", metavar="ADDRESS", help="on this Ray cluster; `local` starts one on this machine")
+    parser.add_argument("--law", action="append", default=[], metavar="NAME", help="as for check")
+    parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
+    parser.add_argument("--device", default="cpu", help="torch device (cpu)")
+    parser.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law and seed (100)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed (0)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="worker processes, without --ray (2)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
 
 
 def _add_merge(commands: Commands) -> None:
@@ -296,6 +318,7 @@ def _add_book(commands: Commands) -> None:
 _COMMANDS = (
     _add_check,
     _add_merge,
+    _add_campaign,
     _add_soundness,
     _add_sensitivity,
     _add_selftest,
@@ -318,6 +341,13 @@ def _check(options: argparse.Namespace) -> int:
     from mla_spec.front.check_command import check
 
     return check(options)
+
+
+def _campaign(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.front.campaign_command import campaign
+
+    return campaign(options)
 
 
 def _merge(options: argparse.Namespace) -> int:

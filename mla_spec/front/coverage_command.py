@@ -11,12 +11,11 @@ from mla_spec.proof.coverage import measure_coverage, report
 from mla_spec.proof.selftest import matrix_from, planted_bugs, run_selftest
 from mla_spec.subjects.find import UnknownSubject, resolve_subject
 from mla_spec.text.files import read_text
-from mla_spec.text.terminal import UsageError, require_output, show_progress, shown, write_json
+from mla_spec.text.terminal import UsageError, show_progress, shown, write_json
 
 
 def coverage(options: argparse.Namespace) -> int:
     """Count cases and kills and print them; 1 where a cell is empty without a reason, or a law fails."""
-    require_output("--json", options.json)
     try:
         for spec in options.subjects:
             resolve_subject(spec)

@@ -10,6 +10,7 @@ _VERDICT = "0 conforms, 1 violates, 2 usage, 3 incomplete, 130 interrupted"
 EXIT_CODES: Mapping[str, str] = {
     "check": _VERDICT,
     "merge": _VERDICT,
+    "campaign": _VERDICT,
     "soundness": "0 no element outside its bound, 1 some are, 2 usage, 3 interrupted before all cases",
     "sensitivity": "0 the card is printed, 2 usage, 130 interrupted",
     "selftest": "0 every bug is killed, 1 some survive, 2 usage, 130 interrupted",
@@ -32,6 +33,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec check torch-absorbed --examples 10 --json report.json",
     ),
     "merge": ("mla-spec merge first.jsonl second.jsonl --json report.json",),
+    "campaign": (
+        "mla-spec campaign my_kernel.py:Kernel --hours 8",
+        "mla-spec campaign torch-absorbed torch-sdpa --ray auto --records night.jsonl --corpus hardest.jsonl",
+    ),
     "soundness": ("mla-spec soundness --cases 1000", "mla-spec soundness --first 17 --cases 1"),
     "sensitivity": ("mla-spec sensitivity torch-absorbed --dtype bfloat16 --cases 5",),
     "selftest": ("mla-spec selftest --bug K4", "mla-spec selftest --quick"),

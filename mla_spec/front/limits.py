@@ -1,4 +1,4 @@
-"""The values that numeric options may have."""
+"""The values that options may have, whatever the command."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mla_spec.text.terminal import UsageError
+from mla_spec.text.terminal import UsageError, require_output
 
 LEAST_AND_MOST: dict[str, tuple[int, int]] = {
     "seed": (0, 2**63),
@@ -15,12 +15,12 @@ LEAST_AND_MOST: dict[str, tuple[int, int]] = {
     "cases": (1, 10**9),
     "threads": (1, 1024),
     "jobs": (1, 1024),
-    "repeat": (1, 10**6),
+    "rounds": (1, 10**9),
 }
 LONGEST = 10**6
 """Seconds, more than eleven days; what waits for an event cannot be given many more."""
 
-SECONDS = ("timeout", "budget", "time_limit")
+SECONDS = ("timeout", "budget", "time_limit", "hours")
 
 
 def require_within_limits(options: Mapping[str, Any]) -> None:
@@ -35,6 +35,14 @@ def require_within_limits(options: Mapping[str, Any]) -> None:
         if value is not None and not 0 < value <= LONGEST:
             positive = "positive" if not value > 0 or math.isnan(value) else f"at most {LONGEST}"
             raise UsageError(f"{_option(name)} must be {positive}, got {value}")
+
+
+def require_outputs(options: Mapping[str, Any]) -> None:
+    """Raise UsageError where a file that a command will write cannot be written."""
+    for name in ("json", "records", "corpus"):
+        require_output(_option(name), options.get(name))
+    for path in options.get("markdown") or ():
+        require_output("--markdown", path)
 
 
 def _option(name: str) -> str:

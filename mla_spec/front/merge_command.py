@@ -13,12 +13,11 @@ from mla_spec.judging.plan import Cell, Judged, plan
 from mla_spec.judging.records import Run, SubjectLine
 from mla_spec.judging.verdict import Record
 from mla_spec.judging.waivers import WaiverError, Waivers, read_waivers
-from mla_spec.text.terminal import UsageError, require_output, shown, write_json
+from mla_spec.text.terminal import UsageError, shown, write_json
 
 
 def merge(options: argparse.Namespace) -> int:
     """Print one report of the records of many files, and return its exit code."""
-    require_output("--json", options.json)
     try:
         waivers = Waivers() if options.waivers is None else read_waivers(options.waivers)
     except WaiverError as error:

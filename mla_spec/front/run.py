@@ -12,6 +12,9 @@ from mla_spec.judging.verdict import Record
 from mla_spec.judging.waivers import Waivers
 from mla_spec.text.terminal import UsageError, show_progress, shown
 
+INTERRUPTED = 130
+"""The exit code of a run that a signal ended."""
+
 
 @dataclass
 class Progress:
@@ -38,7 +41,7 @@ class Store:
 
     header: RunLine
     subjects: Sequence[SubjectLine]
-    waivers: Waivers
+    waivers: Waivers = field(default_factory=Waivers)
     file: RecordFile | None = None
     judged: dict[Cell, Record] = field(default_factory=dict)
 

@@ -274,6 +274,7 @@ class Options:
         dtypes: only these; None for all that the subject supports.
         spread: dtypes over which examples are spread, where some of them run elsewhere; None for those that run.
         until_failure: whether dtypes that follow a failing one are left out.
+        begin: cases that run before those of the law, in their own dtypes.
         case: run this one case instead.
         minimise: whether a failing case is made smaller.
         compile: backend of ``torch.compile`` with which laws of compiled operations run; None where they do not.
@@ -291,6 +292,7 @@ class Options:
     dtypes: tuple[str, ...] | None = None
     spread: int | None = None
     until_failure: bool = False
+    begin: tuple[Case, ...] = ()
     case: Case | None = None
     minimise: bool = True
     compile: str | None = None

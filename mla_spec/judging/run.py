@@ -326,8 +326,9 @@ def _generate(law: Law, run: Run, examples: int, options: Options, attempt: Call
     cases = law.cases(run.supports, run.profile)
     fixed = isinstance(cases, list)
     grown = () if law.grown is None else law.grown(run)
+    begin = [case for case in options.begin if case.dtype == run.driver.dtype]
     failing = _first_failure(
-        chain(law.first(run.supports, run.profile), cases if isinstance(cases, list) else (), grown), attempt
+        chain(begin, law.first(run.supports, run.profile), cases if isinstance(cases, list) else (), grown), attempt
     )
     if not fixed and (failing is None or options.minimise):
         try:

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from mla_spec.installed import all_laws
 from mla_spec.judging.environment import code_of, environment
-from mla_spec.judging.isolation import WorkerPool
+from mla_spec.judging.hardest import HardCase
 from mla_spec.judging.law import Options
 from mla_spec.judging.plan import Cell, Judged, Shard
 from mla_spec.judging.records import RunLine, SubjectLine, VerdictLine
+from mla_spec.judging.renamed import RENAMED
 from mla_spec.judging.run import asked_dtypes, run_law
 from mla_spec.judging.verdict import Record
 from mla_spec.subjects.description import Description
@@ -60,11 +61,13 @@ class Asked:
         options: how laws are run on it; ``spec`` finds it.
         signature: the operation that it implements, where it is a bare function.
         declared: what it says of itself.
+        hard: cases with which laws begin.
     """
 
     options: Options
     signature: str | None
     declared: Description
+    hard: tuple[HardCase, ...] = ()
 
     @property
     def spec(self) -> tuple[str, ...]:
@@ -80,7 +83,8 @@ class Asked:
         """How one cell is run."""
         if not cell.dtype:
             return replace(self.options, seed=cell.seed)
-        return replace(self.options, dtypes=(cell.dtype,), spread=len(self.dtypes), seed=cell.seed)
+        begin = tuple(each.parsed for each in self.hard if RENAMED.get(each.law, each.law) == cell.law)
+        return replace(self.options, dtypes=(cell.dtype,), spread=len(self.dtypes), seed=cell.seed, begin=begin)
 
     def line(self, run: str) -> SubjectLine:
         """What is recorded of it."""
@@ -140,8 +144,15 @@ def run_here(
         yield cell, named(cell, run_law(all_laws()[cell.law], subject, asked.options_of(cell)))
 
 
+class Pool(Protocol):
+    """What runs laws elsewhere: processes, or a cluster."""
+
+    def submit(self, law: str, subject_name: str, options: Options, signature: str | None = None) -> Future[Record]:
+        """Run a law on the subject that ``options.spec`` names."""
+
+
 def run_in(
-    pool: WorkerPool, cells: Iterable[Cell], subjects: dict[tuple[str, ...], Asked], show: Callable[[Cell], None]
+    pool: Pool, cells: Iterable[Cell], subjects: dict[tuple[str, ...], Asked], show: Callable[[Cell], None]
 ) -> Iterator[Judged]:
     """Run cells in the processes of ``pool``, and give each as it is judged. ``show`` is told what is running."""
     running: dict[Future[Record], Cell] = {}

@@ -108,5 +108,9 @@ def merge(records: list[Record]) -> Record:
         worst_case=worst.worst_case,
         seconds=sum(r.seconds for r in records),
         note="\n".join(r.note for r in records if r.note),
-        dtypes={r.dtype: r.verdict for r in records if r.dtype},
+        dtypes={r.dtype: _gravest(r.dtype, records) for r in records if r.dtype},
     )
+
+
+def _gravest(dtype: str, records: list[Record]) -> Verdict:
+    return max((r.verdict for r in records if r.dtype == dtype), key=SEVERITY.index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -45,7 +46,9 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     elif _replaceable(path):
         _replace(Path(os.path.realpath(path)), data)
     else:
-        with open(path, "wb") as file:
+        handle = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK)  # a pipe that nobody reads would wait for ever
+        os.set_blocking(handle, True)
+        with open(handle, "wb") as file:
             file.write(data)
 
 
@@ -57,8 +60,10 @@ def require_writable(path: str | Path) -> None:
         handle, temporary = tempfile.mkstemp(dir=Path(os.path.realpath(path)).parent, prefix=".mla-spec.")
         os.close(handle)
         os.unlink(temporary)
-    else:
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # a pipe that nobody reads would wait for ever
+    elif os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    elif not os.access(path, os.W_OK):  # nor opened: to who reads a pipe, closing it would be its end
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def standard_stream(path: str | Path) -> TextIO | None:
