@@ -20,7 +20,7 @@ from mla_spec.subjects.keeper import python
 from mla_spec.subjects.messages import NoMessage, framed, read_parts, read_reply, write_request
 from mla_spec.subjects.near import HANDLES, Handle, call_method
 from mla_spec.subjects.output import Output
-from mla_spec.subjects.violation import TOLD, BrokenSubject, SubjectCrashed, UnknownSubject
+from mla_spec.subjects.violation import TOLD, BrokenSubject, SubjectCrashed, UnknownSubject, Violation
 
 PATIENCE = 5.0
 """Seconds in which a process that was told to end does."""
@@ -126,6 +126,31 @@ class SubjectProcess:
         if not share:
             self.end()
 
+    def require_silence(self) -> None:
+        """Raise Violation where the tool under which the subject runs has reported anything since its last call of this."""
+        if not self.under or self._channel is None:
+            return
+        self._drain()
+        report = self.output.reported()
+        self.output.clear()
+        if report:
+            raise Violation(f"{self.under[0]} reports:\n{report}")
+
+    def finish(self) -> None:
+        """Let the process end by itself, under the tool that it runs under; Violation where that has an error to tell."""
+        if not self.under or self._channel is None or self._lifeline is None:
+            return
+        self.require_silence()
+        self._disconnect()
+        self._lifeline.settimeout(STARTING)
+        status = self._lifeline.recv(64).decode()
+        self._lifeline.settimeout(None)
+        self._drain()
+        if status != "0":
+            raise Violation(
+                f"under {self.under[0]} the process ended with {status or 'its keeper'}{self.output.told()}"
+            )
+
     def end(self) -> None:
         """End the process of the subject; the next request starts another."""
         self._kill()
@@ -201,6 +226,9 @@ class SubjectProcess:
                 raise
             raise BrokenSubject(f"{self.made_of[0]}: importing and making it failed: {error}") from None
         self._made = self._known = True
+        if self.under:
+            self._drain()
+            self.output.clear()  # what a tool says of Python and torch
 
     def _exchange(self, request: list[Any], patience: float | None) -> Any:
         end = None if patience is None else time.monotonic() + patience

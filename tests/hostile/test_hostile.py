@@ -341,7 +341,6 @@ PLACES = {  # code at import, by whether it is there that it does harm
     "this is no Python": "SyntaxError",
     "ctypes.string_at(0)": "killed by SIGSEGV",
     "os.kill(os.getpid(), signal.SIGKILL)": "killed by SIGKILL",
-    "os.kill(os.getppid(), signal.SIGKILL)": "keeper",
 }
 ATTRIBUTES = {  # an attribute, and what is said of it
     "supports": ("raise ValueError('no')", "ValueError: no"),
