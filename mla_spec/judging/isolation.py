@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from typing import Any
 
 from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
@@ -187,7 +186,7 @@ def _serve(connection: Connection, lifeline: Connection, settings: _Settings) ->
         subject = subjects.of(options, signature)
         record = run_law(laws[law], subject.subject, replace(options, announce=connection.send, isolated=True))
         if record.verdict == "crashed" and options.device != "cpu":
-            subject.stop()  # an illegal access leaves nothing usable in a CUDA process
+            subject.end()  # an illegal access leaves nothing usable in a CUDA process
         connection.send(record)
 
 
@@ -204,40 +203,28 @@ class _Subjects:
     def __init__(self, settings: _Settings) -> None:
         self.settings = settings
         self.process: SubjectProcess | None = None
-        self.serves: Any = None
 
     def of(self, options: Options, signature: str | None) -> SubjectProcess:
         """The process of the subject that ``options`` name; the one before it ends, unless subjects share it."""
         assert options.spec is not None
-        serves = options.spec[0], signature, options.dims, options.threads, options.device
-        if self.process is None or (serves != self.serves and not self.settings.share):
-            if self.process is not None:
-                self.process.stop()
-            self.process = SubjectProcess(
-                options.spec[0],
-                signature,
-                options.dims,
-                threads=options.threads,
-                device=options.device,
-                limit=self.settings.timeout,
-                under=self.settings.under,
-            )
-        elif serves != self.serves:
-            self.process.turn_to(options.spec[0], signature, options.dims)
-        self.serves = serves
+        made_of = options.spec[0], signature, options.dims, options.threads, options.device
+        if self.process is None:
+            self.process = SubjectProcess(*made_of, limit=self.settings.timeout, under=self.settings.under)
+        self.process.turn_to(*made_of, share=self.settings.share)
         return self.process
 
     def describe(self, options: Options, signature: str | None) -> Description | UnknownSubject:
         """What the subject declares, or why there is none."""
+        assert options.spec is not None
         try:
             described: Description = there(describe, self.of(options, signature).subject)
             return described
         except BrokenSubject as error:
-            return broken(self.serves[0], str(error))
+            return broken(options.spec[0], str(error))
         except UnknownSubject as error:
             return error
         except SubjectCrashed as error:
-            return broken(self.serves[0], f"what it declares cannot be read: {error}")
+            return broken(options.spec[0], f"what it declares cannot be read: {error}")
 
 
 def broken(name: str, fault: str) -> Description:

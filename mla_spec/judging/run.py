@@ -197,6 +197,8 @@ class _Attempts:
             if gone(self.run.driver):
                 self.run.driver = self.make()
             self.law.check(self.run, case)
+            if isinstance(self.run.driver, Handle):
+                self.run.driver.process.require_silence()
         except SystemExit as error:  # no law asks for it: it comes of what a subject computes when it is read
             raise SubjectCrashed(raised(error)) from error
 
@@ -295,6 +297,11 @@ def _run_dtype(
         return record(_verdict_of(first), message, attempt.cases, case)
     except _FAILURES as error:
         return record(_verdict_of(error), str(error), attempt.cases, attempt.last)
+    try:
+        if isinstance(run.driver, Handle):
+            run.driver.process.finish()
+    except Violation as error:
+        return record("fail", str(error), attempt.cases, attempt.last)
     if attempt.cases == 0:
         return record("unsupported", "no case fits what the subject supports")
     if attempt.trivial[0] == attempt.cases:

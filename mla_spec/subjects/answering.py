@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from itertools import count
 from typing import Any
@@ -26,7 +27,7 @@ def made_here(spec: str, signature: str | None, dims: Dims, threads: int, device
 
 def answer_requests(channel: socket.socket) -> None:
     """Answer until the other end is closed, which alone ends it."""
-    kept = _Kept()
+    kept, own = _Kept(), os.getpid()
     while True:
         try:
             parts = read_parts(lambda size: read_exactly(channel, size))
@@ -37,6 +38,8 @@ def answer_requests(channel: socket.socket) -> None:
         except BaseException as error:
             reply = write_reply(_told(error), kept.keep)
         del parts
+        if os.getpid() != own:  # a child that the subject has forked, and that returned as if it were its parent
+            os._exit(0)
         for part in framed(reply):
             channel.sendall(part)
 

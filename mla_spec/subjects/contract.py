@@ -71,6 +71,10 @@ def profile_of(subject: object, dtype: str) -> Profile:
     return profile
 
 
+class Unreadable(TypeError):
+    """The subject's own code did not let its declaration be read."""
+
+
 def require_subject(subject: object) -> None:
     """Raise TypeError, in one sentence, unless ``subject`` offers an operation and declares itself consistently."""
     names = operation_names()
@@ -82,6 +86,6 @@ def require_subject(subject: object) -> None:
     except (TypeError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise TypeError(f"what {type(subject).__name__} declares cannot be read: {raised(error)}") from error
+        raise Unreadable(f"what {type(subject).__name__} declares cannot be read: {raised(error)}") from error
     if not offered:
         raise TypeError(f"{name} is not a subject: it has none of the methods {', '.join(names)}")

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from mla_spec.installed import SHIPPED, operation_names
-from mla_spec.subjects.contract import require_subject
+from mla_spec.subjects.contract import Unreadable, require_subject
 from mla_spec.subjects.violation import BrokenSubject, UnknownSubject, raised
 
 __all__ = ["BrokenSubject", "UnknownSubject", "available_subjects", "resolve_subject", "unavailable"]
@@ -74,6 +74,8 @@ def resolve_subject(spec: str, signature: str | None = None) -> Any:
         raise UnknownSubject(f"{spec} is a bare function; name its operation with --signature, e.g. decode")
     try:
         require_subject(subject)
+    except Unreadable as error:
+        raise BrokenSubject(str(error)) from error
     except TypeError as error:
         raise UnknownSubject(str(error)) from error
     return subject

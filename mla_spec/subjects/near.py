@@ -29,6 +29,12 @@ class Process(Protocol):
     def holds(self, handle: Handle) -> bool:
         """Whether what it stands for is still there."""
 
+    def require_silence(self) -> None:
+        """Raise Violation where a tool under which the subject runs has reported anything."""
+
+    def finish(self) -> None:
+        """End the process as it ends by itself, where a tool tells more then."""
+
     def release(self, handle: Handle) -> None:
         """Nobody here asks for it any more."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 KEPT = 1 << 16
 """Bytes that are kept."""
 
@@ -10,6 +12,9 @@ LINES = 5
 
 WIDTH = 200
 """Characters that are shown of a line."""
+
+_REPORT = re.compile(r"==+|#nixnan")
+_NOTHING = re.compile(r"(ERROR|RACECHECK) SUMMARY: 0|^=+\d*=*\s*$|COMPUTE-SANITIZER")
 
 
 class Output:
@@ -27,6 +32,10 @@ class Output:
     def lines(self) -> list[str]:
         """What is kept, line by line, safe to print."""
         return [_printable(line) for line in self.data.decode(errors="replace").splitlines() if line.strip()]
+
+    def reported(self) -> str:
+        """The lines of a tool such as valgrind, compute-sanitizer or nixnan, without those that report nothing."""
+        return "\n".join(line for line in self.lines() if _REPORT.match(line) and not _NOTHING.search(line))
 
     def told(self) -> str:
         """The end of it, to be added to a message; empty where nothing was printed."""

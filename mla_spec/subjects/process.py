@@ -20,7 +20,7 @@ from mla_spec.subjects.keeper import python
 from mla_spec.subjects.messages import NoMessage, framed, read_parts, read_reply, write_request
 from mla_spec.subjects.near import HANDLES, Handle, call_method
 from mla_spec.subjects.output import Output
-from mla_spec.subjects.violation import TOLD, BrokenSubject, SubjectCrashed, UnknownSubject
+from mla_spec.subjects.violation import TOLD, BrokenSubject, SubjectCrashed, UnknownSubject, Violation
 
 PATIENCE = 5.0
 """Seconds in which a process that was told to end does."""
@@ -61,9 +61,9 @@ class SubjectProcess:
         spec: str,
         signature: str | None = None,
         dims: Dims = (),
-        *,
         threads: int = 1,
         device: str = "cpu",
+        *,
         limit: float | None = None,
         under: str = "",
     ) -> None:
@@ -72,6 +72,7 @@ class SubjectProcess:
         self.output = Output()
         self.hangs, self.longest = 0, 0.0
         self._life = 0
+        self._made, self._known = False, False  # whether the subject is there now, and ever was
         self._released: list[int] = []
         self._methods: set[tuple[str, str]] = set()
         self._keeper: subprocess.Popen[bytes] | None = None
@@ -90,6 +91,8 @@ class SubjectProcess:
         """
         if self._channel is None:
             self._start()
+        if not self._made:
+            self._make()
         released, self._released = self._released, []
         start = time.monotonic()
         value = self._exchange(write_request((released, False, function, arguments, options)), self.patience)
@@ -114,11 +117,43 @@ class SubjectProcess:
         """Whether what it stands for is still there."""
         return handle.key == SUBJECT or (handle.life == self._life and self._channel is not None)
 
-    def turn_to(self, spec: str, signature: str | None, dims: Dims) -> None:
-        """Hold another subject from now on, in the same process."""
-        self.made_of = spec, signature, dims, *self.made_of[3:]
-        if self._channel is not None:
-            self._make()
+    def turn_to(self, *made_of: Any, share: bool = False) -> None:
+        """Hold another subject from now on, in a new process unless they ``share`` one; arguments as of the constructor."""
+        if made_of == self.made_of:
+            return
+        self.made_of, self._made, self._known = made_of, False, False
+        self.hangs, self.longest = 0, 0.0
+        if not share:
+            self.end()
+
+    def require_silence(self) -> None:
+        """Raise Violation where the tool under which the subject runs has reported anything since its last call of this."""
+        if not self.under or self._channel is None:
+            return
+        self._drain()
+        report = self.output.reported()
+        self.output.clear()
+        if report:
+            raise Violation(f"{self.under[0]} reports:\n{report}")
+
+    def finish(self) -> None:
+        """Let the process end by itself, under the tool that it runs under; Violation where that has an error to tell."""
+        if not self.under or self._channel is None or self._lifeline is None:
+            return
+        self.require_silence()
+        self._disconnect()
+        self._lifeline.settimeout(STARTING)
+        status = self._lifeline.recv(64).decode()
+        self._lifeline.settimeout(None)
+        self._drain()
+        if status != "0":
+            raise Violation(
+                f"under {self.under[0]} the process ended with {status or 'its keeper'}{self.output.told()}"
+            )
+
+    def end(self) -> None:
+        """End the process of the subject; the next request starts another."""
+        self._kill()
 
     @property
     def patience(self) -> float | None:
@@ -177,19 +212,23 @@ class SubjectProcess:
         finally:
             theirs.close()
         self._exchange(write_request(([], False, getpid, (), {})), STARTING)
-        self._make()
 
     def _make(self) -> None:
         """Have the subject made; where it once could be and now cannot, it has died."""
+        once, self._made = self._known, False
         try:
             self._exchange(write_request(([], True, made_here, self.made_of, {})), self.limit)
         except (UnknownSubject, SubjectCrashed) as error:
             self._kill()
-            if self._life > 1:
+            if once:
                 raise SubjectDied(f"it could not be made again: {error}") from None
             if isinstance(error, UnknownSubject):
                 raise
             raise BrokenSubject(f"{self.made_of[0]}: importing and making it failed: {error}") from None
+        self._made = self._known = True
+        if self.under:
+            self._drain()
+            self.output.clear()  # what a tool says of Python and torch
 
     def _exchange(self, request: list[Any], patience: float | None) -> Any:
         end = None if patience is None else time.monotonic() + patience
@@ -284,11 +323,11 @@ class SubjectProcess:
         if status is None:
             self._kill()
             return "closed its channel"
+        self._drain()
         if status == "":
             self._forget_keeper()
             return "was ended together with its keeper"
         code = int(status)
-        self._drain()
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def _told_status(self) -> str | None:
@@ -328,7 +367,7 @@ class SubjectProcess:
         if self._channel is not None:
             self._selector.unregister(self._channel)
             self._channel.close()
-            self._channel = None
+            self._channel, self._made = None, False
 
 
 def _attribute(of: Any, name: str) -> tuple[bool, Any]:

@@ -128,3 +128,21 @@ def test_parametrize_with_checks_reports_it_too(pytester: pytest.Pytester, place
         done.stderr.fnmatch_lines(["*the process was ended by os._exit(0) before there was a report*"])
     else:
         done.stdout.fnmatch_lines(["*crashed after 1 cases*", "*SystemExit: 0 (*"])
+
+
+@pytest.mark.parametrize(("place", "text"), [("import", "crashed after 0 cases"), ("call", "crashed after 1 cases")])
+def test_parametrize_with_checks_takes_a_name_and_survives(pytester: pytest.Pytester, place: str, text: str) -> None:
+    spec = subject(pytester.path, place, "os._exit")
+    pytester.makepyfile(
+        test_mine=f"""
+        from mla_spec import parametrize_with_checks
+        from mla_spec.judging.law import Options
+
+        @parametrize_with_checks([{spec!r}, "torch-absorbed"], options=Options(examples=4, dtypes=("float32",)))
+        def test_mla(subject, check):
+            check(subject)
+        """
+    )
+    done = pytester.runpytest_subprocess("-k", LAW, "-p", "no:xdist", "-p", "no:cacheprovider")
+    done.assert_outcomes(failed=1, passed=1, deselected=done_deselected(done))
+    done.stdout.fnmatch_lines([f"*{text}*", "*the process ended with exit code 0*"])
