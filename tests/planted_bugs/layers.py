@@ -55,6 +55,8 @@ class RelaidWeights(TorchAbsorbed):
             q_name: torch.cat([q_nope, self.relayout(q_pe.transpose(0, 1)).transpose(0, 1)], dim=1).flatten(0, 1),
             kv_name: torch.cat([latent, self.relayout_keys(k_pe)]),
         }
+        if config.k_pe_norm:
+            relaid["k_rope_only_layernorm"] = self.relayout(weights["k_rope_only_layernorm"])
         return super().layer({**weights, **relaid}, replace(config, rope=replace(config.rope, interleaved=False)))
 
     def relayout(self, rows: Tensor) -> Tensor:
