@@ -56,6 +56,7 @@ LAW_MODULES = (
     "test_context_parallel",
     "test_production",
     "test_exact_at_length",
+    "test_light_keys",
     "test_load",
     "test_hazards",
     "test_cuda_graph",

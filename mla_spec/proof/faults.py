@@ -19,6 +19,9 @@ Decode = Callable[..., Any]
 
 RELATIVE = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 3e-7, 1e-7, 3e-8, 1e-8)
 LENGTHS = (64, 256, 1024, 4096)
+SCALES = (0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
+KEYS_LOST = (1024, 256, 64, 16, 4, 1)
+SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,35 @@ def _miscounted(keys: int) -> Callable[[Any, str, float], Any]:
         return FaultySubject(subject, decode)
 
     return make
+
+
+def _from(shortest: int, make: Callable[[Any, str, Any], Any]) -> Callable[[Any, str, Any], Any]:
+    """The fault in batches whose longest sequence has that many keys; others are right."""
+
+    def made(subject: Any, dtype: str, grade: Any) -> Any:
+        faulty = make(subject, dtype, grade)
+
+        def decode(q: Tensor, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, **options: Any) -> Any:
+            chosen = faulty if int(cache_seqlens.max()) >= shortest else subject
+            return chosen.decode(q, kv_cache, block_table, cache_seqlens, **options)
+
+        return FaultySubject(subject, decode)
+
+    return made
+
+
+def _keys_lost(shortest: int) -> Callable[[Any, str, Any], Any]:
+    """Sequences of that many keys lose the last ``grade`` of them."""
+    return lambda subject, dtype, keys: _miscounted(-int(keys))(subject, dtype, shortest)
+
+
+def _rope_weakened(subject: Any, dtype: str, share: float) -> Any:
+    def decode(q: Tensor, *tensors: Tensor, head_dim_v: int, **options: Any) -> Any:
+        pe = (q[..., head_dim_v:].double() * (1 - share)).to(q.dtype)
+        whole = torch.cat([q[..., :head_dim_v], pe], dim=-1)
+        return subject.decode(whole, *tensors, head_dim_v=head_dim_v, **options)
+
+    return FaultySubject(subject, decode)
 
 
 def _rotated(subject: Any, dtype: str, positions: float) -> Any:
@@ -159,6 +191,15 @@ def _truncated_output(subject: Any, dtype: str, grade: str) -> Any:
     return emulated_kernel(subject, dtype, {"output_rounding": "truncate"})
 
 
+def _at_length(keys: int) -> tuple[Fault, ...]:
+    """Faults of long sequences alone, which laws must find by cases of their own and not by theirs made longer."""
+    return (
+        Fault(f"softmax scale too large by the factor 1 + {{}} from {keys} keys on", SCALES, _from(keys, _scaled)),
+        Fault(f"{{}} keys lost from {keys} keys on", KEYS_LOST, _keys_lost(keys)),
+        Fault(f"rope part too small by the factor 1 - {{}} from {keys} keys on", SHARES, _from(keys, _rope_weakened)),
+    )
+
+
 FORMATS = ("float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "float32")
 FRACTION_BITS = (6, 8, 10, 12, 14, 16, 18, 20, 22)
 
@@ -176,5 +217,7 @@ FAULTS = (
     Fault("P·V cut off at {} fraction bits", FRACTION_BITS, _truncating_accumulator("value"), emulated=True),
     Fault("P truncated", ("",), _truncated_probabilities, emulated=True),
     Fault("output truncated", ("",), _truncated_output, emulated=True),
+    *_at_length(4096),
+    *_at_length(32768),
 )
 """All faults."""

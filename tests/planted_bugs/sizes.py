@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -273,3 +274,47 @@ class WindowOf4096Keys(TorchAbsorbed):
     def visible(self, s: int, t: int, seqlens: Tensor, causal: bool) -> Tensor:
         inside = torch.arange(t, device=seqlens.device) >= seqlens[:, None] - 4096  # [b, t]
         return super().visible(s, t, seqlens, causal) & inside[:, None, None]
+
+
+class WithoutLse(TorchAbsorbed):
+    """Returns no LSE, by which a wrong score would show."""
+
+    supports = replace(TorchAbsorbed.supports, lse=False)
+
+    def attend_long(self, q: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Out of a batch of at least 4096 keys."""
+        return super().decode(q, *args, **options)[0]
+
+    def decode(
+        self, q: Tensor, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if len(cache_seqlens) and int(cache_seqlens.max()) >= 4096:
+            return self.attend_long(q, kv_cache, block_table, cache_seqlens, **options), None
+        return super().decode(q, kv_cache, block_table, cache_seqlens, **options)[0], None
+
+
+@planted(
+    "X-rope-part-of-short-contexts",
+    symptom="long contexts are read as if they had no order",
+    shows_when="4096 keys or more, and no LSE is returned",
+    killed_by=("test_decode_weighs_many_light_keys",),
+)
+class RopePartOfShortContexts(WithoutLse):
+    """The kernel for long contexts multiplies the latents only."""
+
+    def attend_long(self, q: Tensor, *args: Any, head_dim_v: int, **options: Any) -> Tensor:
+        latent = torch.cat([q[..., :head_dim_v], torch.zeros_like(q[..., head_dim_v:])], dim=-1)
+        return super().attend_long(latent, *args, head_dim_v=head_dim_v, **options)
+
+
+@planted(
+    "X-temperature-of-long-contexts",
+    symptom="answers from long contexts are a little too sure",
+    shows_when="4096 keys or more, and no LSE is returned",
+    killed_by=("test_decode_weighs_many_light_keys",),
+)
+class TemperatureOfLongContexts(WithoutLse):
+    """The scale of long contexts is 3 % too large."""
+
+    def attend_long(self, q: Tensor, *args: Any, softmax_scale: float, **options: Any) -> Tensor:
+        return super().attend_long(q, *args, softmax_scale=1.03 * softmax_scale, **options)

@@ -78,7 +78,7 @@ def test_family_covers_what_profiles_can_say() -> None:
         == {"sequential", "blocked", "tensor-core"}
     )
     assert {p.probabilities for p in profiles} == {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn"}
-    assert {p.row_sum for p in profiles} == {"rounded", "unrounded", "normalised"}
+    assert {p.row_sum for p in profiles} == {"rounded", "unrounded", "normalised", "lse"}
     assert {p.tile for p in profiles} >= {None, 16, 256}
     assert {p.splits for p in profiles} >= {1, 64}
     assert any(max(draw_case(0, index).inputs.seqlens) > 2048 for index in range(500))
