@@ -115,10 +115,18 @@ def test_adoption_passes_with_its_waivers(adoption: Path) -> None:
 
 
 def test_adoption_fails_without_a_waiver(adoption: Path) -> None:
-    replace_once(adoption / "xfails.txt", "test_mla[in-house-test_decode_reads_strides]\n", "")
+    replace_once(adoption / "waivers.toml", 'law = "test_decode_reads_strides"', 'law = "test_rope_reads_strides"')
     done = pytest_in(adoption)
     assert done.returncode == 1, done.stdout
     assert "test_decode_reads_strides [in-house]: fail" in done.stdout
+
+
+def test_adoption_fails_with_a_waiver_that_is_not_needed(adoption: Path) -> None:
+    with (adoption / "waivers.toml").open("a") as file:
+        file.write('\n[[waiver]]\nlaw = "test_decode_last_key_matters"\nreason = "none"\nexpires = 2099-12-31\n')
+    done = pytest_in(adoption)
+    assert done.returncode == 1, done.stdout
+    assert "the waiver of test_decode_last_key_matters is not needed" in done.stdout
 
 
 @pytest.fixture(scope="module")

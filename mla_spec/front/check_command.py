@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 from mla_spec.front.device import require_device
@@ -68,6 +68,7 @@ class _Check:
         self.options, self.laws, self.shard, self.waivers, self.hard = options, laws, shard, waivers, hard
         self.subjects: list[Asked] = []
         self.cells: list[Cell] = []
+        self.cells_of: dict[tuple[str, ...], list[Cell]] = {}
         self.file: RecordFile | None = None
         self.store: Store | None = None
         self.printed = 0
@@ -110,6 +111,9 @@ class _Check:
         """Plan the cells, begin the records, and say which cells are left to judge."""
         every = plan([(asked.spec, asked.dtypes) for asked in self.subjects], self.laws, self.options.seed)
         self.cells = self.shard.take(every)
+        self.cells_of = {asked.spec: [] for asked in self.subjects}
+        for cell in self.cells:
+            self.cells_of[cell.spec].append(cell)
         first = header(self.subjects[0].options, self.laws, self.shard)
         self.store = Store(first, subject_lines(self.subjects, first), self.waivers, self.file)
         if self.options.resume is not None:
@@ -127,19 +131,16 @@ class _Check:
         """Print the reports of the subjects that are judged, in their order."""
         assert self.store is not None
         while self.printed < len(self.subjects) and all(
-            cell in self.store.judged for cell in self._cells_of(self.subjects[self.printed])
+            cell in self.store.judged for cell in self.cells_of[self.subjects[self.printed].spec]
         ):
             show_progress("")
             self._print(self.subjects[self.printed])
             self.printed += 1
 
-    def _cells_of(self, asked: Asked) -> list[Cell]:
-        return [cell for cell in self.cells if cell.spec == asked.spec]
-
     def _print(self, asked: Asked) -> None:
         assert self.store is not None
         judged = self.store.judged
-        records = merged(judged[cell] for cell in self._cells_of(asked) if cell in judged)
+        records = merged(judged[cell] for cell in self.cells_of[asked.spec] if cell in judged)
         print(f"{asked.declared.text}\n{report_of(records)}\n", flush=True)
 
     def _finish(self, reason: str) -> int:
@@ -171,7 +172,9 @@ class _Check:
         everything = [
             record.as_dict()
             for asked in self.subjects
-            for record in merged(self.store.judged[cell] for cell in self._cells_of(asked) if cell in self.store.judged)
+            for record in merged(
+                self.store.judged[cell] for cell in self.cells_of[asked.spec] if cell in self.store.judged
+            )
         ]
         try:
             with redirect_stdout(sys.__stdout__) if self.options.json == "-" else nullcontext():
@@ -186,7 +189,7 @@ def _seed(options: argparse.Namespace) -> int:
     """The seed that was given, that of the run to resume, 0 for a part of a run, or one that nobody knows before."""
     if options.seed is not None:
         return int(options.seed)
-    if options.resume is not None and Path(options.resume).is_file() and (runs := read(options.resume)):
+    if options.resume is not None and os.path.isfile(options.resume) and (runs := read(options.resume)):
         return runs[0].header.seed
     return 0 if options.shard is not None else new_seed()
 
