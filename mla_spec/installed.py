@@ -74,6 +74,11 @@ def operation_named(name: str) -> Any:
     return import_module("mla_spec.operations.all").OPERATIONS.get(name)
 
 
+def kernel_signatures() -> Any:
+    """The module that makes adapters of kernels with public signatures."""
+    return import_module("mla_spec.adapters.written")
+
+
 @functools.cache
 def all_laws() -> dict[str, Law]:
     """Every law by name, in the order of the report."""

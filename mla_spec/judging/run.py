@@ -167,7 +167,7 @@ class _Attempts:
             self.deaths.again(case)
             return
         self.cases += self.failure is None
-        self.last, self.run.case_id, self.run.compared = case, case.id, None
+        self.last, self.run.case_id, self.run.compared, self.run.last = case, case.id, None, None
         if self.options.announce is not None:
             self.options.announce(case)
         try:
@@ -294,7 +294,9 @@ def _run_dtype(
         first, case, message = attempt.flaky()
         return record(_verdict_of(first), message, attempt.cases, case)
     except _FAILURES as error:
-        return record(_verdict_of(error), str(error), attempt.cases, attempt.last)
+        convention = run.diagnosis() if isinstance(error, Violation) else ""
+        message = "\n".join(filter(None, (str(error), convention)))
+        return record(_verdict_of(error), message, attempt.cases, attempt.last)
     if attempt.cases == 0:
         return record("unsupported", "no case fits what the subject supports")
     if attempt.trivial[0] == attempt.cases:

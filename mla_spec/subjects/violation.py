@@ -43,10 +43,13 @@ TOLD = {c.__name__: c for c in (Violation, SubjectCrashed, NotOffered, DoesNotFi
 
 @contextmanager
 def subject_code() -> Iterator[None]:
-    """Code of the subject runs here: whatever it raises, SystemExit included, is ``SubjectCrashed``. Ctrl-C is not its own."""
+    """Code of the subject runs here: whatever it raises, SystemExit included, is ``SubjectCrashed``.
+
+    Ctrl-C is not its own, and a ``Violation`` is an adapter's verdict on the kernel that it called.
+    """
     try:
         yield
-    except (KeyboardInterrupt, SubjectCrashed):
+    except (KeyboardInterrupt, SubjectCrashed, Violation):
         raise
     except BaseException as error:
         crash = SubjectCrashed(raised(error))
