@@ -278,6 +278,13 @@ def _add_signatures(commands: Commands) -> None:
     parser.set_defaults(run=_signatures)
 
 
+def _add_adapters(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "adapters", help="list the adapters that ship: version, whether they run here, operations"
+    )
+    parser.set_defaults(run=_adapters)
+
+
 def _add_new(commands: Commands) -> None:
     parser = commands.add_parser("new", help="write an adapter of a public kernel's signature, to be changed")
     parser.set_defaults(run=_new)
@@ -346,6 +353,7 @@ _COMMANDS = (
     _add_contract,
     _add_profiles,
     _add_profile,
+    _add_adapters,
     _add_signatures,
     _add_new,
     _add_models,
@@ -479,6 +487,13 @@ def _signatures(options: argparse.Namespace) -> int:
     from mla_spec.front.signatures_command import signatures
 
     print(signatures())
+    return 0
+
+
+def _adapters(options: argparse.Namespace) -> int:
+    from mla_spec.front.adapters_command import adapters
+
+    print(adapters())
     return 0
 
 

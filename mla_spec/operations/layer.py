@@ -37,6 +37,7 @@ from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.published import PublishedModel, published_models
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Driver, Result, Tensors
+from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import NotOffered, Unsupported, Violation
 
 LLAMA_4_SCALING = Llama4Scaling(beta=0.1, original_max_position_embeddings=64)
@@ -217,9 +218,20 @@ def make_layer(driver: Driver, weights: Tensors, config: MLAConfig) -> Any:
     reason = driver.guard(lambda: subject.supports_layer(config)) if hasattr(subject, "supports_layer") else ""
     if not isinstance(reason, str):
         raise Violation(f'supports_layer must return a reason or "", got {type(reason).__name__}')
+    reason = reason or _refused(driver.supports, config)
     if reason:
         raise Unsupported(reason)
     return driver.guard(lambda: subject.layer(weights, config))
+
+
+def _refused(supports: Supports, config: MLAConfig) -> str:
+    """Why what the subject declares rules a configuration out that a frozen case, or a published model, may have."""
+    if config.q_lora_rank is None and supports.q_lora_rank == "required":
+        return "q_lora_rank is required"
+    if config.rope is not None and not supports.rope_layouts:
+        return "there is no rotary embedding"
+    scaled = config.mla_scale_kv_lora and (config.q_lora_rank is None or config.mla_scale_q_lora)
+    return "latents always have a scale" if supports.mla_scale_lora == "always" and not scaled else ""
 
 
 class LayerDriver:
