@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mla_spec.reference.config import YarnScaling as YarnScaling
     from mla_spec.reference.indexer import IndexerConfig as IndexerConfig
     from mla_spec.subjects.supports import Supports as Supports
+    from mla_spec.subjects.violation import Unsupported as Unsupported
 
 _EXPORTS = {
     "Accumulator": "mla_spec.bounds.profile",
@@ -41,6 +42,7 @@ _EXPORTS = {
     "YarnScaling": "mla_spec.reference.config",
     "IndexerConfig": "mla_spec.reference.indexer",
     "Supports": "mla_spec.subjects.supports",
+    "Unsupported": "mla_spec.subjects.violation",
 }
 
 __all__ = ["__version__", *_EXPORTS]

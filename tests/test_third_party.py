@@ -43,6 +43,41 @@ def test_transformers_attention_conforms(name: str) -> None:
     assert not [record.text() for record in records.values() if record.verdict != "pass"]
 
 
+OTHER_LAYERS = ("glm4_moe_lite", "youtu", "axk1", "minicpm3", "longcat_flash", "mistral4", "kimi_linear")
+
+
+@pytest.mark.parametrize("model", OTHER_LAYERS)
+def test_other_transformers_attention_conforms(model: str) -> None:
+    require(f"transformers:{model}")
+    layer_laws = [name for name, law in all_laws().items() if law.needs == ("layer",)]
+    subject = resolve_subject(f"transformers:{model}")
+    records = check_subject(subject, laws=layer_laws, options=Options(examples=15, seed=3))
+    assert not [record.text() for record in records if record.verdict not in ("pass", "unsupported")]
+    unsupported = {record.law: record.message for record in records if record.verdict == "unsupported"}
+    want = {"kimi_linear": 1, "mistral4": 2}.get(model, 0)
+    assert len(set(unsupported) - {name for name in layer_laws if all_laws()[name].unavailable(Options())}) == want
+
+
+@pytest.mark.parametrize(
+    ("model", "declared"),
+    [
+        ("axk1", {"q_lora_rank": "any"}),
+        ("longcat_flash", {"mla_scale_lora": True}),
+        ("longcat_flash", {"rope_layouts": ("half",)}),
+        ("minicpm3", {"rope_layouts": ("interleaved",)}),
+        ("kimi_linear", {"rope_layouts": ("interleaved",), "rope_optional": False}),
+        ("youtu", {"mla_scale_lora": "always"}),
+    ],
+)
+def test_what_a_layer_declares_is_what_it_is(model: str, declared: dict[str, object]) -> None:
+    """With any other declaration it fails."""
+    require(f"transformers:{model}")
+    subject = resolve_subject(f"transformers:{model}")
+    subject.supports = replace(subject.supports, **declared)
+    law = all_laws()["test_layer_prefill_agrees_with_reference"]
+    assert run_law(law, subject, Options(examples=12, minimise=False)).verdict in ("fail", "crashed")
+
+
 @pytest.mark.parametrize("name", ["transformers:deepseek_v32", "transformers:glm_moe_dsa"])
 def test_transformers_indexers_conform_and_have_the_layout_of_their_model(name: str) -> None:
     require(name)

@@ -41,8 +41,10 @@ class _TransformersLayer:
     It is called with the tensors of ``weights`` in the place of its own parameters, so that gradients reach them.
     """
 
-    def __init__(self, module: Any, weights: Mapping[str, Tensor], rotary: Any, config: Any) -> None:
-        self.module, self.rotary, self.config = module, rotary, config
+    def __init__(
+        self, module: Any, weights: Mapping[str, Tensor], rotary: Any, config: Any, by_position: bool = False
+    ) -> None:
+        self.module, self.rotary, self.config, self.by_position = module, rotary, config, by_position
         self.parameters = {f"{name}.weight": w for name, w in weights.items()}
         self.reset()
 
@@ -66,9 +68,10 @@ class _TransformersLayer:
         )
         arguments = {
             "hidden_states": hidden,
-            "position_embeddings": self.rotary(hidden, positions),
             "attention_mask": mask,
             "past_key_values": self.cache,
+            **({} if self.rotary is None else {"position_embeddings": self.rotary(hidden, positions)}),
+            **({"position_ids": positions} if self.by_position else {}),
         }
         out: Tensor = functional_call(self.module, self.parameters, kwargs=arguments, strict=True)[0]
         return out
@@ -86,6 +89,8 @@ class DeepseekV3:
 
     name = "transformers:deepseek_v3"
     model, prefix = "deepseek_v3", "DeepseekV3"
+    package = "transformers"
+    attention_class, by_position = "Attention", False
     attention = "sdpa"
     # The cos/sin table is cast to the dtype, and the rotation computed in it.
     profile: Mapping[str, Profile] = {
@@ -103,13 +108,15 @@ class DeepseekV3:
         yarn_options=("attention_factor", "truncate", "applies"),
     )
 
-    @staticmethod
-    def unavailable() -> str:
+    @classmethod
+    def unavailable(cls) -> str:
         """Why this cannot run here, or ""."""
-        return "" if importlib.util.find_spec("transformers") else "transformers is not installed"
+        if not importlib.util.find_spec("transformers"):
+            return "transformers is not installed"
+        found = importlib.util.find_spec(f"transformers.models.{cls.model}")
+        return "" if found else f"this version of transformers has no {cls.model}"
 
     def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> _TransformersLayer:
-        assert config.rope is not None
         package = f"transformers.models.{self.model}"
         modeling = importlib.import_module(f"{package}.modeling_{self.model}")
         configuration = importlib.import_module(f"{package}.configuration_{self.model}")
@@ -123,18 +130,27 @@ class DeepseekV3:
             qk_rope_head_dim=config.qk_rope_head_dim,
             v_head_dim=config.v_head_dim,
             num_hidden_layers=1,
-            rope_parameters=rope_parameters(config.rope),
-            max_position_embeddings=context_length(config.rope),
             attention_bias=False,
             attn_implementation=self.attention,
-            **self.extra_config(config.rope),
+            **self.rope_config(config),
         )
         first = next(iter(weights.values()))
-        module = getattr(modeling, f"{self.prefix}Attention")(their_config, layer_idx=0)
+        module = getattr(modeling, f"{self.prefix}{self.attention_class}")(their_config, layer_idx=0)
         module = module.to(device=first.device, dtype=first.dtype).eval()
-        # The rotary module stays in float32, as models keep it.
-        rotary = getattr(modeling, f"{self.prefix}RotaryEmbedding")(config=their_config).to(first.device)
-        return _TransformersLayer(module, weights, rotary, their_config)
+        rotary = None
+        if config.rope is not None:
+            # The rotary module stays in float32, as models keep it.
+            rotary = getattr(modeling, f"{self.prefix}RotaryEmbedding")(config=their_config).to(first.device)
+        return _TransformersLayer(module, weights, rotary, their_config, self.by_position)
+
+    def rope_config(self, config: MLAConfig) -> dict[str, Any]:
+        """What their configuration says of positions."""
+        assert config.rope is not None
+        return {
+            "rope_parameters": rope_parameters(config.rope),
+            "max_position_embeddings": context_length(config.rope),
+            **self.extra_config(config.rope),
+        }
 
     def extra_config(self, rope: RopeConfig) -> dict[str, Any]:
         return {"rope_interleave": rope.interleaved}

@@ -52,6 +52,7 @@ class DeepseekV32:
     """transformers.models.deepseek_v32."""
 
     name = "transformers:deepseek_v32"
+    package = "transformers"
     model, prefix = "deepseek_v32", "DeepseekV32"
     # The cos/sin table is cast to the dtype, and the rotation computed in it.
     profile: Mapping[str, Profile] = {d: Profile.default(d, rope=RopeProfile(table=d, rotation=d)) for d in _DTYPES}

@@ -48,6 +48,7 @@ class VllmCpu:
     """
 
     name = "vllm-cpu"
+    package = "vllm"
     profile = {
         dtype: Profile.default(dtype, probabilities="float32", merge_every=_PAGE_SIZE, merge_shares="normalised")
         for dtype in _DTYPES

@@ -94,7 +94,12 @@ def _add_check(commands: Commands) -> None:
         metavar="SUBJECT",
         help="a shipped name, package.module:object or file.py:object; default: all that can run here",
     )
-    parser.add_argument("--signature", metavar="OPERATION", help="the operation a bare function implements")
+    parser.add_argument(
+        "--signature",
+        metavar="NAME",
+        help="the operation a bare function implements, or the public kernel it is called like, e.g. flash-mla "
+        "(`mla-spec signatures`)",
+    )
     parser.add_argument(
         "--law",
         action="append",
@@ -268,6 +273,27 @@ def _add_profile(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
 
 
+def _add_signatures(commands: Commands) -> None:
+    parser = commands.add_parser("signatures", help="list the public kernels whose signature --signature takes")
+    parser.set_defaults(run=_signatures)
+
+
+def _add_adapters(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "adapters", help="list the adapters that ship: version, whether they run here, operations"
+    )
+    parser.set_defaults(run=_adapters)
+
+
+def _add_new(commands: Commands) -> None:
+    parser = commands.add_parser("new", help="write an adapter of a public kernel's signature, to be changed")
+    parser.set_defaults(run=_new)
+    parser.add_argument("signature", metavar="SIGNATURE", help="as `mla-spec signatures` lists it")
+    parser.add_argument(
+        "--kernel", metavar="OBJECT", help="package.module:object that it calls (default: the public kernel)"
+    )
+
+
 def _add_models(commands: Commands) -> None:
     parser = commands.add_parser("models", help="list the published MLA models")
     parser.set_defaults(run=_models)
@@ -327,6 +353,9 @@ _COMMANDS = (
     _add_contract,
     _add_profiles,
     _add_profile,
+    _add_adapters,
+    _add_signatures,
+    _add_new,
     _add_models,
     _add_cache,
     _add_embed,
@@ -452,6 +481,27 @@ def _profile(options: argparse.Namespace) -> int:
     from mla_spec.front.profile_command import propose
 
     return propose(options)
+
+
+def _signatures(options: argparse.Namespace) -> int:
+    from mla_spec.front.signatures_command import signatures
+
+    print(signatures())
+    return 0
+
+
+def _adapters(options: argparse.Namespace) -> int:
+    from mla_spec.front.adapters_command import adapters
+
+    print(adapters())
+    return 0
+
+
+def _new(options: argparse.Namespace) -> int:
+    from mla_spec.front.signatures_command import new
+
+    print(new(options.signature, options.kernel), end="")
+    return 0
 
 
 def _models(options: argparse.Namespace) -> int:

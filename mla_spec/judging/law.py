@@ -13,6 +13,7 @@ import numpy as np
 
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
+from mla_spec.judging.diagnosis import diagnosis
 from mla_spec.judging.judge import judge_same_bits, judge_within, require_bounded, require_meaningful
 from mla_spec.judging.verdict import TrivialCase, VacuousCase
 from mla_spec.operations.case import Case
@@ -52,6 +53,7 @@ class Run:
     was too large for the memory there is. Where P is so coarse that a worst case says nothing, ``sharp`` and ``loose`` count the
     comparisons whose probable bound says something, and those whose does not; ``calls`` are the last ones of a subject that is not
     deterministic. ``compile``, ``isolated`` and ``production`` are those of the options.
+    ``last`` is the last call of an operation: inputs and results.
     """
 
     driver: Driver
@@ -71,6 +73,7 @@ class Run:
     loose: int = 0
     calls: list[tuple[Operation, Any, Results]] = field(default_factory=list, repr=False)
     production: Production = Production()
+    last: tuple[Operation, Any, Results] | None = None
 
     def call(self, operation: Operation, inputs: Any, tensors: Tensors | None = None) -> Results:
         """The outputs of an operation of the subject. ``tensors`` replace those built from ``inputs``."""
@@ -79,7 +82,12 @@ class Run:
         self.seconds += time.perf_counter() - start
         if not self.profile.deterministic:
             self.calls = [*self.calls[-3:], (operation, inputs, results)]
+        self.last = operation, inputs, results
         return results
+
+    def diagnosis(self) -> str:
+        """Which other convention the results of the last call obey, where they are wrong; "" where none is recognized."""
+        return "" if self.last is None else diagnosis(*self.last, self.profile, self.supports)
 
     def agrees(self, operation: Operation, inputs: Any, got: Results) -> None:
         """Judge the outputs of a call on ``inputs`` against what they must be."""

@@ -34,7 +34,15 @@ from mla_spec.subjects.memory import filled_memory, give_back_memory
 from mla_spec.subjects.near import Handle, gone, there
 from mla_spec.subjects.process import HANGS, SubjectDied, SubjectHung
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.violation import NotOffered, SubjectCrashed, UnknownSubject, Violation, raised, subject_code
+from mla_spec.subjects.violation import (
+    NotOffered,
+    SubjectCrashed,
+    UnknownSubject,
+    Unsupported,
+    Violation,
+    raised,
+    subject_code,
+)
 
 
 class Provider(HypothesisProvider):
@@ -149,6 +157,7 @@ class _Attempts:
     Attributes:
         cases: how many ran up to the first failure, and with it.
         trivial: how many of these no subject could have failed, and why the last of them was.
+        refused: how many of these the subject refused, and why the last of them was.
         last: the case that ran last.
         failure: the first failure, and its case.
     """
@@ -159,6 +168,7 @@ class _Attempts:
         self.deaths = _Deaths()
         self.cases = 0
         self.trivial = (0, "")
+        self.refused = (0, "")
         self.last: Case | None = None
         self.failure: tuple[Exception, Case] | None = None
 
@@ -167,7 +177,7 @@ class _Attempts:
             self.deaths.again(case)
             return
         self.cases += self.failure is None
-        self.last, self.run.case_id, self.run.compared = case, case.id, None
+        self.last, self.run.case_id, self.run.compared, self.run.last = case, case.id, None, None
         if self.options.announce is not None:
             self.options.announce(case)
         try:
@@ -179,6 +189,8 @@ class _Attempts:
                 self.deaths.counted(case, lambda: self._check(case))
         except TrivialCase as reason:
             self.trivial = self.trivial[0] + (self.failure is None), str(reason)
+        except Unsupported as reason:
+            self.refused = self.refused[0] + (self.failure is None), str(reason)
         except _FAILURES as error:
             self.failure = self.failure or (error, case)
             raise
@@ -296,7 +308,9 @@ def _run_dtype(
         first, case, message = attempt.flaky()
         return record(_verdict_of(first), message, attempt.cases, case)
     except _FAILURES as error:
-        return record(_verdict_of(error), str(error), attempt.cases, attempt.last)
+        convention = run.diagnosis() if isinstance(error, Violation) else ""
+        message = "\n".join(filter(None, (str(error), convention)))
+        return record(_verdict_of(error), message, attempt.cases, attempt.last)
     try:
         if isinstance(run.driver, Handle):
             run.driver.process.finish()
@@ -304,11 +318,16 @@ def _run_dtype(
         return record("fail", str(error), attempt.cases, attempt.last)
     if attempt.cases == 0:
         return record("unsupported", "no case fits what the subject supports")
-    if attempt.trivial[0] == attempt.cases:
+    if attempt.refused[0] == attempt.cases:
+        return record("unsupported", f"refused by the subject: {attempt.refused[1]}")
+    if attempt.trivial[0] + attempt.refused[0] == attempt.cases:
         why = f"no subject could have failed any of its {attempt.cases} cases: {attempt.trivial[1]}"
         return record("incomplete", why, attempt.cases, attempt.last)
     if run.loose and not run.sharp:
         run.leave_out(f"no case is long enough to be judged: {run.coarseness}")
+    if attempt.refused[0]:
+        refused = f"{attempt.refused[0]} of {attempt.cases} cases refused by the subject: {attempt.refused[1]}"
+        run.note = "\n".join(filter(None, (run.note, refused)))
     verdict: Verdict = "incomplete" if run.left_out else "pass"
     seconds = time.perf_counter() - start
     return Record(

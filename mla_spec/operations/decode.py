@@ -21,6 +21,7 @@ from mla_spec.bounds.merge import BoundedMerge
 from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
+from mla_spec.operations.conventions import DECODE_CONVENTIONS
 from mla_spec.operations.operation import Expected, Operation, View, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, values
 from mla_spec.reference.cache import gather_rows
@@ -289,4 +290,5 @@ OPERATION = Operation(
     others=_others,
     distant=_distant,
     tight=lambda inputs: without_spare_pages(inputs)[0],
+    conventions=DECODE_CONVENTIONS,
 )

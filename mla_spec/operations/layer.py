@@ -5,6 +5,10 @@
 ``cache_bytes()`` is what its rows occupy. weights have their checkpoint names and shapes
 (``mla_spec.reference.mla.weight_shapes``), and ``config`` is an ``MLAConfig``.
 
+Where a subject is not made for some configurations, ``supports_layer(config)`` returns why, or "". A layer without ``decode``
+has no cache, and one without ``reset`` or ``cache_bytes`` is not asked for them; what it is given and cannot take, it may refuse
+with ``mla_spec.Unsupported``.
+
 The tensors of weights stay the caller's, who may overwrite what they hold, as an optimizer does, or a trainer that sends its
 weights to an inference engine. After that and a ``reset()`` a layer uses the new ones, unless ``supports.layer_weights`` is
 "copied".
@@ -33,7 +37,8 @@ from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.published import PublishedModel, published_models
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Driver, Result, Tensors
-from mla_spec.subjects.violation import Violation
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.violation import NotOffered, Unsupported, Violation
 
 LLAMA_4_SCALING = Llama4Scaling(beta=0.1, original_max_position_embeddings=64)
 """The temperature of cases that have one and are of no published model: seen from position 64 on."""
@@ -207,6 +212,28 @@ DECODING: tuple[Regime, ...] = (
 )
 
 
+def make_layer(driver: Driver, weights: Tensors, config: MLAConfig) -> Any:
+    """A layer object of the driver's subject; Unsupported where ``supports_layer(config)`` says why there is none."""
+    subject = driver.subject
+    reason = driver.guard(lambda: subject.supports_layer(config)) if hasattr(subject, "supports_layer") else ""
+    if not isinstance(reason, str):
+        raise Violation(f'supports_layer must return a reason or "", got {type(reason).__name__}')
+    reason = reason or _refused(driver.supports, config)
+    if reason:
+        raise Unsupported(reason)
+    return driver.guard(lambda: subject.layer(weights, config))
+
+
+def _refused(supports: Supports, config: MLAConfig) -> str:
+    """Why what the subject declares rules a configuration out that a frozen case, or a published model, may have."""
+    if config.q_lora_rank is None and supports.q_lora_rank == "required":
+        return "q_lora_rank is required"
+    if config.rope is not None and not supports.rope_layouts:
+        return "there is no rotary embedding"
+    scaled = config.mla_scale_kv_lora and (config.q_lora_rank is None or config.mla_scale_q_lora)
+    return "latents always have a scale" if supports.mla_scale_lora == "always" and not scaled else ""
+
+
 class LayerDriver:
     """One layer object of a subject."""
 
@@ -223,7 +250,7 @@ class LayerDriver:
     @classmethod
     def holding(cls, driver: Driver, tensors: Tensors, config: MLAConfig) -> LayerDriver:
         """A layer made from these very tensors."""
-        return cls(driver, driver.guard(lambda: driver.subject.layer(tensors, config)), tensors)
+        return cls(driver, make_layer(driver, tensors, config), tensors)
 
     def overwrite_weights(self, weights: Mapping[str, Array]) -> None:
         """Write other weights where these lie, without a trace in autograd's count of versions."""
@@ -237,13 +264,21 @@ class LayerDriver:
 
     def call(self, method: str, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
         """What ``prefill`` or ``decode`` returns, unread."""
-        return self.driver.guard(lambda: getattr(self.layer, method)(hidden, positions))
+        function = self._method(method)
+        return self.driver.guard(lambda: function(hidden, positions))
 
     def reset(self) -> None:
-        self.driver.guard(lambda: self.layer.reset())
+        self.driver.guard(self._method("reset"))
 
     def cache_bytes(self) -> int:
-        count = self.driver.guard(lambda: self.layer.cache_bytes())
+        count = self.driver.guard(self._method("cache_bytes"))
         if isinstance(count, bool) or not isinstance(count, int):
             raise Violation(f"cache_bytes must return an int, got {type(count).__name__}")
         return count
+
+    def _method(self, name: str) -> Any:
+        """A method of the layer; NotOffered where it has none."""
+        method = getattr(self.layer, name, None)
+        if not callable(method):
+            raise NotOffered(f"its layer has no {name}")
+        return method

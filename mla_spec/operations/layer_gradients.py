@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mla_spec.operations.gradients import BackwardDriver, Gradients, Tensors
-from mla_spec.operations.layer import LayerCase, LayerInputs
+from mla_spec.operations.layer import LayerCase, LayerInputs, make_layer
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.mla import weight_shapes
@@ -110,7 +110,7 @@ class LayerGradientDriver:
         names = names or ("hidden", *inputs.layer.weights)
         leaves = tensors | {name: tensors[name].detach().requires_grad_() for name in names}
         weights = {name: leaves[name] for name in inputs.layer.weights}
-        layer = self.driver.guard(lambda: self.driver.subject.layer(weights, inputs.layer.config))
+        layer = make_layer(self.driver, weights, inputs.layer.config)
         out = self.driver.guard(lambda: layer.prefill(leaves["hidden"], leaves["positions"]))
         self.driver.result(out, "prefill output", inputs.layer.hidden.shape)
         return self.driver.gradients("layer", leaves, names, out, None)

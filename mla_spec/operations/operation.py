@@ -16,6 +16,7 @@ import numpy as np
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
+from mla_spec.operations.conventions import Convention
 from mla_spec.operations.regimes import Regime
 from mla_spec.reference.typing import Array, BoolArray
 from mla_spec.subjects.driver import Result, Tensors
@@ -99,6 +100,7 @@ class Operation(Signature):
         distant: from a case, inputs in which every argument that may lie far apart has three elements on its first axis.
         missing: from what the subject supports, why no case can be made, or "".
         tight: inputs without what no call needs: spare pages, spare columns of a table.
+        conventions: others than the contract's, which a report names where a subject obeys one.
     """
 
     contract: str = field(repr=False)
@@ -111,6 +113,7 @@ class Operation(Signature):
     distant: Callable[[Any], Any]
     missing: Callable[[Supports], str] = lambda _: ""
     tight: Callable[[Any], Any] = lambda inputs: inputs
+    conventions: tuple[Convention, ...] = ()
 
     @property
     def all_views(self) -> Mapping[str, View]:

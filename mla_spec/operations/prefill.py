@@ -20,6 +20,7 @@ from mla_spec.bounds.attention import BoundedAttention
 from mla_spec.bounds.prefill import prefill_with_bound
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
+from mla_spec.operations.conventions import PREFILL_CONVENTIONS
 from mla_spec.operations.decode import attention_expected
 from mla_spec.operations.operation import Operation
 from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
@@ -149,4 +150,5 @@ OPERATION = Operation(
     regimes=REGIMES,
     others=_others,
     distant=lambda case: replace(case, seqlens_q=(3,), seqlens_k=(3,)).build(),
+    conventions=PREFILL_CONVENTIONS,
 )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mla_spec.operations import layer
-from mla_spec.operations.layer import LayerCase, LayerDriver
+from mla_spec.operations.layer import LayerCase, LayerDriver, make_layer
 from mla_spec.operations.regimes import Regime
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.mla import weight_shapes
@@ -62,7 +62,7 @@ class Shard:
 
     def layer(self) -> LayerDriver:
         """The rank's layer."""
-        made = self.driver.guard(lambda: self.driver.subject.layer(self._weights, self.config))
+        made = make_layer(self.driver, self._weights, self.config)
         return LayerDriver(self.driver, made, self._weights)
 
 

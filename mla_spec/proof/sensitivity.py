@@ -31,7 +31,7 @@ from mla_spec.subjects.contract import (
 )
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.violation import SubjectCrashed, Violation
+from mla_spec.subjects.violation import SubjectCrashed, Unsupported, Violation
 from mla_spec.text.table import format_table
 
 LONG_ROWS = 2**22
@@ -76,7 +76,7 @@ class Detector:
             run.case_id = case.id
             try:
                 self.law.check(run, case)
-            except (VacuousCase, InvalidBound, TrivialCase):
+            except (VacuousCase, InvalidBound, TrivialCase, Unsupported):
                 continue
             except (Violation, SubjectCrashed):
                 return count, case

@@ -26,6 +26,7 @@ class Description:
         operations: those that it offers.
         supports, profiles: what it declares; a profile for each of its dtypes.
         fault: why its own code did not let it be made or read, or "".
+        conventions: what an adapter converts, in a sentence each.
     """
 
     name: str
@@ -33,13 +34,15 @@ class Description:
     supports: Supports
     profiles: dict[str, Profile]
     fault: str = ""
+    conventions: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """Operations, restrictions, and each profile where it is not the default, over several lines."""
+        """Operations, conventions, restrictions, and each profile where it is not the default, over several lines."""
         if self.fault:
             return self.fault
         lines = [f"{self.name}: offers {', '.join(self.operations)}"]
+        lines += [f"  {sentence}" for sentence in self.conventions]
         restrictions = self.supports.restrictions()
         if restrictions:
             lines.append(f"  supports {restrictions}")
@@ -63,6 +66,7 @@ def describe(subject: object) -> Description:
             tuple(operation for operation in operation_names() if offers(subject, operation)),
             as_given(Supports, supports),
             {dtype: as_given(Profile, profile_of(subject, dtype)) for dtype in supports.dtypes},
+            conventions=tuple(one_line(str(x), 200) for x in getattr(subject, "conventions", ())),
         )
 
 

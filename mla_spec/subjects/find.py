@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mla_spec.installed import SHIPPED, operation_names
+from mla_spec.installed import SHIPPED, kernel_signatures, operation_names
 from mla_spec.subjects.contract import Unreadable, require_subject
 from mla_spec.subjects.violation import BrokenSubject, UnknownSubject, raised
 
@@ -44,7 +44,8 @@ def resolve_subject(spec: str, signature: str | None = None) -> Any:
     A class is made into an object without arguments.
 
     Args:
-        signature: the operation that ``object`` implements, where it is a bare function.
+        signature: of ``object``: the operation that it implements, where it is a bare function, or the public kernel that it is
+            called like.
 
     Raises:
         UnknownSubject: it does not exist, or is no subject.
@@ -64,12 +65,7 @@ def resolve_subject(spec: str, signature: str | None = None) -> Any:
     except BaseException as error:
         raise BrokenSubject(f"{spec}: making the object failed with {raised(error)}") from error
     if signature is not None:
-        names = operation_names()
-        if signature not in names:
-            raise UnknownSubject(f"unknown operation {signature!r} for --signature; known are {', '.join(names)}")
-        if not callable(subject):
-            raise UnknownSubject(f"{spec} is not callable, so it cannot implement {signature!r}")
-        subject = FunctionSubject(subject, signature)
+        subject = _with_signature(spec, subject, signature)
     elif inspect.isroutine(subject):
         raise UnknownSubject(f"{spec} is a bare function; name its operation with --signature, e.g. decode")
     try:
@@ -79,6 +75,22 @@ def resolve_subject(spec: str, signature: str | None = None) -> Any:
     except TypeError as error:
         raise UnknownSubject(str(error)) from error
     return subject
+
+
+def _with_signature(spec: str, found: Any, signature: str) -> Any:
+    """The subject that calls ``found`` as ``signature`` says."""
+    operations, kernels = operation_names(), kernel_signatures()
+    if signature in operations:
+        if not callable(found):
+            raise UnknownSubject(f"{spec} is not callable, so it cannot implement {signature!r}")
+        return FunctionSubject(found, signature)
+    if signature not in kernels.SIGNATURES:
+        known = f"known are {', '.join(operations)}, and of public kernels {', '.join(kernels.SIGNATURES)}"
+        raise UnknownSubject(f"unknown operation {signature!r} for --signature; {known}")
+    reason = kernels.unfit(signature, found)
+    if reason:
+        raise UnknownSubject(f"{spec} cannot have the signature {signature!r}: {reason}")
+    return kernels.adapter_of(signature, found)
 
 
 def _user_attribute(spec: str) -> Any:

@@ -68,14 +68,15 @@ class Supports:
             scales cannot take one.
         causal: the values of ``causal`` that ``decode`` and ``prefill`` accept.
         empty_row: what a row without keys gives, as "out/lse"; "unsupported" where such rows may not occur.
-        rope_layouts: pair layouts, of "interleaved" and "half".
+        rope_layouts: pair layouts, of "interleaved" and "half"; none where there is no rotary embedding (NoPE only).
         rope_optional: whether a layer may have no rotary embedding (NoPE).
         yarn: whether YaRN is implemented.
         yarn_options: what of a ``YarnScaling`` is honored where a configuration states it, of "attention_factor",
             "softmax_mscale", "truncate" and "applies".
         yarn_mscale_rule: whether only "equal" mscale and mscale_all_dim are implemented, or "any".
         longrope: whether LongRoPE is implemented.
-        mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors.
+        q_lora_rank: whether a layer's queries are compressed in "any" configuration that is asked for, or that is "required".
+        mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors, or "always" have them.
         k_pe_norm: whether a layer may have an RMSNorm on k_pe.
         llama_4_scaling: whether a layer's queries may have a temperature by position.
         layer_weights: what a layer sees when the weights it was made from are overwritten: "live" where its next call uses
@@ -121,7 +122,8 @@ class Supports:
     yarn_options: tuple[str, ...] = YARN_OPTIONS
     yarn_mscale_rule: Literal["any", "equal"] = "any"
     longrope: bool = True
-    mla_scale_lora: bool = True
+    q_lora_rank: Literal["any", "required"] = "any"
+    mla_scale_lora: bool | Literal["always"] = True
     k_pe_norm: bool = True
     llama_4_scaling: bool = True
     layer_weights: Literal["live", "copied"] = "live"

@@ -21,6 +21,13 @@ class SubjectCrashed(Exception):
     exhausted = False
 
 
+class Unsupported(Exception):
+    """A subject refuses a call: what it is asked for is beyond what it is. The text is a clause that says why.
+
+    A subject raises it, or returns such a text from ``supports_layer(config)``. The case is *unsupported*, never *fail*.
+    """
+
+
 class NotOffered(Exception):
     """The subject turned out to have no such thing, and never said that it has; the text says how that showed."""
 
@@ -37,16 +44,22 @@ class BrokenSubject(UnknownSubject):
     """A subject has this name, but its own code did not let it be made."""
 
 
-TOLD = {c.__name__: c for c in (Violation, SubjectCrashed, NotOffered, DoesNotFit, UnknownSubject, BrokenSubject)}
+TOLD = {
+    c.__name__: c
+    for c in (Violation, SubjectCrashed, Unsupported, NotOffered, DoesNotFit, UnknownSubject, BrokenSubject)
+}
 """What code beside a subject may raise, by name."""
 
 
 @contextmanager
 def subject_code() -> Iterator[None]:
-    """Code of the subject runs here: whatever it raises, SystemExit included, is ``SubjectCrashed``. Ctrl-C is not its own."""
+    """Code of the subject runs here: whatever it raises, SystemExit included, is ``SubjectCrashed``.
+
+    Ctrl-C is not its own, a ``Violation`` is an adapter's verdict on the kernel that it called, and ``Unsupported`` is no crash.
+    """
     try:
         yield
-    except (KeyboardInterrupt, SubjectCrashed):
+    except (KeyboardInterrupt, SubjectCrashed, Violation, Unsupported):
         raise
     except BaseException as error:
         crash = SubjectCrashed(raised(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
@@ -16,6 +16,8 @@ from mla_spec.properties.strategies.sizes import FLAGS, SEEDS, between, choice, 
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.published import PublishedModel
 from mla_spec.subjects.supports import Supports
+
+C = TypeVar("C", bound=LayerCase)
 
 
 @functools.cache
@@ -36,9 +38,27 @@ def _supported(model: PublishedModel, supports: Supports) -> bool:
         and (scaling["type"] != "longrope" or supports.longrope)
         and (supports.mla_scale_lora or not (fields.get("mla_scale_q_lora") or fields.get("mla_scale_kv_lora")))
         and (supports.k_pe_norm or not fields.get("k_pe_norm"))
+        and (supports.mla_scale_lora != "always" or bool(fields.get("mla_scale_kv_lora")))
+        and (supports.q_lora_rank == "any" or fields["q_lora_rank"] is not None)
         and (supports.llama_4_scaling or fields.get("llama_4_scaling") is None)
         and supports.latent_norm_eps in (None, fields["latent_norm_eps"])
     )
+
+
+def fitted(case: C, supports: Supports) -> C:
+    """The case, with what a layer of the subject always has, and without what it never has."""
+    if not supports.rope_layouts:
+        case = replace(case, layout="none", yarn="none", longrope="none")
+    if supports.q_lora_rank == "required" and case.q_lora_rank is None:
+        case = replace(case, q_lora_rank=5)
+    if supports.mla_scale_lora == "always" and case.model == "none":
+        case = replace(case, mla_scale_q_lora=case.q_lora_rank is not None, mla_scale_kv_lora=True)
+    return case
+
+
+def first_layout(supports: Supports) -> str:
+    """The first layout that the subject has, "none" where it has no rotary embedding."""
+    return supports.rope_layouts[0] if supports.rope_layouts else "none"
 
 
 def draw_layer(
@@ -79,7 +99,7 @@ def draw_layer(
         gains = (0.0625, 0.125)
     elif start > 2**11 and profile.rope.angle != "float64":
         gains = (0.25,)
-    return LayerCase(
+    case = LayerCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
         batch=draw(choice(5, 9) if size == "batch" else between(1, 3)),
@@ -98,6 +118,7 @@ def draw_layer(
         gain=draw(choice(*gains)),
         hidden_scale=draw(choice(1.0, 2.0**-10)),
     )
+    return fitted(case, supports)
 
 
 @st.composite
@@ -120,7 +141,7 @@ def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
         qk_nope_head_dim=multiple * -(-3 // multiple),
         qk_rope_head_dim=8,
         v_head_dim=3,
-        layout=supports.rope_layouts[0],
+        layout=first_layout(supports),
         latent_norm_eps=supports.latent_norm_eps or 1e-6,
         weights="aligned" if narrow else "dense",
         gain=0.0625 if coarse else 0.5,
@@ -139,7 +160,8 @@ def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
         cases += [replace(base, start=250, k_pe_norm=True), replace(base, start=250, k_pe_norm=True, layout="none")][
             : 1 + supports.rope_optional
         ]
-    return [*cases, replace(base, kv_lora_rank=512, qk_rope_head_dim=64, num_heads=2, hidden_size=6)]
+    cases.append(replace(base, kv_lora_rank=512, qk_rope_head_dim=64, num_heads=2, hidden_size=6))
+    return list(dict.fromkeys(fitted(case, supports) for case in cases))
 
 
 def long_layers(supports: Supports, profile: Profile) -> list[LayerCase]:
@@ -149,14 +171,14 @@ def long_layers(supports: Supports, profile: Profile) -> list[LayerCase]:
         case = replace(case, kv_lora_rank=case.qk_nope_head_dim, qk_rope_head_dim=8)
     # aligned weights have a mean, so that outputs over many tokens do not average out to 0
     case = replace(case, num_heads=1, hidden_size=5, gain=0.0625, q_lora_rank=None, weights="aligned")
-    return [replace(case, prompt=4161, steps=3)]
+    return [fitted(replace(case, prompt=4161, steps=3), supports)]
 
 
 def layer_options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rope_dim: int) -> dict[str, Any]:
     """Options that a layer of no published model has."""
     layout = "none"
     if rope_dim:
-        rotary = not supports.rope_optional or draw(between(0, 4)) > 0
+        rotary = bool(supports.rope_layouts) and (not supports.rope_optional or draw(between(0, 4)) > 0)
         layout = draw(layouts(supports)) if rotary else "none"
     scaled = FLAGS if supports.mla_scale_lora else choice(False)
     return {
@@ -184,20 +206,19 @@ def rotating_layer(supports: Supports, profile: Profile) -> list[LayerCase]:
     """A small layer whose queries and keys are rotated, with decoded tokens."""
     narrow, coarse = (format_of(profile.dtype).precision <= bits for bits in (11, 8))
     multiple = supports.layer_dim_multiple
-    return [
-        LayerCase(
-            dtype=profile.dtype,
-            prompt=4,
-            steps=2,
-            hidden_size=8,
-            num_heads=2,
-            kv_lora_rank=multiple * -(-4 // multiple),
-            qk_nope_head_dim=multiple * -(-2 // multiple),
-            qk_rope_head_dim=4,
-            layout=supports.rope_layouts[0],
-            start=60,
-            latent_norm_eps=supports.latent_norm_eps or 1e-6,
-            weights="aligned" if narrow else "dense",
-            gain=0.125 if coarse else 0.5,
-        )
-    ]
+    case = LayerCase(
+        dtype=profile.dtype,
+        prompt=4,
+        steps=2,
+        hidden_size=8,
+        num_heads=2,
+        kv_lora_rank=multiple * -(-4 // multiple),
+        qk_nope_head_dim=multiple * -(-2 // multiple),
+        qk_rope_head_dim=4,
+        layout=first_layout(supports),
+        start=60,
+        latent_norm_eps=supports.latent_norm_eps or 1e-6,
+        weights="aligned" if narrow else "dense",
+        gain=0.125 if coarse else 0.5,
+    )
+    return [fitted(case, supports)]

@@ -10,7 +10,7 @@ from hypothesis.strategies import DrawFn
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.layer import layer_models
 from mla_spec.operations.layer_gradients import LayerGradientCase
-from mla_spec.properties.strategies.layer import layer_options, supported_models
+from mla_spec.properties.strategies.layer import first_layout, fitted, layer_options, supported_models
 from mla_spec.properties.strategies.sizes import FLAGS, SEEDS, between, choice
 from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
@@ -42,7 +42,7 @@ def layer_gradient_cases(
     starts = (0, 1, 62) if temperature is None else (temperature["original_max_position_embeddings"] - 2, 0)
     start = draw(choice(*starts))
     aligned = narrow or (start > 2**12 and profile.rope.angle != "float64")
-    return LayerGradientCase(
+    case = LayerGradientCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
         batch=draw(between(min_batch, max(min_batch, 1 if coarse else 2))),
@@ -60,29 +60,29 @@ def layer_gradient_cases(
         gain=0.125 if coarse else 0.5,
         hidden_scale=1.0 if aligned else draw(choice(1.0, 2.0**-10)),
     )
+    return fitted(case, supports)
 
 
 def scaled_rope(supports: Supports, profile: Profile) -> list[LayerGradientCase]:
     """A layer whose rotary embedding has a factor on cos and sin, where the subject knows one."""
     yarn = supports.yarn and supports.yarn_mscale_rule == "any"
-    if not yarn and not supports.longrope:
+    if not supports.rope_layouts or (not yarn and not supports.longrope):
         return []
     narrow, coarse = (format_of(profile.dtype).precision <= bits for bits in (11, 8))
     multiple = supports.layer_dim_multiple
-    return [
-        LayerGradientCase(
-            dtype=profile.dtype,
-            prompt=3,
-            hidden_size=5,
-            kv_lora_rank=multiple * -(-3 // multiple),
-            qk_nope_head_dim=multiple * -(-2 // multiple),
-            qk_rope_head_dim=4,
-            v_head_dim=2,
-            layout=supports.rope_layouts[0],
-            latent_norm_eps=supports.latent_norm_eps or 1e-6,
-            weights="aligned" if narrow else "dense",
-            gain=0.125 if coarse else 0.5,
-            yarn="ratio" if yarn else "none",
-            longrope="none" if yarn else "long",
-        )
-    ]
+    case = LayerGradientCase(
+        dtype=profile.dtype,
+        prompt=3,
+        hidden_size=5,
+        kv_lora_rank=multiple * -(-3 // multiple),
+        qk_nope_head_dim=multiple * -(-2 // multiple),
+        qk_rope_head_dim=4,
+        v_head_dim=2,
+        layout=first_layout(supports),
+        latent_norm_eps=supports.latent_norm_eps or 1e-6,
+        weights="aligned" if narrow else "dense",
+        gain=0.125 if coarse else 0.5,
+        yarn="ratio" if yarn else "none",
+        longrope="none" if yarn else "long",
+    )
+    return [fitted(case, supports)]

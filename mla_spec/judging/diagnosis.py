@@ -1,0 +1,48 @@
+"""Says which other convention a wrong result obeys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mla_spec.bounds.error_bound import ErrorBound, InvalidBound
+from mla_spec.bounds.profile import Profile
+from mla_spec.judging.judge import judge_within, require_bounded
+from mla_spec.judging.verdict import VacuousCase
+from mla_spec.operations.operation import Operation
+from mla_spec.reference.typing import Array
+from mla_spec.subjects.driver import Result, Results
+from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.violation import Violation
+
+
+class _Judge:
+    """Judges as a run does, and keeps no record."""
+
+    def within(self, got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> None:
+        judge_within(got, want, bound, gate=gate)
+
+    def bounded(self, want: Array, total: Array) -> None:
+        require_bounded(want, total)
+
+    def require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise Violation(message)
+
+
+def diagnosis(operation: Operation, inputs: Any, got: Results, profile: Profile, supports: Supports) -> str:
+    """Sentences on the conventions under which results are right that are wrong under the contract's; "" where there is none."""
+
+    def right(inputs: Any, got: Results) -> bool:
+        try:
+            for part, want in zip(got, operation.expected(inputs, profile, supports), strict=True):
+                if part is not None and want is not None:
+                    want.judge(_Judge(), part)
+        except (Violation, VacuousCase, InvalidBound):
+            return False
+        return True
+
+    if not operation.conventions or right(inputs, got):
+        return ""
+    seen = ((convention.what, convention.seen(inputs, got)) for convention in operation.conventions)
+    obeyed = [what for what, other in seen if other is not None and right(*other)]
+    return f"all would be right if {', or '.join(obeyed)}" if obeyed else ""

@@ -1,0 +1,117 @@
+"""A wrong result is told which convention it obeys, a right one nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mla_spec.adapters.pytorch import TorchExplicit
+from mla_spec.bounds.profile import Profile
+from mla_spec.judging.diagnosis import diagnosis
+from mla_spec.operations.conventions import DECODE_CONVENTIONS, PREFILL_CONVENTIONS
+from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.prefill import OPERATION as PREFILL
+from mla_spec.operations.prefill import PrefillCase
+from mla_spec.subjects.driver import Driver
+from mla_spec.subjects.supports import Supports
+
+DECODED = DecodeCase(
+    dtype="float32", seed=1, seqlens=(5, 9, 1), s=3, num_heads=3, kv_lora_rank=8, qk_rope_head_dim=4, page_size=2
+)
+PREFILLED = PrefillCase(
+    dtype="float32", seed=1, seqlens_q=(2, 1), seqlens_k=(6, 4), num_heads=3, qk_head_dim=6, v_head_dim=3
+)
+
+
+class Of(TorchExplicit):
+    """A correct subject, with what it is given and what it returns changed."""
+
+    name = "of"
+
+    def __init__(self, options: Any = lambda o: o, lse: Any = lambda x: x) -> None:
+        self.options, self.lse = options, lse
+
+    def decode(self, q: Any, *args: Any, **options: Any) -> Any:
+        out, lse = super().decode(q, *args, **self.options(options, q))
+        return out, self.lse(lse)
+
+    def prefill(self, q: Any, *args: Any, **options: Any) -> Any:
+        out, lse = super().prefill(q, *args, **self.options(options, q))
+        return out, self.lse(lse)
+
+
+class RopeFirst(TorchExplicit):
+    def decode(self, q: Any, kv_cache: Any, *args: Any, head_dim_v: int, **options: Any) -> Any:
+        q, kv_cache = (x.roll(head_dim_v - x.shape[-1], -1) for x in (q, kv_cache))
+        return super().decode(q, kv_cache, *args, head_dim_v=head_dim_v, **options)
+
+
+class TopLeft(TorchExplicit):
+    def visible(self, s: int, t: int, lengths: Any, causal: bool) -> Any:
+        mask = super().visible(s, t, lengths, causal=False)
+        return mask.tril() if causal else mask
+
+
+def told(subject: Any, *, supports: Supports = Supports(), prefill: bool = False) -> str:
+    operation, case = (PREFILL, PREFILLED) if prefill else (DECODE, DECODED)
+    inputs = case.build()
+    got = Driver(subject, "float32").call(operation, inputs)
+    return diagnosis(operation, inputs, got, Profile.default("float32"), supports)
+
+
+def unchanged(options: Any, q: Any) -> Any:
+    return options
+
+
+def scaled(factor: Any) -> Any:
+    return lambda options, q: options | {"softmax_scale": factor(options["softmax_scale"], q)}
+
+
+WRONG = [
+    ("the LSE is a logarithm of base 2", Of(unchanged, lambda lse: lse / np.log(2)), False),
+    ("converted as one of base 2", Of(unchanged, lambda lse: lse * np.log(2)), False),
+    ("softmax_scale is left out: it is 1", Of(scaled(lambda scale, q: 1.0)), False),
+    ("the root of the head dim", Of(scaled(lambda scale, q: q.shape[-1] ** -0.5)), False),
+    ("powers of 2, not of e", Of(scaled(lambda scale, q: scale * np.log(2))), False),
+    ("causal is not honored", Of(lambda options, q: options | {"causal": False}), False),
+    ("an LSE of the other sign", Of(unchanged, lambda lse: lse.masked_fill(lse == -np.inf, np.inf)), False),
+    ("laid out [b, s, h], not [b, h, s]", Of(unchanged, lambda x: x.transpose(1, 2).reshape(x.shape)), False),
+    (
+        "laid out [h, b·s] where [b·s, h] was expected",
+        Of(unchanged, lambda x: x.transpose(0, 1).reshape(3, 3, 3).transpose(1, 2)),
+        False,
+    ),
+    ("as if the rope part came first", RopeFirst(), False),
+    ("the mask is top-left", TopLeft(), False),
+    ("laid out [tokens, h], not [h, tokens]", Of(unchanged, lambda x: x.T.reshape(x.shape)), True),
+    ("the mask is top-left", TopLeft(), True),
+    ("the LSE is a logarithm of base 2", Of(unchanged, lambda lse: lse / np.log(2)), True),
+    ("softmax_scale is left out: it is 1", Of(scaled(lambda scale, q: 1.0)), True),
+]
+
+
+@pytest.mark.parametrize(("sentence", "subject", "prefill"), WRONG)
+def test_each_convention_is_recognized(sentence: str, subject: Any, prefill: bool) -> None:
+    obeyed = told(subject, prefill=prefill)
+    assert obeyed.startswith("all would be right if ")
+    assert sentence in obeyed
+    assert ", or " not in obeyed
+
+
+def test_every_convention_is_tested() -> None:
+    known = {convention.what for convention in (*DECODE_CONVENTIONS, *PREFILL_CONVENTIONS)}
+    assert {what for what in known if not any(sentence in what for sentence, *_ in WRONG)} == set()
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+def test_right_results_and_unrecognized_ones_are_told_nothing(prefill: bool) -> None:
+    assert told(TorchExplicit(), prefill=prefill) == ""
+    assert told(Of(scaled(lambda scale, q: 1.1 * scale)), prefill=prefill) == ""
+
+
+def test_a_declared_convention_is_none() -> None:
+    subject = Of(unchanged, lambda lse: lse.masked_fill(lse == -np.inf, np.inf))
+    assert told(subject, supports=Supports(empty_row="zero/+inf")) == ""
