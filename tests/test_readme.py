@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from mla_spec.front.cli import main
+from mla_spec.installed import all_laws
+from mla_spec.operations.all import parse_case
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -40,3 +42,15 @@ def test_every_named_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0
+
+
+def test_every_case_and_law_named_exists() -> None:
+    cases = set(re.findall(r"\b[a-z]+:dtype=\S+", README))
+    assert cases
+    assert {parse_case(case).id for case in cases} == cases
+    assert set(re.findall(r"\btest_\w+(?= )", README.partition("## ")[0])) <= set(all_laws())
+
+
+def test_nothing_stands_between_the_title_and_the_first_example() -> None:
+    first = README.splitlines().index("```sh check")
+    assert first < 10

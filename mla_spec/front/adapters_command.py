@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 
@@ -23,7 +24,7 @@ def adapters() -> str:
     return f"{format_table([HEADER, *shipped])}\n\n{format_table([('--signature', *HEADER[1:]), *known])}"
 
 
-def _shipped(name: str, path: str, versions: dict[str, list[str]]) -> tuple[str, str, str, str]:
+def _shipped(name: str, path: str, versions: Mapping[str, list[str]]) -> tuple[str, str, str, str]:
     module, _, attribute = path.partition(":")
     found = getattr(importlib.import_module(module), attribute)
     offered = [operation for operation in operation_names() if offers(found, operation)]
@@ -31,7 +32,7 @@ def _shipped(name: str, path: str, versions: dict[str, list[str]]) -> tuple[str,
     return name, _version(getattr(found, "package", "torch"), versions), unavailable(name) or "runs", listed
 
 
-def _known(name: str, versions: dict[str, list[str]]) -> tuple[str, str, str, str]:
+def _known(name: str, versions: Mapping[str, list[str]]) -> tuple[str, str, str, str]:
     """A GPU's kernel has been run by nobody here, whatever is installed."""
     row = SIGNATURES[name]
     package = row.call.partition(":")[0].partition(".")[0]
@@ -43,7 +44,7 @@ def _known(name: str, versions: dict[str, list[str]]) -> tuple[str, str, str, st
     return name, _version(package, versions), here, row.operation
 
 
-def _version(package: str, versions: dict[str, list[str]]) -> str:
+def _version(package: str, versions: Mapping[str, list[str]]) -> str:
     """Of the distribution that holds a package, with its name where that is another; "-" where none is installed."""
     for distribution in versions.get(package, [package]):
         try:

@@ -21,6 +21,7 @@ EXIT_CODES: Mapping[str, str] = {
     "profile": "0 every dtype satisfies a preset, 1 some satisfy none, 2 usage, 130 interrupted",
     "models": "0 the list is printed, 2 usage",
     "cache": "0 the sizes are printed, 2 usage",
+    "embed": "0 the dimensions are printed, 2 usage",
     "golden": "0 the files or the subject hold, 1 they do not, 2 usage, 3 incomplete, 130 interrupted",
     "book": "0 the pages are written, 2 usage",
 }
@@ -51,6 +52,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec cache DeepSeek-V3 --training",
         "mla-spec cache path/to/config.json --layout fp8_ds_mla",
     ),
+    "embed": ("mla-spec embed path/to/config.json",),
     "golden": (
         "mla-spec golden verify",
         "mla-spec golden check my_kernel.py:Kernel",

@@ -60,7 +60,8 @@ def layer_gradient_cases(
         gain=0.125 if coarse else 0.5,
         hidden_scale=1.0 if aligned else draw(choice(1.0, 2.0**-10)),
     )
-    return fitted(case, supports)
+    made: LayerGradientCase = fitted(case, supports)
+    return made
 
 
 def scaled_rope(supports: Supports, profile: Profile) -> list[LayerGradientCase]:
