@@ -55,6 +55,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
             "glm4_moe_lite",
             "glm_moe_dsa",
             "youtu",
+            "youtu_llm",
             "axk1",
             "mistral4",
             "sarvam_mla",
@@ -68,7 +69,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     **dict.fromkeys(("glm5_next", "glm5_next_text"), Architecture(passes_eps=True, rotary=False)),
     "axk2": Architecture(not_modelled=("query gate projection and sigmoid output gate",)),
     "bailing_hybrid": Architecture(not_modelled=("head-wise sigmoid output gate",)),
-    "dots3_note": Architecture(
+    "dots3_note_text": Architecture(
         passes_eps=True, scales_latents=True, normalizes_k_pe=True, not_modelled=("head-wise output gate",)
     ),
     "hy_v4": Architecture(interleaved=False, not_modelled=("learned sink per head", "element-wise sigmoid gate")),
@@ -79,6 +80,9 @@ _OWN_NAMES: Final = {"dim": "hidden_size", "n_heads": "num_attention_heads", "n_
 """DeepSeek's inference configuration: its names, and transformers' for the same."""
 
 _LAYER_TYPES: Final = ("full_attention", "indexed_attention", "deepseek_sparse_attention", "linear_attention")
+
+_REFUSED: Final = ("attention_bias", "mla_use_output_gate", "use_head_wise_attn_gate", "attn_output_gate")
+"""Options that ``MLAConfig`` does not express, where they are true. Kimi-K3's text_config is of class kimi_linear, with a gate."""
 
 _DIMS: Final = ("hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
 
@@ -241,7 +245,7 @@ def _rotary(config: dict[str, Any], architecture: Architecture) -> bool:
 def _options(config: dict[str, Any]) -> tuple[str, ...]:
     """What the file itself says of attention that ``MLAConfig`` does not express."""
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    found = {"attention_bias": config.get("attention_bias"), "sliding_window": window}
+    found = {"sliding_window": window, **{key: config.get(key) for key in _REFUSED}}
     return tuple(key for key, value in found.items() if value)
 
 

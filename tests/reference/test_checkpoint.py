@@ -74,7 +74,7 @@ def test_real_configuration_counts_its_caches(entry: dict[str, Any]) -> None:
 
 def test_architectures_agree_with_the_table() -> None:
     known = {"minicpm3": "MiniCPM3-4B", "hy_v4": "Hy4-preview (class default)", "kimi_k2": "Kimi-K2-Thinking"}
-    known |= {"sarvam_mla": "Sarvam-105B", "axk1": "A.X-K1", "dots3_note": "dots3-note-prev (DSA layers)"}
+    known |= {"sarvam_mla": "Sarvam-105B", "axk1": "A.X-K1", "dots3_note_text": "dots3-note-prev (DSA layers)"}
     for kind, name in known.items():
         fields, architecture = published_model(name).fields, ARCHITECTURES[kind]
         assert architecture.interleaved == fields["rope_interleave"]
@@ -138,6 +138,10 @@ def test_shared_indexers_keep_no_keys() -> None:
         ({"model_type": "gpt9"}, "gpt9: MLAConfig does not express \"model_type 'gpt9'\""),
         ({"model_type": "hy_v4"}, "MLAConfig does not express 'learned sink per head'"),
         ({"attention_bias": True}, "MLAConfig does not express 'attention_bias'"),
+        (
+            {"model_type": "kimi_linear", "mla_use_output_gate": True},
+            "MLAConfig does not express 'mla_use_output_gate'",
+        ),
         ({"sliding_window": 512}, "MLAConfig does not express 'sliding_window'"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types: expected one of full_attention"),
         ({"kv_lora_rank": None}, "kv_lora_rank is not stated, so that attention is not MLA"),
