@@ -202,6 +202,7 @@ def _name(options: Options) -> str:
 def _law_options(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "examples": options.examples,
+        "minimise": options.minimise,
         "seed": options.seed,
         "device": options.device,
         "threads": options.threads,

@@ -119,6 +119,12 @@ def _add_check(commands: Commands) -> None:
     )
     _add_production(parser)
     parser.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
+    parser.add_argument(
+        "--no-minimise",
+        dest="minimise",
+        action="store_false",
+        help="report the first failing case as it is, for slow subjects: a smaller one takes many calls",
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the generation (another each time, and printed)")
     parser.add_argument(
         "--jobs", type=int, default=2, metavar="N", help="processes that judge, each with a subject (2)"

@@ -236,3 +236,12 @@ def test_version_and_help_as_a_process() -> None:
         )
         assert done.returncode == 0
         assert "mla-spec" in done.stdout
+
+
+def test_the_first_failing_case_may_stay_as_it_is(kernel: str, capsys: pytest.CaptureFixture[str]) -> None:
+    law = ("--law", "test_decode_agrees_with_reference", "--dtype", "float32", "--examples", "3")
+    fixed = [case.id for case in rare.decode(Supports(), Profile.default("float32"))]
+    for options, same in (((), False), (("--no-minimise",), True)):
+        code, out, _ = run(capsys, "check", f"{kernel}:Wrong", *law, *options)
+        assert code == 1
+        assert any(f"smallest case: {case}" in out for case in fixed) == same
