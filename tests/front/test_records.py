@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def no_process_of(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("way", ["--in-process", "--jobs=1"])
 def test_an_interrupted_run_prints_what_exists_and_can_go_on(
@@ -198,8 +207,9 @@ def test_no_verdict_that_was_written_is_lost_by_a_kill(kernel: str, tmp_path: Pa
         process = start(f"{kernel}:Slow", "--resume", file, "--jobs", 1)
         count = len(written)
         time.sleep(drawn.uniform(2, 12))
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
+        wait_until(partial(no_process_of, process.pid))
         process.communicate()
         text = file.read_text() if file.exists() else ""
         assert text.splitlines()[:count] == written
