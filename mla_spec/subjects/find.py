@@ -58,6 +58,8 @@ def resolve_subject(spec: str, signature: str | None = None) -> Any:
         found = _attribute(SHIPPED[spec])
     else:
         found = _user_attribute(spec)
+    if inspect.isclass(found):
+        _require_no_arguments(spec, found)
     try:
         subject = found() if inspect.isclass(found) else found
     except KeyboardInterrupt:
@@ -93,6 +95,15 @@ def _with_signature(spec: str, found: Any, signature: str) -> Any:
     return kernels.adapter_of(signature, found)
 
 
+def _require_no_arguments(spec: str, found: type) -> None:
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise UnknownSubject(f"{spec}: making the object failed with TypeError: {error}") from error
+    except Exception:  # it cannot be told before
+        return
+
+
 def _user_attribute(spec: str) -> Any:
     module, separator, attribute = spec.rpartition(":")
     if not separator or not module or not attribute:
@@ -103,6 +114,9 @@ def _user_attribute(spec: str) -> Any:
         return _attribute(spec)
     except (UnknownSubject, KeyboardInterrupt):
         raise
+    except ModuleNotFoundError as error:
+        kind = UnknownSubject if error.name and f"{module}.".startswith(f"{error.name}.") else BrokenSubject
+        raise kind(f"{spec}: importing {module} failed with {raised(error)}") from error
     except BaseException as error:  # SystemExit too: a file that ends the process has not been judged
         raise BrokenSubject(f"{spec}: importing {module} failed with {raised(error)}") from error
 
