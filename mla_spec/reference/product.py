@@ -20,8 +20,8 @@ def accurate_product(a: Array, b: Array, *, prefixes: bool = False) -> Array:
 
     Each operand is cut in two. The heads have so few bits that sums of their products are exact, in any order; the tails are
     some 2^-20 times as large, and so are the errors that they bring. Three products in place of one,
-    a_head·b_head + (a_tail·b_head + a·b_tail): Ozaki, Ogita, Oishi and Rump, *Error-free transformations of matrix multiplication by using fast routines of matrix multiplication* (Numerical
-    Algorithms, 2012).
+    a_head·b_head + (a_tail·b_head + a·b_tail): Ozaki, Ogita, Oishi and Rump, *Error-free transformations of matrix
+    multiplication by using fast routines of matrix multiplication* (Numerical Algorithms, 2012).
 
     Args:
         prefixes: cuts b relative to the largest number so far and not in its whole column, so that later rows of b whose
