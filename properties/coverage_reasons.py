@@ -19,6 +19,11 @@ DECODING = ("test_layer_decode_*", "test_layer_decodes_*", *CALLED_TWICE)
 DECODE: tuple[Reason, ...] = (
     Reason(EXACT, OTHER_NUMBERS, "the law sets queries and keys itself, so that some keys lead or all are equal"),
     Reason(EXACT, ("no keys",), "a key must lead"),
+    Reason(
+        ("test_decode_weighs_*",),
+        (*OTHER_NUMBERS, "no keys", "ragged lengths", "several queries"),
+        "the law sets the queries and keys of one long sequence itself",
+    ),
     Reason(STATISTICS, (*OTHER_NUMBERS, "several queries"), "the few cases are fixed; many independent rows matter"),
     Reason(
         (*STATISTICS, "test_decode_roundings_do_not_add_up"), ("no keys",), "roundings of many weights are looked at"

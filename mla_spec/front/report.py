@@ -8,6 +8,15 @@ from collections.abc import Iterable
 from mla_spec.judging.verdict import Record, merge
 from mla_spec.text.table import format_table
 
+NO_LSE = "decode returns no LSE"
+"""Why laws of the LSE do not apply."""
+
+UNSEEN_WITHOUT_LSE = (
+    "not seen without an LSE: in long sequences a softmax scale that is off by less than about 0.3 % (a flash kernel in "
+    "bfloat16; 3 % with bfloat16 scores, TPU products or P in 8 bits), and an error of the LSE itself; docs/power.md has the card"
+)
+"""What stays within the bounds of outputs from 4096 keys on, by the sensitivity card."""
+
 HEADER = ("law", "verdict", "cases", "error/bound", "worst case")
 
 
@@ -44,6 +53,7 @@ def report_of(records: list[Record]) -> str:
         parts.append(
             "\n".join(f"unsupported: {count} law{'s' * (count > 1)}, {reason}" for reason, count in reasons.items())
         )
+    parts += [UNSEEN_WITHOUT_LSE] if NO_LSE in reasons else []
     notes = [f"{record.law}: {line}" for record in applying for line in record.note.splitlines()]
     parts += ["\n".join(notes)] if notes else []
     parts += _texts([record for record in applying if not record.holds])
