@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mla_spec.front.waived import OUTCOMES
 from mla_spec.subjects.exits import loud_exits
+from mla_spec.text.files import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -202,9 +202,10 @@ def _production(config: pytest.Config) -> Production | None:
 def read_xfails(path: str) -> list[str]:
     """Ids in a waiver file, comments and blank lines dropped; UsageError when it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise pytest.UsageError(f"--mla-xfails: cannot read {path}: {error.strerror}") from error
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise pytest.UsageError(f"--mla-xfails: cannot read {path}: {reason}") from error
     lines = (raw.partition("#")[0].strip() for raw in text.splitlines())
     return [_current_id(line) for line in lines if line]
 

@@ -150,21 +150,23 @@ class _Worker:
 
     def _end(self) -> str:
         """How the process ended."""
-        assert self.process is not None
-        self.process.join()
-        code = self.process.exitcode or 0
+        process = self.process
+        if process is None:
+            return "was ended with the run"
+        process.join()
+        code = process.exitcode or 0
         self.stop()
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def stop(self) -> None:
-        """End the process, and with it that of the subject."""
-        if self.process is not None:
+        """End the process, and with it that of the subject. Two threads may ask for it: who waits for it, and who ends the run."""
+        process, self.process = self.process, None
+        if process is not None:
             self.lifeline.close()
-            self.process.join(PATIENCE)
-            self.process.kill()
-            self.process.join()
+            process.join(PATIENCE)
+            process.kill()
+            process.join()
             self.connection.close()
-            self.process = None
 
 
 def _serve(connection: Connection, lifeline: Connection, settings: _Settings) -> None:

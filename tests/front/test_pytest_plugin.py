@@ -71,6 +71,13 @@ def test_waivers_expect_failure_and_stale_ones_are_reported(project: pytest.Pyte
     done.stdout.fnmatch_lines(["*StaleXfail: waived.txt: 'test_rope_that_was_renamed' names no collected test*"])
 
 
+def test_a_file_of_other_bytes_is_a_usage_error(project: pytest.Pytester) -> None:
+    (project.path / "ids.txt").write_bytes(b"\xff\xfe\x00")
+    done = project.runpytest_subprocess(*ROPE, "--mla-impl", "kernels.py:Good", "--mla-xfails", "ids.txt")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["*--mla-xfails: cannot read ids.txt: it is not UTF-8*"])
+
+
 def test_a_missing_waiver_file_is_a_usage_error(project: pytest.Pytester) -> None:
     done = project.runpytest_subprocess(*ROPE, "--mla-impl", "kernels.py:Good", "--mla-xfails", "none.txt")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
