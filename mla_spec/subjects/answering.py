@@ -12,7 +12,7 @@ import torch
 from mla_spec.subjects.configured import Dims, configured_subject
 from mla_spec.subjects.memory import fill_memory
 from mla_spec.subjects.messages import framed, read_exactly, read_parts, read_request, write_reply
-from mla_spec.subjects.violation import TOLD, SubjectCrashed, raised
+from mla_spec.subjects.violation import TOLD, SubjectCrashed, Unsupported, raised
 
 SUBJECT = 0
 """The number of the subject itself."""
@@ -70,8 +70,9 @@ def _answer(parts: list[Any], kept: _Kept) -> tuple[str, Any]:
 
 def _told(error: BaseException) -> tuple[str, Any]:
     """An exception as its class, text and what else it says; of code that is not the suite's, all are the subject's."""
-    if TOLD.get(type(error).__name__) is not type(
-        error
-    ):  # others may have classes of these names, as torch's Unsupported
+    if isinstance(error, Unsupported):
+        error = Unsupported(str(error))  # of whatever class a subject derives from it
+    # Others have classes of these names too, as torch's own Unsupported.
+    if TOLD.get(type(error).__name__) is not type(error):
         error = SubjectCrashed(raised(error))
     return "raised", (type(error).__name__, str(error), getattr(error, "exhausted", False))

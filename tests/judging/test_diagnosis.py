@@ -115,3 +115,10 @@ def test_right_results_and_unrecognized_ones_are_told_nothing(prefill: bool) -> 
 def test_a_declared_convention_is_none() -> None:
     subject = Of(unchanged, lambda lse: lse.masked_fill(lse == -np.inf, np.inf))
     assert told(subject, supports=Supports(empty_row="zero/+inf")) == ""
+
+
+def test_large_cases_are_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Of(scaled(lambda scale, q: 1.0))
+    assert told(wrong) != ""
+    monkeypatch.setattr("mla_spec.judging.diagnosis.LARGEST", 8)
+    assert told(wrong) == ""

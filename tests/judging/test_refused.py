@@ -12,6 +12,7 @@ from mla_spec.adapters.pytorch_layer import TorchLayer
 from mla_spec.installed import all_laws
 from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
+from mla_spec.subjects.answering import _told
 
 FEW = Options(examples=16, dtypes=("float32",))
 PREFILL, DECODE = "test_layer_prefill_agrees_with_reference", "test_layer_decode_agrees_with_reference"
@@ -105,3 +106,14 @@ def test_one_token_a_decode() -> None:
 
 def test_a_refusal_without_words_is_told() -> None:
     assert "supports_layer must return a reason" in record(Mumbles(), PREFILL).message
+
+
+def test_a_refusal_crosses_processes_and_a_namesake_is_a_crash() -> None:
+    class OfMyOwn(Unsupported):
+        pass
+
+    namesake = type("Unsupported", (Exception,), {})
+    for error, told in ((OfMyOwn("no such layer"), "Unsupported"), (namesake("graph break"), "SubjectCrashed")):
+        with pytest.raises(type(error)) as raised:
+            raise error
+        assert _told(raised.value)[1][0] == told
