@@ -109,6 +109,8 @@ class VerdictLine:
     note: str
     dtype: str
     waived: str = ""
+    evidence: list[dict[str, Any]] = field(default_factory=list)
+    separation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cell(self) -> Cell:
