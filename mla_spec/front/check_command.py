@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
 from mla_spec.front.device import require_device
+from mla_spec.front.overview import overview
 from mla_spec.front.production import production
 from mla_spec.front.report import exit_code, merged, report_of
 from mla_spec.front.run import INTERRUPTED, Progress, Store, opened, read, subject_lines
@@ -31,6 +32,7 @@ from mla_spec.subjects.description import describe
 from mla_spec.subjects.find import UnknownSubject, available_subjects
 from mla_spec.subjects.supports import DTYPES
 from mla_spec.subjects.violation import SubjectCrashed
+from mla_spec.text.layout import Screen
 from mla_spec.text.terminal import UsageError, show_progress, shown, write_json
 
 
@@ -141,7 +143,12 @@ class _Check:
         assert self.store is not None
         judged = self.store.judged
         records = merged(judged[cell] for cell in self.cells_of[asked.spec] if cell in judged)
-        print(f"{asked.declared.text}\n{report_of(records)}\n", flush=True)
+        screen = Screen.of()
+        if self.options.verbose:
+            print(f"{asked.declared.text}\n{report_of(records, screen)}\n")
+        else:
+            print("\n".join(screen.cut(line) for line in asked.declared.summary))
+        print(f"{overview(records, screen)}\n", flush=True)
 
     def _finish(self, reason: str) -> int:
         if self.store is None:

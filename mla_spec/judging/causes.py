@@ -37,7 +37,8 @@ class Cause:
     def statement(self) -> str:
         """One sentence: how many laws, what is wrong, where, and in which cases."""
         count = f"{len(self.alike)} law{'s' * (len(self.alike) > 1)}" + f" of {self.operation}" * bool(self.operation)
-        return f"{count}: {error_text(self.lead)}"
+        follow = f" ({len(self.follows)} more follow)" * bool(self.follows)
+        return f"{count}{follow}: {error_text(self.lead)}"
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -62,13 +62,14 @@ def place_text(anatomy: Anatomy, operations: Iterable[str]) -> str:
 
 def _place(anatomy: Anatomy, axis: str, ranges: list[list[int]], names: list[str]) -> str:
     name = names[int(axis)] if int(axis) < len(names) else f"axis {axis} at"
-    if condition := _length_condition(anatomy, int(axis), ranges):
-        return f"{name}s with {condition}"
+    plural = name if name.endswith("at") else {"query": "queries"}.get(name, f"{name}s")
+    if name == "sequence" and (condition := _length_condition(anatomy, int(axis), ranges)):
+        return f"{plural} with {condition}"
     if len(ranges) > _LONGEST:
-        return f"some {name}s" if int(axis) < len(names) else ""
+        return f"some {plural}" if int(axis) < len(names) else ""
     indices = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
     several = len(ranges) > 1 or ranges[0][0] != ranges[0][1]
-    return f"{name}{'s' if several and int(axis) < len(names) else ''} {indices}"
+    return f"{plural if several else name} {indices}"
 
 
 def _length_condition(anatomy: Anatomy, axis: int, ranges: list[list[int]]) -> str:
