@@ -141,6 +141,12 @@ def _add_check(commands: Commands) -> None:
     parser.add_argument("--shard", metavar="I/N", help="only part I of N; `mla-spec merge` puts their records together")
     parser.add_argument("--begin", metavar="FILE", help="cases to begin with, as `mla-spec campaign` keeps the hardest")
     parser.add_argument("--resume", metavar="FILE", help="as --records FILE, without what FILE already has")
+    parser.add_argument(
+        "--explain",
+        type=float,
+        metavar="S",
+        help="seconds in which known faults are tried on what fails (a fifth of the work done, at most 30)",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="also every law, and each failure in full")
     parser.add_argument("--json", metavar="FILE", help="also write a record of each law to FILE")
     _add_records(parser)

@@ -19,11 +19,11 @@ SHOWN = 3
 LAWS = "laws of several operations"
 
 
-def overview(records: list[Record], screen: Screen, found: list[Cause] | None = None) -> str:
-    """The screen; ``found`` are the causes where they are known already."""
+def overview(records: list[Record], screen: Screen, found: list[Cause] | None = None, *, part: bool = False) -> str:
+    """The screen; ``found`` are the causes where they are known already, and ``part`` says that more is to be judged."""
     found = causes(record for record in records if not record.holds) if found is None else found
     blocks = [
-        _verdict(records, found, screen),
+        _verdict(records, found, screen, part),
         _table(records, screen),
         _remarks(records, screen),
         *(_cause(number, cause, screen) for number, cause in enumerate(found[:SHOWN], 1)),
@@ -33,7 +33,7 @@ def overview(records: list[Record], screen: Screen, found: list[Cause] | None = 
     return "\n".join(line for block in blocks for line in block)
 
 
-def _verdict(records: list[Record], found: list[Cause], screen: Screen) -> list[str]:
+def _verdict(records: list[Record], found: list[Cause], screen: Screen, part: bool) -> list[str]:
     ran = [record for record in records if record.verdict != "unsupported"]
     wrong = sum(record.verdict in ("fail", "crashed") and not record.holds for record in ran)
     unclear = sum(record.verdict == "incomplete" and not record.holds for record in ran)
@@ -43,6 +43,8 @@ def _verdict(records: list[Record], found: list[Cause], screen: Screen) -> list[
         text, style = f"violates: {wrong} of {len(ran)} laws fail, by {few}", "red"
     elif unclear or not any(record.verdict == "pass" for record in ran):
         text, style = f"incomplete: {unclear} of {len(ran)} laws could not be judged", "yellow"
+    elif part:
+        text, style = f"so far, of a part of the run: {summary(ran)}", "yellow"
     else:
         text, style = f"conforms: {summary(ran)}", "green"
     return [screen.paint(screen.cut(f"{text} ({seconds:.0f} s of work)"), style, "bold")]
@@ -94,7 +96,7 @@ def _remarks(records: list[Record], screen: Screen) -> list[str]:
     lines = []
     if count := sum(record.verdict == "unsupported" for record in records):
         reasons = Counter(record.message for record in records if record.verdict == "unsupported")
-        why = reasons.most_common(1)[0][0] + (", ..." if len(reasons) > 1 else "")
+        why = "; ".join(reason for reason, _ in reasons.most_common())
         lines.append(screen.cut(f"{_laws(count)} {'do' if count > 1 else 'does'} not apply: {why}"))
     if waived := Counter(record.waived for record in records if record.waived):
         lines += [screen.cut(f"{_laws(count)} waived: {reason}") for reason, count in waived.items()]
@@ -116,6 +118,8 @@ def _cause(number: int, cause: Cause, screen: Screen) -> list[str]:
     indent = "   "
     lines = screen.wrapped(f"{number}. {cause.statement}", rest=indent, most=3 if number == 1 else 2)
     lines[0] = screen.paint(lines[0], "bold")
+    if number == 1 and (shown := [line for line in cause.lead.message.splitlines() if "got" in line]):
+        lines.append(screen.cut(f"{indent}{shown[0].strip()}"))
     for suspect in cause.suspects[: 2 if number == 1 else 1]:
         lines += screen.wrapped(suspect_text(suspect), indent, indent, most=3)
     return lines + (screen.command(short_replay(cause.lead), indent) if number == 1 else [])
@@ -123,8 +127,9 @@ def _cause(number: int, cause: Cause, screen: Screen) -> list[str]:
 
 def suspect_text(suspect: dict[str, object]) -> str:
     """A suspect in one sentence."""
-    source = f" ({suspect['source']})" if suspect.get("source") else ""
-    return f"the same wrong numbers as {suspect['id']}: {suspect['claim']}{source}"
+    source = f" {suspect['source']}" if suspect.get("source") else ""
+    declare = f" Right if it declares {suspect['declare']}." if suspect.get("declare") else ""
+    return f"same wrong numbers as {suspect['id']}: {suspect['claim']}{declare}{source}"
 
 
 def short_replay(record: Record) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mla_spec.installed import all_laws
@@ -41,16 +41,25 @@ class Cause:
         return f"{count}{follow}: {error_text(self.lead)}"
 
     def as_dict(self) -> dict[str, Any]:
+        """The cause as data: what is wrong, which laws say so, what may be the fault, and what to try."""
+        declare = [f"declare {suspect['declare']}" for suspect in self.suspects if "declare" in suspect]
         return {
-            "cause": self.statement,
+            "statement": self.statement,
             "operation": self.operation,
             "laws": [record.law for record in self.alike],
             "follows": [record.law for record in self.follows],
-            "separation": self.lead.separation,
-            "case": self.lead.case,
-            "replay": self.lead.replay,
             "suspects": self.suspects,
+            "try": [*declare, *([self.lead.replay] if self.lead.replay else [])],
         }
+
+
+def with_causes(records: Iterable[Record], found: Iterable[Cause]) -> list[Record]:
+    """The records, of which those that fail bear their cause, or the law of which they follow."""
+    bears: dict[str, dict[str, Any]] = {}
+    for cause in found:
+        bears |= {record.law: {"follows": cause.lead.law} for record in (*cause.alike, *cause.follows)}
+        bears[cause.lead.law] = cause.as_dict()
+    return [replace(record, cause=bears.get(record.law, {})) for record in records]
 
 
 def needs(record: Record) -> tuple[str, ...]:

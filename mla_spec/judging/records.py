@@ -121,7 +121,7 @@ class VerdictLine:
         return Record(**{name: getattr(self, name) for name in _RECORD})
 
 
-_RECORD = [f.name for f in fields(Record) if f.name != "dtypes"]
+_RECORD = [f.name for f in fields(Record) if f.name not in ("dtypes", "cause")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,8 @@ class Record:
         evidence: the anatomy (``mla_spec.judging.anatomy``) of the wrong result of the smallest failing case, and that of the
             one with the most elements, each with its ``case``; empty where nothing was compared.
         separation: what separates the cases that failed from those that passed (``mla_spec.judging.separation``).
+        cause: in the report of a run, of the law that shows a fault first what that is (``mla_spec.judging.causes``), of the
+            others which law they follow.
     """
 
     law: str
@@ -65,6 +67,7 @@ class Record:
     waived: str = ""
     evidence: list[dict[str, Any]] = field(default_factory=list)
     separation: dict[str, Any] = field(default_factory=dict)
+    cause: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subject", one_line(self.subject, 200))

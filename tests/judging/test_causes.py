@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mla_spec.adapters.pytorch import TorchAbsorbed
-from mla_spec.judging.causes import causes
+from mla_spec.judging.causes import causes, with_causes
 from mla_spec.judging.check import check_subject
 from mla_spec.judging.law import Options
 from mla_spec.judging.separation import separation
@@ -53,10 +53,13 @@ def test_one_fault_is_one_cause() -> None:
     records = check_subject(Halved(), laws=laws, options=Options(examples=40, dtypes=("float32",)))
     (cause,) = causes(records)
     assert cause.lead.law == "test_decode_agrees_with_reference"
-    assert "of decode: out is 0.5 times what it should be" in cause.statement
+    assert "of decode (2 more follow): out is 0.5 times what it should be" in cause.statement
     assert cause.statement.endswith("only where longest of seqlens is at least 9")
     said = [record.law for record in (*cause.alike, *cause.follows)]
     assert sorted(said) == sorted(record.law for record in records if record.verdict == "fail")
+    borne = {record.law: record.cause for record in with_causes(records, [cause])}
+    assert borne[cause.lead.law]["statement"] == cause.statement
+    assert [law for law, each in borne.items() if each.get("follows") == cause.lead.law] == said[1:]
 
 
 def test_evidence_is_of_the_smallest_and_of_the_richest_case() -> None:
