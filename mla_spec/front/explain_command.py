@@ -67,9 +67,11 @@ def _first_failure(laws: list[str], case: Case, options: argparse.Namespace) -> 
     law_options = Options(case=case, minimise=False, device=options.device, spec=spec)
     try:
         with WorkerPool(1, options.timeout) as pool:
-            name = pool.describe(law_options, options.signature).result().name
+            declared = pool.describe(law_options, options.signature).result()
+            if declared.fault:
+                raise UsageError(declared.fault)
             for law in laws:
-                record = pool.submit(law, name, law_options, options.signature).result()
+                record = pool.submit(law, declared.name, law_options, options.signature).result()
                 if record.verdict in ("fail", "crashed"):
                     break
     except UnknownSubject as error:

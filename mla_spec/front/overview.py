@@ -8,7 +8,7 @@ from mla_spec.front.report import summary
 from mla_spec.installed import operation_names
 from mla_spec.judging.causes import Cause, causes, needs
 from mla_spec.judging.verdict import Record
-from mla_spec.operations.all import parse_case
+from mla_spec.operations.all import KINDS, parse_case
 from mla_spec.subjects.supports import DTYPES
 from mla_spec.text.layout import Screen
 from mla_spec.text.table import format_table
@@ -134,6 +134,6 @@ def suspect_text(suspect: dict[str, object]) -> str:
 
 def short_replay(record: Record) -> str:
     """The command that runs the smallest case again, without fields of the case that have their default."""
-    if not record.replay or not record.case:
+    if not record.replay or record.case.partition(":")[0] not in KINDS:
         return record.replay
     return record.replay.replace(record.case, parse_case(record.case).short_id)

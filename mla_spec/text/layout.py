@@ -68,6 +68,7 @@ class Screen:
                 line = indent
             while len(line) + len(word) + 2 > self.width:
                 room = self.width - 1 - len(line)
+                room = word.rfind(",", 0, room) + 1 or room
                 lines.append(f"{line}{word[:room]}\\")
                 word, line = word[room:], ""
             line += f"{word} "
