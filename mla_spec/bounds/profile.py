@@ -234,10 +234,15 @@ class Profile:
             base = cls(dtype=dtype, probabilities=dtype)
         return replace(base, **changes)
 
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from the default of its dtype."""
+        default = asdict(Profile.default(self.dtype))
+        return {k: _stated(v) for k, v in asdict(self).items() if default[k] != v}
+
     def describe(self) -> str:
         """The profile in one line: the fields that differ from the default of its dtype."""
-        default = asdict(Profile.default(self.dtype))
-        changed = [f"{k}={_stated(v)}" for k, v in asdict(self).items() if default[k] != v]
+        changed = [f"{k}={v}" for k, v in self.changed.items()]
         return f"{self.dtype} default" + (", " + ", ".join(changed) if changed else "")
 
 

@@ -10,9 +10,12 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
 from mla_spec.front.device import require_device
+from mla_spec.front.explanation import explain
+from mla_spec.front.overview import overview
 from mla_spec.front.production import production
 from mla_spec.front.report import exit_code, merged, report_of
 from mla_spec.front.run import INTERRUPTED, Progress, Store, opened, read, subject_lines
+from mla_spec.judging.causes import Cause, causes, with_causes
 from mla_spec.judging.check import find_laws
 from mla_spec.judging.compiled import compiler_missing
 from mla_spec.judging.hardest import CorpusError, HardCase, read_hard_cases
@@ -22,6 +25,7 @@ from mla_spec.judging.plan import Cell, Shard, parse_shard, plan
 from mla_spec.judging.records import RecordFile, RecordsError
 from mla_spec.judging.run import kind_of
 from mla_spec.judging.session import Asked, Stopped, header, run_here, run_in, stops
+from mla_spec.judging.verdict import Record
 from mla_spec.judging.waivers import WaiverError, Waivers, read_waivers
 from mla_spec.operations.all import parse_case
 from mla_spec.operations.case import Case
@@ -31,6 +35,7 @@ from mla_spec.subjects.description import describe
 from mla_spec.subjects.find import UnknownSubject, available_subjects
 from mla_spec.subjects.supports import DTYPES
 from mla_spec.subjects.violation import SubjectCrashed
+from mla_spec.text.layout import Screen
 from mla_spec.text.terminal import UsageError, show_progress, shown, write_json
 
 
@@ -72,6 +77,7 @@ class _Check:
         self.file: RecordFile | None = None
         self.store: Store | None = None
         self.printed = 0
+        self.found: dict[tuple[str, ...], list[Cause]] = {}
 
     def run(self, settings: list[Options]) -> int:
         """Judge every cell, or as many as can be; print, write and return what came of them."""
@@ -137,11 +143,24 @@ class _Check:
             self._print(self.subjects[self.printed])
             self.printed += 1
 
-    def _print(self, asked: Asked) -> None:
+    def _records_of(self, asked: Asked) -> list[Record]:
         assert self.store is not None
         judged = self.store.judged
-        records = merged(judged[cell] for cell in self.cells_of[asked.spec] if cell in judged)
-        print(f"{asked.declared.text}\n{report_of(records)}\n", flush=True)
+        return merged(judged[cell] for cell in self.cells_of[asked.spec] if cell in judged)
+
+    def _print(self, asked: Asked) -> None:
+        assert self.store is not None
+        records, screen = self._records_of(asked), Screen.of()
+        found = causes(record for record in records if not record.holds)
+        if not self.options.in_process:
+            explain(found, self.options.explain)
+        self.found[asked.spec] = found
+        if self.options.verbose or self.options.case is not None:
+            print(f"{asked.declared.text}\n{report_of(records, screen)}\n")
+        else:
+            print("\n".join(screen.cut(line) for line in asked.declared.summary))
+        part = self.shard.count > 1 or any(cell not in self.store.judged for cell in self.cells_of[asked.spec])
+        print(f"{overview(records, screen, found, part=part)}\n", flush=True)
 
     def _finish(self, reason: str) -> int:
         if self.store is None:
@@ -172,9 +191,7 @@ class _Check:
         everything = [
             record.as_dict()
             for asked in self.subjects
-            for record in merged(
-                self.store.judged[cell] for cell in self.cells_of[asked.spec] if cell in self.store.judged
-            )
+            for record in with_causes(self._records_of(asked), self.found.get(asked.spec, []))
         ]
         try:
             with redirect_stdout(sys.__stdout__) if self.options.json == "-" else nullcontext():

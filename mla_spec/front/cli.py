@@ -141,6 +141,13 @@ def _add_check(commands: Commands) -> None:
     parser.add_argument("--shard", metavar="I/N", help="only part I of N; `mla-spec merge` puts their records together")
     parser.add_argument("--begin", metavar="FILE", help="cases to begin with, as `mla-spec campaign` keeps the hardest")
     parser.add_argument("--resume", metavar="FILE", help="as --records FILE, without what FILE already has")
+    parser.add_argument(
+        "--explain",
+        type=float,
+        metavar="S",
+        help="seconds in which known faults are tried on what fails (a fifth of the work done, at most 30)",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="also every law, and each failure in full")
     parser.add_argument("--json", metavar="FILE", help="also write a record of each law to FILE")
     _add_records(parser)
 
@@ -163,6 +170,18 @@ def _add_campaign(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed (0)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="worker processes, without --ray (2)")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take (300)")
+
+
+def _add_explain(commands: Commands) -> None:
+    parser = commands.add_parser("explain", help="what may be wrong with an implementation that fails a case")
+    parser.set_defaults(run=_explain)
+    parser.add_argument("case", metavar="CASE", help="id of a case, as a report gives it")
+    parser.add_argument("subject", metavar="SUBJECT", help="as for check")
+    parser.add_argument("--law", metavar="NAME", help="the law that fails (the first that compares with the reference)")
+    parser.add_argument("--signature", metavar="OPERATION", help="the operation a bare function implements")
+    parser.add_argument("--device", default="cpu", help="torch device (cpu)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds the case may take (300)")
+    parser.add_argument("--json", metavar="FILE", help="also write the record with its cause to FILE")
 
 
 def _add_merge(commands: Commands) -> None:
@@ -222,6 +241,14 @@ def _add_selftest(commands: Commands) -> None:
     parser.add_argument("--bug", action="append", default=[], metavar="ID", help="only this bug; repeatable")
     parser.add_argument("--quick", action="store_true", help="stop at the first law that kills a bug")
     parser.add_argument("--peers", action="store_true", help="also under the inputs and criteria of other projects")
+    parser.add_argument(
+        "--explain",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="only count for how many bugs of decode, prefill, rope and layer the cause is named; of N, evenly chosen",
+    )
     parser.add_argument("--catalogue", action="store_true", help="only list the reported faults, planted or not")
     parser.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
@@ -349,6 +376,7 @@ def _add_book(commands: Commands) -> None:
 
 _COMMANDS = (
     _add_check,
+    _add_explain,
     _add_merge,
     _add_campaign,
     _add_soundness,
@@ -389,6 +417,13 @@ def _merge(options: argparse.Namespace) -> int:
     from mla_spec.front.merge_command import merge
 
     return merge(options)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_spec.front.explain_command import explain_case
+
+    return explain_case(options)
 
 
 def _soundness(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ _VERDICT = "0 conforms, 1 violates, 2 usage, 3 incomplete, 130 interrupted"
 
 EXIT_CODES: Mapping[str, str] = {
     "check": _VERDICT,
+    "explain": _VERDICT,
     "merge": _VERDICT,
     "campaign": _VERDICT,
     "soundness": "0 no element outside its bound, 1 some are, 2 usage, 3 interrupted before all cases",
@@ -37,6 +38,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec check my_kernels.decode:flash_decode --signature flash-mla",
         "mla-spec check torch-absorbed --examples 10 --json report.json",
     ),
+    "explain": (
+        "mla-spec explain decode:dtype=float32,seqlens=65,page_size=64 my_kernel.py:Kernel",
+        "mla-spec explain rope:dtype=float32,dim=64 my_kernel.py:Kernel --law test_rope_preserves_norm",
+    ),
     "merge": ("mla-spec merge first.jsonl second.jsonl --json report.json",),
     "campaign": (
         "mla-spec campaign my_kernel.py:Kernel --hours 8",
@@ -44,7 +49,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "soundness": ("mla-spec soundness --cases 1000", "mla-spec soundness --first 17 --cases 1"),
     "sensitivity": ("mla-spec sensitivity torch-absorbed --dtype bfloat16 --cases 5",),
-    "selftest": ("mla-spec selftest --bug K4", "mla-spec selftest --quick"),
+    "selftest": ("mla-spec selftest --bug K4", "mla-spec selftest --quick", "mla-spec selftest --explain 40"),
     "coverage": ("mla-spec coverage torch-absorbed --examples 400",),
     "laws": ("mla-spec laws",),
     "contract": ("mla-spec contract", "mla-spec contract decode"),

@@ -35,6 +35,9 @@ def require_within_limits(options: Mapping[str, Any]) -> None:
         if value is not None and not 0 < value <= LONGEST:
             positive = "positive" if not value > 0 or math.isnan(value) else f"at most {LONGEST}"
             raise UsageError(f"{_option(name)} must be {positive}, got {value}")
+    explain = options.get("explain")
+    if explain is not None and not 0 <= explain <= LONGEST:
+        raise UsageError(f"--explain must be from 0 to {LONGEST}, got {explain}")
 
 
 def require_outputs(options: Mapping[str, Any]) -> None:

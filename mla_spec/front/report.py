@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mla_spec.judging.verdict import Record, merge
+from mla_spec.operations.all import KINDS, parse_case
+from mla_spec.text.layout import Screen
 from mla_spec.text.table import format_table
 
 NO_LSE = "decode returns no LSE"
@@ -31,7 +33,9 @@ def merged(records: Iterable[Record]) -> list[Record]:
 def record_row(record: Record) -> tuple[str, ...]:
     """The columns of ``HEADER``: "exact" stands for laws that compare bits."""
     worst = "exact" if record.verdict == "pass" else ""
-    detail = record.worst_case
+    detail = (
+        parse_case(record.worst_case).short_id if record.worst_case.partition(":")[0] in KINDS else record.worst_case
+    )
     if record.worst is not None:
         worst = f"{record.worst:.3f}"
     if record.verdict != "pass":
@@ -44,11 +48,18 @@ def outcome(record: Record) -> str:
     return "waived" if record.waived else record.verdict
 
 
-def report_of(records: list[Record]) -> str:
-    """A table of the laws that apply, why others do not, what was sampled, each law that does not hold, and a summary."""
+def report_of(records: list[Record], screen: Screen | None = None) -> str:
+    """A table of the laws that apply, why others do not, what was sampled, each law that does not hold, and a summary.
+
+    Args:
+        screen: where it is shown; rows of the table are cut to its width. None where nothing is cut.
+    """
     applying = [record for record in records if record.verdict != "unsupported"]
     reasons = Counter(record.message for record in records if record.verdict == "unsupported")
-    parts = [format_table([HEADER, *map(record_row, applying)])] if applying else []
+    table = format_table([HEADER, *map(record_row, applying)]) if applying else ""
+    if screen is not None:
+        table = "\n".join(screen.cut(line) for line in table.splitlines())
+    parts = [table] if applying else []
     if reasons:
         parts.append(
             "\n".join(f"unsupported: {count} law{'s' * (count > 1)}, {reason}" for reason, count in reasons.items())

@@ -10,7 +10,7 @@ from mla_spec.front.device import require_device
 from mla_spec.front.selftest_report import report, write_markdown
 from mla_spec.installed import reported_faults
 from mla_spec.judging.law import Options
-from mla_spec.proof import peer_results
+from mla_spec.proof import explained, peer_results
 from mla_spec.proof.selftest import (
     BugResult,
     Matrix,
@@ -33,6 +33,8 @@ def selftest(options: argparse.Namespace) -> int:
     if options.catalogue:
         print(format_table([("bug", "status", "symptom"), *_catalogue()]))
         return 0
+    if options.explain is not None:
+        return _explain(bugs, options)
     matrix = _read(options.read) if options.read is not None else _run(bugs, options)
     print(report(matrix))
     content, tables, short_tables = matrix.as_dict(), [], []
@@ -76,6 +78,27 @@ def _run(bugs: list[Any], options: argparse.Namespace) -> Matrix:
     )
     show_progress("")
     return matrix
+
+
+def _explain(bugs: list[Any], options: argparse.Namespace) -> int:
+    """Say for how many planted bugs the cause is named; 0 whatever the figure is."""
+    chosen, done = explained.explicable(bugs, options.explain), 0
+
+    def progress(result: explained.Explained) -> None:
+        nonlocal done
+        done += 1
+        if options.records is not None:
+            append_json(options.records, result.as_dict())
+        show_progress(f"[{done}/{len(chosen)}] {result.bug}: {', '.join(result.named) or 'nothing named'}")
+
+    law_options = Options(examples=options.examples, seed=options.seed, device=options.device)
+    results = explained.explain_bugs(chosen, law_options, progress)
+    show_progress("")
+    rows = [(each.bug, each.law or "not found", ", ".join(each.named) or "-") for each in results]
+    print(f"{format_table([('bug', 'law', 'same wrong numbers'), *rows])}\n\n{explained.score(results)}")
+    if options.json is not None:
+        write_json(options.json, [each.as_dict() for each in results])
+    return 0
 
 
 def _catalogue() -> list[tuple[str, ...]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,6 +14,7 @@ import numpy as np
 
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
+from mla_spec.judging.anatomy import Anatomy, anatomy_of
 from mla_spec.judging.diagnosis import diagnosis
 from mla_spec.judging.judge import judge_same_bits, judge_within, require_bounded, require_meaningful
 from mla_spec.judging.verdict import TrivialCase, VacuousCase
@@ -53,7 +55,7 @@ class Run:
     was too large for the memory there is. Where P is so coarse that a worst case says nothing, ``sharp`` and ``loose`` count the
     comparisons whose probable bound says something, and those whose does not; ``calls`` are the last ones of a subject that is not
     deterministic. ``compile``, ``isolated`` and ``production`` are those of the options.
-    ``last`` is the last call of an operation: inputs and results.
+    ``last`` is the last call of an operation: inputs and results. ``anatomy`` is that of the result that failed.
     """
 
     driver: Driver
@@ -74,6 +76,7 @@ class Run:
     calls: list[tuple[Operation, Any, Results]] = field(default_factory=list, repr=False)
     production: Production = Production()
     last: tuple[Operation, Any, Results] | None = None
+    anatomy: Anatomy = field(default_factory=dict)
 
     def call(self, operation: Operation, inputs: Any, tensors: Tensors | None = None) -> Results:
         """The outputs of an operation of the subject. ``tensors`` replace those built from ``inputs``."""
@@ -106,7 +109,8 @@ class Run:
         self.compares(got.value.size)
         if gate and self.profile.coarse:
             gate = self._counted(want, bound)
-        ratio = judge_within(got, want, bound, gate=gate)
+        with self._dissected(got, want, bound.total):
+            ratio = judge_within(got, want, bound, gate=gate)
         if self.worst is None or ratio > self.worst:
             self.worst, self.worst_case = ratio, self.case_id
 
@@ -146,7 +150,8 @@ class Run:
         """``judge_same_bits``; of a subject that is not deterministic, that both lie within the bound of the same value."""
         self.compares(got.value.size)
         if self.profile.deterministic:
-            judge_same_bits(got, want, why)
+            with self._dissected(got, want.value, None):
+                judge_same_bits(got, want, why)
             return
         self.note = (
             "the subject is not deterministic: where bits should be the same, they were compared within the bound"
@@ -166,6 +171,15 @@ class Run:
                     want = operation.expected(inputs, self.profile, self.supports)[i]
                     return float(want.bound.total.max(initial=0.0)) if isinstance(want, Within) else None
         return None
+
+    @contextmanager
+    def _dissected(self, got: Result, want: Array, allowed: Array | None) -> Iterator[None]:
+        """Keep the anatomy of what the judge finds wrong."""
+        try:
+            yield
+        except Violation:
+            self.anatomy = anatomy_of(got.what, got.value, want, allowed)
+            raise
 
     def same_function(self, got: Result, want: Result, bound: ErrorBound, why: str) -> None:
         """Two results of the subject for the same exact value, each within ``bound`` of it; NaN is no result."""

@@ -109,6 +109,8 @@ class VerdictLine:
     note: str
     dtype: str
     waived: str = ""
+    evidence: list[dict[str, Any]] = field(default_factory=list)
+    separation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cell(self) -> Cell:
@@ -119,7 +121,7 @@ class VerdictLine:
         return Record(**{name: getattr(self, name) for name in _RECORD})
 
 
-_RECORD = [f.name for f in fields(Record) if f.name != "dtypes"]
+_RECORD = [f.name for f in fields(Record) if f.name not in ("dtypes", "cause")]
 
 
 @dataclass(frozen=True, kw_only=True)

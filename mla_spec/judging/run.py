@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 import zlib
@@ -19,7 +20,9 @@ from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, Hypoth
 
 from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.bounds.profile import Profile
+from mla_spec.judging.anatomy import Anatomy
 from mla_spec.judging.law import Law, Options, Production, Run
+from mla_spec.judging.separation import History, separation
 from mla_spec.judging.verdict import (
     Record,
     TrivialCase,
@@ -160,6 +163,7 @@ class _Attempts:
         refused: how many of these the subject refused, and why the last of them was.
         last: the case that ran last.
         failure: the first failure, and its case.
+        history: every case, and whether it failed.
     """
 
     def __init__(self, law: Law, run: Run, options: Options, make: Callable[[], Driver], *, twice: bool) -> None:
@@ -171,6 +175,8 @@ class _Attempts:
         self.refused = (0, "")
         self.last: Case | None = None
         self.failure: tuple[Exception, Case] | None = None
+        self.history: History = []
+        self._wrong: list[Anatomy] = []
 
     def __call__(self, case: Case) -> None:
         if self.deaths.spent > SHRINKING:
@@ -178,6 +184,8 @@ class _Attempts:
             return
         self.cases += self.failure is None
         self.last, self.run.case_id, self.run.compared, self.run.last = case, case.id, None, None
+        self.run.anatomy = {}
+        self.history.append((case, False))
         if self.options.announce is not None:
             self.options.announce(case)
         try:
@@ -193,6 +201,7 @@ class _Attempts:
             self.refused = self.refused[0] + (self.failure is None), str(reason)
         except _FAILURES as error:
             self.failure = self.failure or (error, case)
+            self._keep_evidence(case)
             raise
 
     def given(self, case: Case) -> None:
@@ -213,6 +222,18 @@ class _Attempts:
                 self.run.driver.process.require_silence()
         except SystemExit as error:  # no law asks for it: it comes of what a subject computes when it is read
             raise SubjectCrashed(raised(error)) from error
+
+    def _keep_evidence(self, case: Case) -> None:
+        """Note that ``case`` failed: the last such case is the smallest, and the one with the most elements is kept too."""
+        self.history[-1] = (case, True)
+        if self.run.anatomy:
+            found = {"case": case.id, **self.run.anatomy}
+            self._wrong = [found, max([*self._wrong[1:], found], key=lambda each: math.prod(each["shape"]))]
+
+    @property
+    def evidence(self) -> list[Anatomy]:
+        """The anatomies of the smallest failing case and of the richest, once where they are one."""
+        return self._wrong[:1] if len({each["case"] for each in self._wrong}) == 1 else self._wrong
 
     def flaky(self) -> tuple[Exception, Case, str]:
         """The first failure and its case, where its inputs gave none when they were repeated, and how often they do."""
@@ -277,6 +298,8 @@ def _run_dtype(
             replay="" if case is None else replay_command(law.name, case, options),
             seconds=time.perf_counter() - start,
             note=run.note if run is not None else "",
+            evidence=[] if attempt is None else attempt.evidence,
+            separation={} if attempt is None else separation(attempt.history),
         )
 
     def make() -> Driver:
@@ -284,7 +307,7 @@ def _run_dtype(
             driver: Driver = there(Driver, subject, dtype, options.device)
             return driver
 
-    name, run = declared.name, None
+    name, run, attempt = declared.name, None, None
     try:
         run = Run(
             make(),

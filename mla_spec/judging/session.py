@@ -125,7 +125,7 @@ def header(options: Options, laws: Sequence[str], shard: Shard = Shard()) -> Run
 def verdict_line(run: str, cell: Cell, record: Record) -> VerdictLine:
     """What is recorded of a cell."""
     values = record.as_dict()
-    del values["dtypes"]
+    del values["dtypes"], values["cause"]
     return VerdictLine(run=run, spec=cell.spec, seed=cell.seed, **values)
 
 

@@ -44,6 +44,11 @@ class Record:
         dtype: the one that gave the verdict; empty where none was asked.
         dtypes: the verdict of each dtype that was judged.
         waived: the reason of the waiver that expects this failure; empty where there is none.
+        evidence: the anatomy (``mla_spec.judging.anatomy``) of the wrong result of the smallest failing case, and that of the
+            one with the most elements, each with its ``case``; empty where nothing was compared.
+        separation: what separates the cases that failed from those that passed (``mla_spec.judging.separation``).
+        cause: in the report of a run, of the law that shows a fault first what that is (``mla_spec.judging.causes``), of the
+            others which law they follow.
     """
 
     law: str
@@ -60,6 +65,9 @@ class Record:
     dtype: str = ""
     dtypes: dict[str, str] = field(default_factory=dict)
     waived: str = ""
+    evidence: list[dict[str, Any]] = field(default_factory=list)
+    separation: dict[str, Any] = field(default_factory=dict)
+    cause: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subject", one_line(self.subject, 200))

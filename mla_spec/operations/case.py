@@ -26,6 +26,12 @@ class Case:
         values = {f.name: getattr(self, f.name) for f in fields(self) if not self._left_out(f)}
         return f"{self.kind}:" + ",".join(f"{name}={_write(value)}" for name, value in values.items())
 
+    @property
+    def short_id(self) -> str:
+        """The id without fields that have their default: it builds the same case."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"{self.kind}:" + ",".join(f"{name}={_write(value)}" for name, value in values.items())
+
     def _left_out(self, f: Field[Any]) -> bool:
         return f.name in self.optional and getattr(self, f.name) == f.default
 

@@ -37,16 +37,24 @@ class Description:
     conventions: tuple[str, ...] = ()
 
     @property
-    def text(self) -> str:
-        """Operations, conventions, restrictions, and each profile where it is not the default, over several lines."""
+    def _offered(self) -> list[str]:
         if self.fault:
-            return self.fault
+            return [self.fault]
         lines = [f"{self.name}: offers {', '.join(self.operations)}"]
         lines += [f"  {sentence}" for sentence in self.conventions]
         restrictions = self.supports.restrictions()
-        if restrictions:
-            lines.append(f"  supports {restrictions}")
-        return "\n".join([*lines, *(f"  profile {profile.describe()}" for profile in self.profiles.values())])
+        return [*lines, f"  supports {restrictions}"] if restrictions else lines
+
+    @property
+    def summary(self) -> list[str]:
+        """The same in fewer lines: of the profiles, only which fields are not the default."""
+        changed = sorted({name for profile in self.profiles.values() for name in profile.changed})
+        return [*self._offered, f"  profile changes {', '.join(changed)}"] if changed else self._offered
+
+    @property
+    def text(self) -> str:
+        """Operations, conventions, restrictions, and each profile where it is not the default, over several lines."""
+        return "\n".join([*self._offered, *(f"  profile {profile.describe()}" for profile in self.profiles.values())])
 
     def profile(self, dtype: str) -> Profile:
         """That of a dtype, which may be none of its own."""

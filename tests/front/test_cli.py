@@ -53,7 +53,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_a_conforming_subject_gets_0_and_a_table(kernel: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(
-        capsys, "check", f"{kernel}:Good", "--examples", "8", "--law", "test_decode_agrees_with_reference"
+        capsys, "check", f"{kernel}:Good", "-v", "--examples", "8", "--law", "test_decode_agrees_with_reference"
     )
     assert code == 0
     assert "good: offers rope, absorb, " in out
@@ -68,7 +68,7 @@ def test_a_conforming_subject_gets_0_and_a_table(kernel: str, capsys: pytest.Cap
 
 def test_a_violation_gets_1_and_its_replay_fails_too(kernel: str, capsys: pytest.CaptureFixture[str]) -> None:
     law = "test_decode_agrees_with_reference"
-    code, out, _ = run(capsys, "check", f"{kernel}:Wrong", "--law", law)
+    code, out, _ = run(capsys, "check", f"{kernel}:Wrong", "-v", "--law", law)
     assert code == 1
     replay = next(line for line in out.splitlines() if line.strip().startswith("replay:")).split("mla-spec ")[1]
     code, out, _ = run(capsys, *replay.split())

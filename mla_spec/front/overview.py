@@ -1,0 +1,139 @@
+"""One screen that says what came of a check: verdict, operations by dtype, causes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from mla_spec.front.report import summary
+from mla_spec.installed import operation_names
+from mla_spec.judging.causes import Cause, causes, needs
+from mla_spec.judging.verdict import Record
+from mla_spec.operations.all import KINDS, parse_case
+from mla_spec.subjects.supports import DTYPES
+from mla_spec.text.layout import Screen
+from mla_spec.text.table import format_table
+
+SHOWN = 3
+"""Causes that are shown; the rest are counted."""
+
+LAWS = "laws of several operations"
+
+
+def overview(records: list[Record], screen: Screen, found: list[Cause] | None = None, *, part: bool = False) -> str:
+    """The screen; ``found`` are the causes where they are known already, and ``part`` says that more is to be judged."""
+    found = causes(record for record in records if not record.holds) if found is None else found
+    blocks = [
+        _verdict(records, found, screen, part),
+        _table(records, screen),
+        _remarks(records, screen),
+        *(_cause(number, cause, screen) for number, cause in enumerate(found[:SHOWN], 1)),
+    ]
+    if len(found) > SHOWN:
+        blocks.append([f"{len(found) - SHOWN} more causes: -v has all laws that fail"])
+    return "\n".join(line for block in blocks for line in block)
+
+
+def _verdict(records: list[Record], found: list[Cause], screen: Screen, part: bool) -> list[str]:
+    ran = [record for record in records if record.verdict != "unsupported"]
+    wrong = sum(record.verdict in ("fail", "crashed") and not record.holds for record in ran)
+    unclear = sum(record.verdict == "incomplete" and not record.holds for record in ran)
+    seconds = sum(record.seconds for record in records)
+    if wrong:
+        few = f"{len(found)} cause{'s' * (len(found) > 1)}"
+        text, style = f"violates: {wrong} of {len(ran)} laws fail, by {few}", "red"
+    elif unclear or not any(record.verdict == "pass" for record in ran):
+        text, style = f"incomplete: {unclear} of {len(ran)} laws could not be judged", "yellow"
+    elif part:
+        text, style = f"so far, of a part of the run: {summary(ran)}", "yellow"
+    else:
+        text, style = f"conforms: {summary(ran)}", "green"
+    return [screen.paint(screen.cut(f"{text} ({seconds:.0f} s of work)"), style, "bold")]
+
+
+def _operation(record: Record, faulty: set[str]) -> str:
+    """The operation under which a law is counted: one that is wrong, where the law fails and needs such a one."""
+    named = needs(record)
+    if not record.holds and (wrong := [name for name in named if name in faulty]):
+        return wrong[0]
+    return named[0] if named else LAWS
+
+
+def _table(records: list[Record], screen: Screen) -> list[str]:
+    """A row an operation; where some fail, the others are one paragraph."""
+    single = {record.law: needs(record) for record in records}
+    faulty = {names[0] for record in records if not record.holds and len(names := single[record.law]) == 1}
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record.verdict != "unsupported":
+            groups.setdefault(_operation(record, faulty), []).append(record)
+    order = [name for name in (*operation_names(), LAWS) if name in groups]
+    bad = [name for name in order if not all(record.holds for record in groups[name])]
+    shown = bad or order
+    dtypes = [d for d in DTYPES if any(d in r.dtypes or d == r.dtype for rs in groups.values() for r in rs)]
+    rows = [("laws that hold", *dtypes, "error/bound"), *(_row(name, groups[name], dtypes) for name in shown)]
+    lines = [screen.cut(line) for line in format_table(rows).splitlines()] if shown else []
+    lines[1:] = [screen.paint(line, "red") for line in lines[1:]] if bad else lines[1:]
+    if bad and (rest := [f"{name} {len(groups[name])}" for name in order if name not in bad]):
+        lines += [screen.paint(line, "green") for line in screen.wrapped(f"all hold: {', '.join(rest)}", rest="  ")]
+    return lines
+
+
+def _row(name: str, records: list[Record], dtypes: list[str]) -> tuple[str, ...]:
+    worst = max((r.worst for r in records if r.worst is not None), default=None)
+    return (name, *(_cell(records, dtype) for dtype in dtypes), "exact" if worst is None else f"{worst:.3f}")
+
+
+def _cell(records: list[Record], dtype: str) -> str:
+    """How many laws hold in a dtype, of how many where some do not."""
+    verdicts = [verdict for r in records for d, verdict in (r.dtypes or {r.dtype: r.verdict}).items() if d == dtype]
+    judged = [verdict for verdict in verdicts if verdict != "unsupported"]
+    held = judged.count("pass")
+    return "-" if not judged else str(held) if held == len(judged) else f"{held} of {len(judged)}"
+
+
+def _remarks(records: list[Record], screen: Screen) -> list[str]:
+    """What does not apply, what was waived or sampled, and what could not be judged."""
+    lines = []
+    if count := sum(record.verdict == "unsupported" for record in records):
+        reasons = Counter(record.message for record in records if record.verdict == "unsupported")
+        why = "; ".join(reason for reason, _ in reasons.most_common())
+        lines.append(screen.cut(f"{_laws(count)} {'do' if count > 1 else 'does'} not apply: {why}"))
+    if waived := Counter(record.waived for record in records if record.waived):
+        lines += [screen.cut(f"{_laws(count)} waived: {reason}") for reason, count in waived.items()]
+    for record in records:
+        lines += [
+            line for note in record.note.splitlines() for line in screen.wrapped(f"{record.law}: {note}", rest="  ")
+        ]
+        if record.verdict == "incomplete" and not record.holds:
+            lines += screen.wrapped(f"not judged: {record.law}: {record.message}", rest="  ", most=2)
+    return lines
+
+
+def _laws(count: int) -> str:
+    return f"{count} law{'s' * (count > 1)}"
+
+
+def _cause(number: int, cause: Cause, screen: Screen) -> list[str]:
+    """The first cause in full; of a later one, which may be gone when the first is, what is wrong."""
+    indent = "   "
+    lines = screen.wrapped(f"{number}. {cause.statement}", rest=indent, most=3 if number == 1 else 2)
+    lines[0] = screen.paint(lines[0], "bold")
+    if number == 1 and (shown := [line for line in cause.lead.message.splitlines() if "got" in line]):
+        lines.append(screen.cut(f"{indent}{shown[0].strip()}"))
+    for suspect in cause.suspects[: 2 if number == 1 else 1]:
+        lines += screen.wrapped(suspect_text(suspect), indent, indent, most=3)
+    return lines + (screen.command(short_replay(cause.lead), indent) if number == 1 else [])
+
+
+def suspect_text(suspect: dict[str, object]) -> str:
+    """A suspect in one sentence."""
+    source = f" {suspect['source']}" if suspect.get("source") else ""
+    declare = f" Right if it declares {suspect['declare']}." if suspect.get("declare") else ""
+    return f"same wrong numbers as {suspect['id']}: {suspect['claim']}{declare}{source}"
+
+
+def short_replay(record: Record) -> str:
+    """The command that runs the smallest case again, without fields of the case that have their default."""
+    if not record.replay or record.case.partition(":")[0] not in KINDS:
+        return record.replay
+    return record.replay.replace(record.case, parse_case(record.case).short_id)

@@ -1,0 +1,75 @@
+"""``mla-spec explain`` and the suspects of a check's report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mla_spec.front.cli import main
+from mla_spec.front.explain_command import laws_of
+from mla_spec.installed import planted_bugs
+from mla_spec.operations.all import parse_case
+from mla_spec.proof.explained import Explained, explicable, score
+
+CASE = "decode:dtype=float32,seqlens=5+7,kv_lora_rank=4,page_size=2"
+
+
+def test_the_fault_of_a_planted_bug_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "record.json"
+    assert main(["explain", CASE, planted_bugs()["F22"].spec, "--json", str(target)]) == 1
+    out = capsys.readouterr().out
+    assert "same wrong numbers as F22: The page is looked up for every other page only." in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    record = json.loads(target.read_text())
+    assert [each["id"] for each in record["cause"]["suspects"]] == ["F22"]
+    assert record["cause"]["try"][-1] == record["replay"]
+
+
+def test_a_case_that_holds_needs_no_explanation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", CASE, "torch-absorbed"]) == 0
+    assert "nothing to explain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode:nonsense=1", "torch-absorbed"], "a decode case has no field 'nonsense'"),
+        ([CASE, "no.such:Kernel"], "no.such"),
+        ([CASE, "torch-absorbed", "--law", "test_nothing"], "unknown law"),
+        (["ring_backward:dtype=float32", "torch-absorbed"], "name the law"),
+    ],
+)
+def test_what_cannot_be_explained_is_said_in_a_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_the_law_of_a_case_is_that_of_its_operation_alone() -> None:
+    assert laws_of(parse_case(CASE)) == ["test_decode_agrees_with_reference", "test_decode_lse_agrees_with_reference"]
+    assert laws_of(parse_case("layer:dtype=float32"))[0] == "test_layer_prefill_agrees_with_reference"
+
+
+def test_the_score_counts_a_bug_only_among_the_first() -> None:
+    results = [
+        Explained("A", "law", ("A",), "case"),
+        Explained("B", "law", ("X", "Y", "Z", "B"), "case"),
+        Explained("C", "law", (), "case"),
+        Explained("D", "", (), ""),
+    ]
+    text = score(results)
+    assert "the cause of 1 of 3 planted bugs is named among the first 3 suspects (33 %), of 1 as the only one" in text
+    assert "something with the same wrong numbers is named for 1 of 3 (33 %)" in text
+
+
+def test_a_sample_of_bugs_is_spread_over_all() -> None:
+    every = explicable(list(planted_bugs().values()))
+    few = explicable(list(planted_bugs().values()), 7)
+    assert len(few) == 7
+    assert few[0] is every[0]
+    assert set(few) <= set(every)
