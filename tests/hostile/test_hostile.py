@@ -299,7 +299,6 @@ RAISED = {
     "Exception('a\\nb')": "Exception: a",
     "type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})()": "Mute: it cannot be printed",
     "__import__('mla_spec.subjects.violation', fromlist=['x']).NotOffered('no')": "NotOffered: no",
-    "__import__('mla_spec.subjects.violation', fromlist=['x']).Violation('no')": "Violation: no",
     "__import__('mla_spec.judging.verdict', fromlist=['x']).TrivialCase('no')": "TrivialCase: no",
     "__import__('hypothesis').errors.UnsatisfiedAssumption()": "UnsatisfiedAssumption",
     "__import__('pytest').skip.Exception('no')": "Skipped: no",
@@ -324,6 +323,8 @@ ENDED = {
     "[os.write(fd, b'junk' * 8) for fd in map(int, os.listdir('/proc/self/fd')) if fd > 1000]": "wrote into the channel",
     "os.closerange(3, 1 << 15)": "",
 }
+VIOLATION = "from mla_spec.subjects.violation import Violation\nraise Violation('of its own')"
+REFUSAL = "from mla_spec.subjects.violation import Unsupported\nraise Unsupported('of its own')"
 HANGS = {
     "time.sleep(1000)": "did not return within",
     "threading.Lock().acquire() and threading.Event().wait()": "did not return within",
@@ -361,6 +362,8 @@ def rows() -> list[tuple[str, str, str, str, str]]:
     ]
     made += [(name, AGREES, body, "pass", "") for name, body in FINE.items()]
     made += [(f"raises {what}", AGREES, f"raise {what}", "crashed", text) for what, text in RAISED.items()]
+    made += [("raises a Violation", AGREES, VIOLATION, "fail", "of its own")]
+    made += [("refuses every case", AGREES, REFUSAL, "unsupported", "of its own")]
     made += [(f"ends by {what}", AGREES, f"{what}; {HONEST}", "crashed", text) for what, text in ENDED.items()]
     return made
 
