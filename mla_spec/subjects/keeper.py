@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mla_spec.installed import load_for_subjects
+
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _OUT_OF_THE_WAY = 1 << 14
 """The channel gets a number that loops over the usual descriptors do not reach."""
@@ -42,18 +44,8 @@ def keep(lifeline: int, wrapper: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     if not wrapper:
-        _import_all()
+        load_for_subjects()
     _Keeper(socket.socket(fileno=lifeline), wrapper).run()
-
-
-def _import_all() -> None:
-    """What every subject's process needs, imported once."""
-    import torch
-
-    import mla_spec.operations.all
-    import mla_spec.subjects.process  # noqa: F401
-
-    torch.use_deterministic_algorithms(False)  # imports more of torch than all that came before
 
 
 class _Keeper:
