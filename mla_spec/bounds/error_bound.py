@@ -30,7 +30,8 @@ class InvalidBound(ValueError):
 
 def overflowed(term: Array) -> Array:
     """``term`` with inf where its arithmetic overflowed to NaN, as inf - inf and 0 · inf do."""
-    return np.where(np.isnan(term), np.inf, term)
+    lost = np.isnan(term)
+    return np.where(lost, np.inf, term) if lost.any() else term
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class ErrorBound:
 
     def __post_init__(self) -> None:
         for name, term in self.terms.items():
-            wrong = ~(np.asarray(term) >= 0)
-            if wrong.any():
-                raise InvalidBound(f"{name!r} must be 0 or more, got {float(np.asarray(term)[wrong].flat[0])!r}")
+            right = np.asarray(term) >= 0
+            if not right.all():
+                raise InvalidBound(f"{name!r} must be 0 or more, got {float(np.asarray(term)[~right].flat[0])!r}")
 
     @cached_property
     def total(self) -> Array:
