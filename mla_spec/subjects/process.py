@@ -25,6 +25,9 @@ from mla_spec.subjects.violation import TOLD, BrokenSubject, SubjectCrashed, Unk
 PATIENCE = 5.0
 """Seconds in which a process that was told to end does."""
 
+BUFFER = 1 << 22
+"""Bytes that may be on their way, as far as the system allows: the fewer, the more often two processes take turns."""
+
 STARTING = 600.0
 """Seconds in which a process has imported what the suite needs, under whatever it runs."""
 
@@ -201,6 +204,8 @@ class SubjectProcess:
         self.launch()
         assert self._lifeline is not None
         self._channel, theirs = socket.socketpair()
+        for end in (self._channel, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         self._channel.setblocking(False)
         self._selector.register(self._channel, selectors.EVENT_READ, "channel")
         self._life, self._released = self._life + 1, []
