@@ -145,10 +145,10 @@ class SubjectProcess:
             return
         self.require_silence()
         self._disconnect()
-        self._lifeline.settimeout(STARTING)
-        status = self._lifeline.recv(64).decode()
-        self._lifeline.settimeout(None)
+        status = self._told_status(STARTING)
         self._drain()
+        if not status:
+            self._forget_keeper()
         if status != "0":
             raise Violation(
                 f"under {self.under[0]} the process ended with {status or 'its keeper'}{self.output.told()}"
@@ -335,10 +335,10 @@ class SubjectProcess:
         code = int(status)
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
-    def _told_status(self) -> str | None:
+    def _told_status(self, patience: float = PATIENCE) -> str | None:
         """The exit status as the keeper tells it, empty where the keeper is gone, None where the process lives on."""
         assert self._lifeline is not None
-        self._lifeline.settimeout(PATIENCE)
+        self._lifeline.settimeout(patience)
         try:
             return self._lifeline.recv(64).decode()
         except TimeoutError:
