@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from mla_spec.front.overview import overview, short_replay
+from mla_spec.front.run import Progress
 from mla_spec.installed import all_laws
 from mla_spec.judging.anatomy import anatomy_of
 from mla_spec.judging.causes import causes
+from mla_spec.judging.plan import Cell
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import parse_case
 from mla_spec.operations.decode import DecodeCase
@@ -89,6 +91,14 @@ def test_the_command_runs_the_same_case_and_can_be_copied() -> None:
         lines = Screen(width).command(command)
         assert max(map(len, lines)) <= width
         assert shlex.split("\n".join(lines).replace("\\\n", "")) == shlex.split(command)
+
+
+def test_progress_says_rate_and_time_left() -> None:
+    progress, cell = Progress(10), Cell(("pkg:Kernel",), "test_rope_preserves_norm", "float32")
+    assert progress.text(cell, 1.0).startswith("[0/10] test_rope_preserves_norm")
+    judged = [(cell, passed(cell.law))] * 4
+    assert list(progress.counted(judged)) == judged
+    assert progress.text(cell, 80.0).startswith("[4/10, 0.1/s, 2:00 left] test_rope_preserves_norm")
 
 
 def test_colors_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
