@@ -64,6 +64,18 @@ def test_one_fault_fits_a_screen_of_24_lines() -> None:
     assert f"0 of {len([n for n in DECODE if all_laws()[n].needs[0] == 'decode'])}"[:2] in joined
 
 
+def test_a_later_cause_that_looks_like_the_first_is_one_line() -> None:
+    records = [failed("test_decode_agrees_with_reference"), failed("test_quantised_decode_agrees_with_reference")]
+    found = causes(records)
+    assert len(found) == 2
+    for cause in found:
+        cause.suspects.append({"id": "F22", "claim": "The page is looked up for every other page only."})
+    lines = overview(records, Screen(80), found).splitlines()
+    assert lines[-1] == "2. 1 law of decode_quantized: the same wrong numbers as F22 too"
+    found[1].suspects.clear()
+    assert "out is 0.414 times" in " ".join(overview(records, Screen(80), found).splitlines()[-2:])
+
+
 def test_what_holds_is_one_row_an_operation() -> None:
     text = overview([passed(name) for name in all_laws()], Screen(80))
     rows = [line.split() for line in text.splitlines()]
