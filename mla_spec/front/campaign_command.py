@@ -105,7 +105,8 @@ class _Campaign:
         subjects = {asked.spec: asked for asked in self.subjects}
         for cells in self._rounds():
             left = [cell for cell in cells if cell not in self.store.judged]
-            for _ in self.store.add(run_in(pool, left, subjects, Progress(len(left)))):
+            progress = Progress(len(left))
+            for _ in self.store.add(progress.counted(run_in(pool, left, subjects, progress))):
                 pass
             self._keep_hardest()
 

@@ -102,7 +102,8 @@ class _Check:
             ]
             objects = {asked.spec: (asked, subject) for asked, (_, subject) in zip(self.subjects, here, strict=True)}
             left = self._prepare()
-            self._keep(run_here(left, objects, Progress(len(left))))
+            progress = Progress(len(left))
+            self._keep(progress.counted(run_here(left, objects, progress)))
             return
         with WorkerPool(self.options.jobs, self.options.timeout, under=self.options.under) as pool:
             declared = [pool.describe(each, self.options.signature) for each in settings]
@@ -111,7 +112,8 @@ class _Check:
                 for each, future in zip(settings, declared, strict=True)
             ]
             left = self._prepare()
-            self._keep(run_in(pool, left, {asked.spec: asked for asked in self.subjects}, Progress(len(left))))
+            progress, by_spec = Progress(len(left)), {asked.spec: asked for asked in self.subjects}
+            self._keep(progress.counted(run_in(pool, left, by_spec, progress)))
 
     def _prepare(self) -> list[Cell]:
         """Plan the cells, begin the records, and say which cells are left to judge."""

@@ -26,7 +26,8 @@ def overview(records: list[Record], screen: Screen, found: list[Cause] | None = 
         _verdict(records, found, screen, part),
         _table(records, screen),
         _remarks(records, screen),
-        *(_cause(number, cause, screen) for number, cause in enumerate(found[:SHOWN], 1)),
+        *(_first_cause(cause, screen) for cause in found[:1]),
+        *(_later_cause(number, cause, found[0], screen) for number, cause in enumerate(found[1:SHOWN], 2)),
     ]
     if len(found) > SHOWN:
         blocks.append([f"{len(found) - SHOWN} more causes: -v has all laws that fail"])
@@ -113,16 +114,31 @@ def _laws(count: int) -> str:
     return f"{count} law{'s' * (count > 1)}"
 
 
-def _cause(number: int, cause: Cause, screen: Screen) -> list[str]:
-    """The first cause in full; of a later one, which may be gone when the first is, what is wrong."""
-    indent = "   "
-    lines = screen.wrapped(f"{number}. {cause.statement}", rest=indent, most=3 if number == 1 else 2)
+_INDENT = "   "
+
+
+def _first_cause(cause: Cause, screen: Screen) -> list[str]:
+    """What is wrong, the worst element, known faults that look like it, and how to run the smallest case again."""
+    lines = screen.wrapped(f"1. {cause.statement}", rest=_INDENT, most=3)
     lines[0] = screen.paint(lines[0], "bold")
-    if number == 1 and (shown := [line for line in cause.lead.message.splitlines() if "got" in line]):
-        lines.append(screen.cut(f"{indent}{shown[0].strip()}"))
-    for suspect in cause.suspects[: 2 if number == 1 else 1]:
-        lines += screen.wrapped(suspect_text(suspect), indent, indent, most=3)
-    return lines + (screen.command(short_replay(cause.lead), indent) if number == 1 else [])
+    if shown := [line for line in cause.lead.message.splitlines() if "got" in line]:
+        lines.append(screen.cut(f"{_INDENT}{shown[0].strip()}"))
+    for suspect, most in zip(cause.suspects, (3, 2), strict=False):
+        lines += screen.wrapped(suspect_text(suspect), _INDENT, _INDENT, most=most)
+    return lines + screen.command(short_replay(cause.lead), _INDENT)
+
+
+def _later_cause(number: int, cause: Cause, first: Cause, screen: Screen) -> list[str]:
+    """What is wrong; in one line where the first cause looks like the same fault."""
+    ids = [{suspect["id"] for suspect in each.suspects} for each in (first, cause)]
+    if both := sorted(ids[0] & ids[1]):
+        count = len(cause.alike) + len(cause.follows)
+        return [screen.cut(f"{number}. {_laws(count)} of {cause.operation}: the same wrong numbers as {both[0]} too")]
+    lines = screen.wrapped(f"{number}. {cause.statement}", rest=_INDENT, most=2)
+    lines[0] = screen.paint(lines[0], "bold")
+    for suspect in cause.suspects[:1]:
+        lines += screen.wrapped(suspect_text(suspect), _INDENT, _INDENT, most=2)
+    return lines
 
 
 def suspect_text(suspect: dict[str, object]) -> str:

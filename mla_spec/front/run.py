@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +12,7 @@ from mla_spec.judging.records import EndLine, RecordFile, RecordsError, Run, Run
 from mla_spec.judging.session import Asked, verdict_line
 from mla_spec.judging.verdict import Record
 from mla_spec.judging.waivers import Waivers
+from mla_spec.text.layout import Screen
 from mla_spec.text.terminal import UsageError, show_progress, shown
 
 INTERRUPTED = 130
@@ -18,14 +21,29 @@ INTERRUPTED = 130
 
 @dataclass
 class Progress:
-    """Counts cells, and names one that is running."""
+    """Counts cells, and names one that is running, with the rate and the time that is left."""
 
     total: int
     done: int = 0
+    start: float = field(default_factory=time.monotonic)
 
     def __call__(self, cell: Cell) -> None:
         """Say that ``cell`` is running."""
-        show_progress(f"[{self.done}/{self.total}] {cell}")
+        show_progress(Screen.of(sys.stderr).cut(self.text(cell, time.monotonic() - self.start)))
+
+    def text(self, cell: Cell, seconds: float) -> str:
+        """The line, so many seconds after the start."""
+        if not self.done or seconds <= 0:
+            return f"[{self.done}/{self.total}] {cell}"
+        rate = self.done / seconds
+        minutes, rest = divmod(int((self.total - self.done) / rate), 60)
+        return f"[{self.done}/{self.total}, {rate:.1f}/s, {minutes}:{rest:02} left] {cell}"
+
+    def counted(self, judged: Iterable[Judged]) -> Iterator[Judged]:
+        """The same, each counted as it comes."""
+        for each in judged:
+            self.done += 1
+            yield each
 
 
 @dataclass

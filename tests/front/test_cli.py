@@ -242,6 +242,6 @@ def test_the_first_failing_case_may_stay_as_it_is(kernel: str, capsys: pytest.Ca
     law = ("--law", "test_decode_agrees_with_reference", "--dtype", "float32", "--examples", "3")
     fixed = [case.id for case in rare.decode(Supports(), Profile.default("float32"))]
     for options, same in (((), False), (("--no-minimise",), True)):
-        code, out, _ = run(capsys, "check", f"{kernel}:Wrong", *law, *options)
+        code, out, _ = run(capsys, "check", f"{kernel}:Wrong", "-v", *law, *options)
         assert code == 1
         assert any(f"smallest case: {case}" in out for case in fixed) == same

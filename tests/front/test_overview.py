@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from mla_spec.front.overview import overview, short_replay
+from mla_spec.front.run import Progress
 from mla_spec.installed import all_laws
 from mla_spec.judging.anatomy import anatomy_of
 from mla_spec.judging.causes import causes
+from mla_spec.judging.plan import Cell
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import parse_case
 from mla_spec.operations.decode import DecodeCase
@@ -62,6 +64,18 @@ def test_one_fault_fits_a_screen_of_24_lines() -> None:
     assert f"0 of {len([n for n in DECODE if all_laws()[n].needs[0] == 'decode'])}"[:2] in joined
 
 
+def test_a_later_cause_that_looks_like_the_first_is_one_line() -> None:
+    records = [failed("test_decode_agrees_with_reference"), failed("test_quantised_decode_agrees_with_reference")]
+    found = causes(records)
+    assert len(found) == 2
+    for cause in found:
+        cause.suspects.append({"id": "F22", "claim": "The page is looked up for every other page only."})
+    lines = overview(records, Screen(80), found).splitlines()
+    assert lines[-1] == "2. 1 law of decode_quantized: the same wrong numbers as F22 too"
+    found[1].suspects.clear()
+    assert "out is 0.414 times" in " ".join(overview(records, Screen(80), found).splitlines()[-2:])
+
+
 def test_what_holds_is_one_row_an_operation() -> None:
     text = overview([passed(name) for name in all_laws()], Screen(80))
     rows = [line.split() for line in text.splitlines()]
@@ -89,6 +103,14 @@ def test_the_command_runs_the_same_case_and_can_be_copied() -> None:
         lines = Screen(width).command(command)
         assert max(map(len, lines)) <= width
         assert shlex.split("\n".join(lines).replace("\\\n", "")) == shlex.split(command)
+
+
+def test_progress_says_rate_and_time_left() -> None:
+    progress, cell = Progress(10), Cell(("pkg:Kernel",), "test_rope_preserves_norm", "float32")
+    assert progress.text(cell, 1.0).startswith("[0/10] test_rope_preserves_norm")
+    judged = [(cell, passed(cell.law))] * 4
+    assert list(progress.counted(judged)) == judged
+    assert progress.text(cell, 80.0).startswith("[4/10, 0.1/s, 2:00 left] test_rope_preserves_norm")
 
 
 def test_colors_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:

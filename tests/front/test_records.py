@@ -240,7 +240,7 @@ def test_a_full_disk_after_the_run_is_said_and_the_report_is_printed(
 ) -> None:
     assert check(f"{kernel}:Rope", "--json", "/dev/full") == 3
     captured = capsys.readouterr()
-    assert "2 pass in" in captured.out
+    assert "conforms: 2 pass" in captured.out
     assert "cannot write '/dev/full': No space left on device" in captured.err
 
 

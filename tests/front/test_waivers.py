@@ -73,8 +73,9 @@ def test_only_what_is_waived_may_fail(text: str, code: int, kernel: Path) -> Non
 
 def test_waived_failures_are_printed_and_counted(kernel: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = kernel.parent / "records.json"
-    assert check(kernel, waiver(), "--json", str(target)) == 0
+    assert check(kernel, waiver(), "-v", "--json", str(target)) == 0
     out = capsys.readouterr().out
+    assert f"1 law waived: {REASON} (until 2999-01-01)" in out
     assert f"waived: {LAW}: fail: {REASON} (until 2999-01-01)" in out
     assert "1 pass, 1 waived in" in out
     records = {record["law"]: record for record in json.loads(target.read_text())}
@@ -222,7 +223,7 @@ def test_parametrize_with_checks_takes_the_same_file(kernel: Path, pytester: pyt
 
 
 def test_laws_are_chosen_by_pattern_and_by_operation(capsys: pytest.CaptureFixture[str]) -> None:
-    common = ("--examples", "1", "--dtype", "float32", "--in-process")
+    common = ("-v", "--examples", "1", "--dtype", "float32", "--in-process")
     assert main(["check", "torch-absorbed", "--law", "test_*_splits_kv_b_proj", *common]) == 0
     assert "test_absorb_splits_kv_b_proj" in capsys.readouterr().out
     assert main(["check", "torch-absorbed", "--law", "absorb", *common]) == 0
