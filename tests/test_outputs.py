@@ -16,7 +16,7 @@ import pytest
 from mla_spec.front.cli import main
 from mla_spec.text.files import require_writable, write_atomically
 
-CHECK = ("check", "torch-absorbed", "--law", "test_absorb_splits_kv_b_proj", "--examples", "1", "--in-process")
+CHECK = ("check", "torch-absorbed", "--law", "test_absorb_splits_kv_b_proj", "--examples", "1", "--in-process", "-v")
 
 
 def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:

@@ -345,7 +345,8 @@ def test_bound_is_a_number_or_infinite_for_logits_of_any_size(name: str, std: fl
         for error in (want.out_error.total, want.lse_error.total):
             assert not np.isnan(error).any()
             assert (error > 0).all()
-    if std == 1e4 and profile.score_format == "float32":
+    # q in 8 bits moves scores of this size by more than exp can take.
+    if std == 1e4 and profile.score_format == "float32" and profile.query is None:
         assert np.isfinite(want.out_error.total).all()
         assert np.isfinite(want.lse_error.total).all()
 

@@ -53,7 +53,7 @@ def subject(folder: Path, place: str, end: str) -> str:
 
 
 def arguments(spec: str) -> list[str]:
-    return ["check", spec, "--law", LAW, "--examples", "4", "--dtype", "float32", "--jobs", "1"]
+    return ["check", spec, "--law", LAW, "--examples", "4", "--dtype", "float32", "--jobs", "1", "-v"]
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -13,7 +13,7 @@ from mla_spec.front.cli import main
 pytest_plugins = ["pytester"]
 
 SAMPLED = "test_decode_agrees_under_load"
-LAW = ("--law", SAMPLED, "--law", "test_decode_is_exact_under_load", "--dtype", "float32")
+LAW = ("--law", SAMPLED, "--law", "test_decode_is_exact_under_load", "--dtype", "float32", "-v")
 SHAPE = {"operation": "decode", "seqlens": [70, 3], "num_heads": 4, "kv_lora_rank": 6, "qk_rope_head_dim": 2}
 WRONG = """
 from mla_spec.adapters.pytorch import TorchAbsorbed

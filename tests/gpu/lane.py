@@ -113,7 +113,7 @@ class Lane:
                 "reason": f"took more than {limit:.0f} s" if code is None else "",
                 "exit": code,
                 "seconds": round(time.monotonic() - start, 1),
-                "records": [_brief(json.loads(line)) for line in _whole_lines(_since(self.records, records))],
+                "records": [_brief(record) for record in _records(_since(self.records, records))],
                 "data": _data(printed),
                 "log": printed[-LOG_TAIL:],
             }
@@ -162,6 +162,12 @@ def _since(path: Path, offset: int) -> str:
     with path.open("rb") as file:
         file.seek(offset)
         return file.read().decode("utf-8", errors="replace")
+
+
+def _records(text: str) -> list[dict[str, Any]]:
+    """What was found, without the lines that tell of the run."""
+    lines = [json.loads(line) for line in _whole_lines(text)]
+    return [line for line in lines if line.get("type", "verdict") == "verdict"]
 
 
 def _whole_lines(text: str) -> list[str]:

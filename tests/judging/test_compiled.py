@@ -42,10 +42,21 @@ def test_an_unusable_backend_is_one_sentence(capsys: pytest.CaptureFixture[str])
     assert "does not work here with backend 'nonesuch'" in compiler_missing("nonesuch", "cpu")
     assert run_law(all_laws()[ROPE], TorchAbsorbed(), Options(compile="nonesuch")).verdict == "unsupported"
     assert main(["check", "torch-absorbed", "--law", ROPE, "--compile", "nonesuch"]) == 2
-    assert capsys.readouterr().err.startswith("mla-spec: --compile nonesuch: torch.compile does not work here")
+    assert capsys.readouterr().err.startswith("mla-spec: --compile 'nonesuch': torch.compile does not work here")
 
 
 def test_the_command_compiles(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["check", "torch-absorbed", "--law", ROPE, "--dtype", "float32", "--compile", "eager", "--in-process"]
+    command = [
+        "check",
+        "torch-absorbed",
+        "--law",
+        ROPE,
+        "--dtype",
+        "float32",
+        "--compile",
+        "eager",
+        "--in-process",
+        "-v",
+    ]
     assert main(command) == 0
     assert f"{ROPE}  pass" in capsys.readouterr().out

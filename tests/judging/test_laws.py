@@ -137,7 +137,7 @@ def test_a_call_that_raises_what_is_no_exception_crashed(end: BaseException) -> 
             raise end
 
     record = run_law(LAWS["test_decode_agrees_with_reference"], Ends(), FEW)
-    assert (record.verdict, record.cases) == ("crashed", 1)
+    assert (record.verdict, record.cases) == ("crashed", 4)  # once in each dtype
     assert record.message.startswith(f"{type(end).__name__}: {end}")
     assert record.replay == ""
 
@@ -251,7 +251,7 @@ def test_examples_are_spread_over_the_dtypes_and_equal_seeds_give_equal_cases() 
         seen.append([])
         run_law(make_law(check), TorchAbsorbed(), Options(examples=80, seed=seed))
     assert seen[0] == seen[1] != seen[2]
-    dtypes = [parse_case(case).dtype for case in seen[0]]
+    dtypes = [parse_case(case).dtype for case in seen[0][1:]]  # the first case runs twice
     assert {dtypes.count(dtype) for dtype in set(dtypes)} == {20}
     assert len(set(dtypes)) == 4
 
