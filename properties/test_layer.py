@@ -226,24 +226,56 @@ def test_layer_allocates_only_its_cache(run: Run, case: LayerCase) -> None:
     """
     inputs = case.build()
     layer = _make(run, inputs)
+    calls = _calls(case)
+    sizes = [_cache_bytes(run, case, tokens.stop) for _, tokens in calls]
+    prompt = case.batch * case.prompt * _row_bytes(case)
+    excess = there(_excess, layer, inputs.hidden, inputs.positions, calls, [want for want, _ in sizes], prompt)
+    if excess is not None:
+        number, event, kept, allowed = excess
+        want, formula = sizes[number]
+        raise Violation(
+            f"since its {event} a layer of {calls[number][1].stop} tokens keeps {kept} B more, "
+            f"want at most {allowed}; the cache takes {want} = {formula}"
+        )
+
+
+def _excess(
+    layer: LayerDriver,
+    hidden: Array,
+    positions: IntArray,
+    calls: list[tuple[str, slice]],
+    sizes: list[int],
+    prompt: int,
+) -> tuple[int, str, int, int] | None:
+    """The first call after which a layer that was used before and reset keeps more than its cache takes; None where none is.
+
+    Runs beside the layer, whose allocations it counts.
+
+    Args:
+        sizes: bytes of the cache after each call.
+        prompt: bytes of the rows of the prompt alone.
+
+    Returns:
+        The number of the call, what more is kept since ("reset" or "prefill"), how many bytes that is, and how many it may be.
+    """
     memory = Allocations()
-    for method, tokens in _calls(case):
+
+    def called(method: str, tokens: slice) -> None:
         with memory:
-            _run(layer, method, inputs, tokens)
+            layer.run(method, hidden[:, tokens], positions[:, tokens])
+
+    for method, tokens in calls:
+        called(method, tokens)
     layer.reset()
     since = [("reset", memory.live, 0)]
-    for method, tokens in _calls(case):
-        with memory:
-            _run(layer, method, inputs, tokens)
-        want, formula = _cache_bytes(run, case, tokens.stop)
+    for number, (method, tokens) in enumerate(calls):
+        called(method, tokens)
         for event, before, counted in since:
-            if memory.exceeds(before + want - counted):
-                raise Violation(
-                    f"since its {event} a layer of {tokens.stop} tokens keeps {memory.live - before} B more, "
-                    f"want at most {want - counted}; the cache takes {want} = {formula}"
-                )
+            if memory.exceeds(before + sizes[number] - counted):
+                return number, event, memory.live - before, sizes[number] - counted
         if method == "prefill":
-            since.append(("prefill", memory.live, case.batch * tokens.stop * _row_bytes(case)))
+            since.append(("prefill", memory.live, prompt))
+    return None
 
 
 def _calls(case: LayerCase) -> list[tuple[str, slice]]:

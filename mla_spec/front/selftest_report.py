@@ -53,12 +53,17 @@ def markdown(matrix: Matrix, tables: Sequence[str] = (), *, short: bool = False)
     """The summary and other tables; between them, unless ``short``, a table with one row per bug."""
     header = "| bug | symptom | killed by | others | cases | seconds |\n|---|---|---|---|---|---|"
     rows = [
-        f"| {result.bug} | {result.symptom} | {_first(result)} | {max(0, len(result.kills) - 1)} | "
+        f"| {result.bug} | {result.symptom} | {_first(result)} | {_others(result) if matrix.complete else ''} | "
         f"{result.cases_to_kill} | {result.seconds_to_kill:.1f} |"
         for result in matrix.results
     ]
     paragraphs = summary(matrix, short=short).split("\n")
     return "\n\n".join([*paragraphs, *([] if short else ["\n".join([header, *rows])]), *tables])
+
+
+def _others(result: BugResult) -> int:
+    """How many laws kill it beside the first."""
+    return max(0, len(result.kills) - 1)
 
 
 def _first(result: BugResult) -> str:
