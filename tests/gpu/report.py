@@ -164,7 +164,7 @@ def found_in(steps: list[Result]) -> Iterator[tuple[Result, Result]]:
 
 def cause_of(step: Result, record: Result, causes: dict[str, str]) -> str:
     name = f"{step['step']} {record['law']}[{record['subject']}]"
-    expected = f"expected: not declarable ({step['expected']})"
+    expected = f"expected: {step['expected']}"
     return causes.get(name) or (expected if step["expected"] and record["verdict"] == "fail" else UNKNOWN)
 
 
