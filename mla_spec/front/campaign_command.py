@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from mla_spec.front.device import require_device
-from mla_spec.front.report import exit_code, merged, report_of
+from mla_spec.front.overview import overview
+from mla_spec.front.report import exit_code, merged
 from mla_spec.front.run import INTERRUPTED, Progress, Store, opened, read, subject_lines
 from mla_spec.judging.check import find_laws
 from mla_spec.judging.cluster import NoCluster, RayPool
@@ -22,6 +23,7 @@ from mla_spec.judging.records import RecordFile, RecordsError
 from mla_spec.judging.session import Asked, Stopped, header, run_in, stops
 from mla_spec.subjects.find import UnknownSubject
 from mla_spec.subjects.supports import DTYPES
+from mla_spec.text.layout import Screen
 from mla_spec.text.terminal import UsageError, show_progress, shown
 
 
@@ -119,10 +121,11 @@ class _Campaign:
         if self.store is None:
             print(f"mla-spec: {reason}: the campaign ended before a law ran", file=sys.stderr)
             return INTERRUPTED if signaled else 3
-        judged = self.store.judged
+        judged, screen = self.store.judged, Screen.of()
         for asked in self.subjects:
             records = merged(record for cell, record in sorted(judged.items()) if cell.spec == asked.spec)
-            print(f"{asked.declared.text}\n{report_of(records) if records else 'no cell was judged'}\n")
+            print("\n".join(screen.cut(line) for line in asked.declared.summary))
+            print(f"{overview(records, screen, part=reason != 'complete') if records else 'no cell was judged'}\n")
         try:
             self._keep_hardest()
         except OSError as error:

@@ -7,12 +7,14 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
-from mla_spec.front.report import exit_code, merged, report_of
+from mla_spec.front.overview import overview
+from mla_spec.front.report import exit_code, merged
 from mla_spec.front.run import read
 from mla_spec.judging.plan import Cell, Judged, plan
 from mla_spec.judging.records import Run, SubjectLine
 from mla_spec.judging.verdict import Record
 from mla_spec.judging.waivers import WaiverError, Waivers, read_waivers
+from mla_spec.text.layout import Screen
 from mla_spec.text.terminal import UsageError, shown, write_json
 
 
@@ -30,9 +32,11 @@ def merge(options: argparse.Namespace) -> int:
         for run in runs:
             gathered.add(run, path)
     out = sys.stderr if options.json == "-" else sys.stdout
+    screen, part = Screen.of(out), bool(gathered.missing)
     for line in gathered.subjects.values():
         records = merged(record for cell, record in gathered.ordered() if cell.spec == line.spec)
-        print(f"{line.name}: offers {', '.join(line.operations)}\n{report_of(records)}\n", file=out)
+        print(screen.cut(f"{line.name}: offers {', '.join(line.operations)}"), file=out)
+        print(f"{overview(records, screen, part=part)}\n", file=out)
     remarks = [*gathered.remarks(), *gathered.faults()]
     for remark in remarks:
         print(f"mla-spec: {remark}", file=out)
