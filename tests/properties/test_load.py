@@ -136,7 +136,7 @@ def test_one_row_alone_has_the_value_that_it_has_among_all(load: Any, causal: bo
         for one, every, place in zip(
             load.operation.expected(load.one(inputs, row), profile, supports), whole, load.places(row), strict=True
         ):
-            np.testing.assert_allclose(one.value, every.value[place], rtol=1e-12, atol=1e-13)
+            assert (np.abs(one.value - every.value[place]) <= one.bound.total + every.bound.total[place]).all()
 
 
 # How loads grow
