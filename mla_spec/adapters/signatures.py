@@ -1,8 +1,8 @@
 """Signatures of public MLA kernels, as data: a row says how a kernel is called, and what comes back where.
 
 A value of ``arguments`` is a word of ``words`` with the axes in which it is passed, "q[t,h,d]", or a constant. Letters: b, s, h,
-c, r, v as in contracts, d = c + r (or n + r in prefill), p pages, n tokens of a page, t tokens of all sequences, m = p · n slots. "out", "lse" and
-"scratch" are memory made for the call: out in the dtype of q, others in float32.
+c, r, v as in contracts, d = c + r (or n + r in prefill), p pages, n tokens of a page, t tokens of all sequences, m = p · n slots.
+"out", "lse" and "scratch" are memory made for the call: out in the dtype of q, others in float32.
 
 Facts, no text: each row names where its parameters and conventions were read.
 """

@@ -195,10 +195,14 @@ def _arithmetic(size: Parts, softmax: str, exp_error: float) -> tuple[Array, Arr
 def _one_after_another(size: Parts, softmax: str, exp_error: float) -> tuple[Array, Array, Array]:
     """The same of out − g (out − out'), lse − logsigmoid(l − l') with g = sigmoid(l' − l), over the parts in any order.
 
-    LSEs of merged parts lie between the smallest of the parts and the lse, and their outputs between those of the parts. A
-    difference d of two LSEs is off by u |d|, logsigmoid by as much again and by a few roundoffs, the new LSE by u |lse|; errors of
-    earlier LSEs reach the next with a weight of at most 1. The slope of g is at most 1/4, and at most 1/(4|d|), so that g is off by a
-    quarter of u and of what the LSEs are, and by exp's error; it moves out by that share of the difference of two outputs. In out − g (out − out') both outputs are rounded, whatever g is.
+    LSEs of merged parts lie between the smallest of the parts and the lse, and their outputs between those of the parts.
+
+    A difference d of two LSEs is off by u |d|. logsigmoid is off by as much again and by a few roundoffs, the new LSE by u |lse|.
+    Errors of earlier LSEs reach the next with a weight of at most 1.
+
+    The slope of g is at most 1/4, and at most 1/(4|d|). So g is off by a quarter of u and of what the LSEs are, and by exp's
+    error. It moves out by that share of the difference of two outputs. In out − g (out − out') both outputs are rounded, whatever
+    g is.
     """
     fmt, merges = FORMATS[softmax], max(len(size.lses) - 1, 0)
     u = fmt.unit_roundoff

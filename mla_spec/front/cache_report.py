@@ -100,8 +100,8 @@ def cache_report(
     compared by what is on a rank.
 
     Raises:
-        ValueError: unknown model, unreadable configuration, unknown dtype or layout, a count below 1, a model without published layers, one whose rows have
-            another width than the layout's, or ranks that do not divide its heads.
+        ValueError: unknown model, unreadable configuration, unknown dtype or layout, a count below 1, a model without published
+            layers, one whose rows have another width than the layout's, or ranks that do not divide its heads.
     """
     counts = {"tokens": tokens, "batch": batch, "page size": page_size, "tp": tensor_parallel}
     for label, count in counts.items():

@@ -20,7 +20,10 @@ ON_GPU = Options(device="cuda", examples=20)
 
 def test_two_workers_share_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     laws = ["--law", "test_decode_agrees_with_reference", "--law", "test_prefill_agrees_with_reference"]
-    assert main(["check", "torch-absorbed", "--device", "cuda", "--jobs", "2", "--seed", "0", "--examples", "20", *laws]) == 0
+    assert (
+        main(["check", "torch-absorbed", "--device", "cuda", "--jobs", "2", "--seed", "0", "--examples", "20", *laws])
+        == 0
+    )
     assert "2 pass" in capsys.readouterr().out
 
 
