@@ -112,7 +112,7 @@ def test_vllm_cpu_builds_that_truncate_are_found(build: str) -> None:
         pytest.skip("this CPU has no AVX-512")
     command = [
         sys.executable, "-m", "mla_spec.front.cli", "check", "vllm-cpu",
-        "--law", "test_decode_agrees_with_reference", "--dtype",
+        "--law", "test_decode_agrees_with_reference", "-v", "--seed", "0", "--dtype",
     ]  # fmt: skip
     # One process can load one build only.
     environment = os.environ | {"MLA_VLLM_CPU_BUILD": build}
