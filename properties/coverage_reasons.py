@@ -177,10 +177,38 @@ GRADIENTS: tuple[Reason, ...] = (
     ),
 )
 
+CHOSEN = (*OTHER_NUMBERS, "moderate scores", "zeros", "rope", "no keys", "fewer keys than queries")
+OF_SELECTIONS = ("duplicates", "rows that select nothing", "topk_length", "finite sink", "infinite sink")
+
+AT_SIZE: tuple[Reason, ...] = (
+    Reason(
+        ("test_*_at_production_counts",),
+        (
+            *(*CHOSEN, *OF_SELECTIONS, "yarn", "longrope", "far positions"),
+            *("one part", "LSEs far apart", "LSEs beyond exp", "empty parts", "only empty parts", "packed"),
+            *("every token has a slot", "no token has a slot", "pages of one token"),
+        ),
+        "the few cases are fixed, and differ in counts; other laws of the operation see other numbers and options",
+    ),
+    Reason(
+        ("test_*_is_exact_at_length",),
+        (*CHOSEN, *OF_SELECTIONS, "no queries", "several queries", "invalid entries"),
+        "the law sets queries, keys and selections itself, so that the answer is exact",
+    ),
+    Reason(
+        ("test_layer_of_thousands_*",),
+        (
+            *("one token in all", "no decoded token", "query compression", "small hidden states", "a published model"),
+            *("no rotary embedding", "factors on latents", "norm on k_pe", "temperature by position"),
+        ),
+        "the few cases are fixed, and long; other laws of layers see other options",
+    ),
+)
+
 ELSEWHERE: tuple[Reason, ...] = (
     Reason(("test_*_cuda_graph",), (EVERY_REGIME,), "needs a CUDA device: mla-spec check --device cuda"),
     Reason(("test_compiled_*",), (EVERY_REGIME,), "asked for by mla-spec check --compile BACKEND"),
     Reason(("test_*_under_load",), (EVERY_REGIME,), "asked for by mla-spec check --production"),
 )
 
-REASONS: tuple[Reason, ...] = (*DECODE, *PREFILL, *OTHERS, *SPARSE, *LAYERS, *GRADIENTS, *ELSEWHERE)
+REASONS: tuple[Reason, ...] = (*DECODE, *PREFILL, *OTHERS, *SPARSE, *LAYERS, *GRADIENTS, *AT_SIZE, *ELSEWHERE)
