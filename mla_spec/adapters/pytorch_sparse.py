@@ -93,8 +93,8 @@ class TorchSparse(TorchAttention):
 
     def max_logits(self, q: Tensor, rows: Tensor, selected: Tensor, softmax_scale: float) -> Tensor | None:
         """The largest score of each row, [s, h]."""
-        scores = self.masked(self.scores(q, rows, softmax_scale), selected[:, None])  # [s, h, k]
-        return scores.amax(dim=-1)
+        scores = self.scores(q[:, :, None], rows[:, None], softmax_scale)  # [s, h, 1, k]
+        return self.masked(scores, selected[:, None, None]).amax(dim=-1)[..., 0]
 
     def indexer(
         self, q: Tensor, k: Tensor, weights: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, top_k: int

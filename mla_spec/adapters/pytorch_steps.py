@@ -62,6 +62,15 @@ class TorchRope:
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
+def products(rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ columns of [b, h, s, ·] and [b, h or 1, ·, t]; what all heads share is read once, not copied for each."""
+    h, s = rows.shape[1:3]
+    if columns.shape[1] == h:
+        return rows @ columns
+    products: Tensor = (rows.flatten(1, 2) @ columns[:, 0]).unflatten(1, (h, s))
+    return products
+
+
 class TorchAttention:
     """Attention of one dense batch, and the merge of parts."""
 
@@ -81,7 +90,7 @@ class TorchAttention:
 
     def scores(self, q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
         dtype = wide(q.dtype)
-        return q.to(dtype) @ k.to(dtype).transpose(-1, -2) * softmax_scale
+        return products(q.to(dtype), k.to(dtype).transpose(-1, -2)) * softmax_scale
 
     def masked(self, scores: Tensor, visible: Tensor) -> Tensor:
         return scores.masked_fill(~visible, -torch.inf)
@@ -100,7 +109,7 @@ class TorchAttention:
         return weights / total, lse
 
     def weighted_values(self, p: Tensor, v: Tensor) -> Tensor:
-        return p @ v.to(p.dtype)
+        return products(p, v.to(p.dtype))
 
     def merge(self, outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         """Parts outs [parts, (b,) s, h, v] and lses [parts, (b,) h, s] of one attention, joined."""

@@ -49,9 +49,9 @@ class ErrorBound:
 
     def __post_init__(self) -> None:
         for name, term in self.terms.items():
-            right = np.asarray(term) >= 0
-            if not right.all():
-                raise InvalidBound(f"{name!r} must be 0 or more, got {float(np.asarray(term)[~right].flat[0])!r}")
+            least = np.minimum.reduce(term, axis=None, initial=0.0)  # NaN where a term is
+            if not least >= 0:
+                raise InvalidBound(f"{name!r} must be 0 or more, got {float(least)!r}")
 
     @cached_property
     def total(self) -> Array:

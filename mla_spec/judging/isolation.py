@@ -20,8 +20,7 @@ from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import replay_command, run_law
 from mla_spec.judging.verdict import Record
-from mla_spec.subjects.description import Description, describe
-from mla_spec.subjects.near import there
+from mla_spec.subjects.description import Description, declared_by
 from mla_spec.subjects.process import SubjectProcess
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import BrokenSubject, SubjectCrashed, UnknownSubject
@@ -219,8 +218,7 @@ class _Subjects:
         """What the subject declares, or why there is none."""
         assert options.spec is not None
         try:
-            described: Description = there(describe, self.of(options, signature).subject)
-            return described
+            return declared_by(self.of(options, signature).subject)
         except BrokenSubject as error:
             return broken(options.spec[0], str(error))
         except UnknownSubject as error:

@@ -31,7 +31,7 @@ from mla_spec.judging.verdict import (
     merge,
 )
 from mla_spec.operations.case import Case
-from mla_spec.subjects.description import Description, describe
+from mla_spec.subjects.description import Description, declared_by
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.memory import filled_memory, give_back_memory
 from mla_spec.subjects.near import Handle, gone, there
@@ -71,7 +71,7 @@ def run_law(law: Law, subject: object, options: Options = Options()) -> Record:
 def run_dtypes(law: Law, subject: object, options: Options = Options()) -> Iterator[Record]:
     """Run a law on a subject, dtype after dtype; a record of each, or one that says why the law does not run."""
     try:
-        declared: Description = there(describe, subject)
+        declared = declared_by(subject)
     except (SubjectCrashed, UnknownSubject) as error:
         message = f"what it declares cannot be read: {error}"
         yield Record(law.name, type(subject).__name__, "crashed", message=message)

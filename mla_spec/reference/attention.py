@@ -154,12 +154,12 @@ def log_sum_exp(max_score: Array, total: Array) -> Array:
 def heads_to_rows(x: Array, groups: int) -> Array:
     """[..., s, h, d] -> [..., g, (h/g)·s, d]: the queries that share a key head, as rows."""
     *lead, s, h, d = x.shape
-    return np.moveaxis(x, -2, -3).reshape(*lead, groups, h // groups * s, d)
+    return x.swapaxes(-2, -3).reshape(*lead, groups, h // groups * s, d)
 
 
 def rows_to_heads(x: Array, s: int, h: int) -> Array:
     """[..., g, (h/g)·s, d] -> [..., s, h, d]."""
-    return np.moveaxis(x.reshape(*x.shape[:-3], h, s, x.shape[-1]), -3, -2)
+    return x.reshape(*x.shape[:-3], h, s, x.shape[-1]).swapaxes(-3, -2)
 
 
 def rows_to_lse(x: Array, s: int, h: int) -> Array:
@@ -169,7 +169,7 @@ def rows_to_lse(x: Array, s: int, h: int) -> Array:
 
 def key_block(x: Array, keys: slice, read: BoolArray | None = None) -> Array:
     """Rows ``keys`` of [..., t, g, d] as [..., g, block, d]; rows that ``read`` [..., 1, block] excludes are 0."""
-    rows = np.moveaxis(x[..., keys, :, :], -2, -3)
+    rows = x[..., keys, :, :].swapaxes(-2, -3)
     return rows if read is None or read.all() else np.where(read[..., None], rows, 0.0)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -160,16 +161,21 @@ class RopeConfig:
         yarn = self.yarn
         if yarn is None:
             raise ValueError("yarn_correction_range: this RopeConfig has no YaRN scaling")
-        with localcontext(DIGITS):
+        return _yarn_correction_range(self.dim, self.theta, yarn)
 
-            def pair_index(rotations: float) -> Decimal:
-                wavelength = yarn.original_max_position_embeddings / (Decimal(rotations) * 2 * PI)
-                return self.dim * wavelength.ln() / (2 * Decimal(self.theta).ln())
 
-            low, high = pair_index(yarn.beta_fast), pair_index(yarn.beta_slow)
-            if yarn.truncate:
-                low, high = Decimal(math.floor(low)), Decimal(math.ceil(high))
-            return max(low, Decimal(0)), min(high, Decimal(self.dim - 1))
+@lru_cache(maxsize=256)
+def _yarn_correction_range(dim: int, theta: float, yarn: YarnScaling) -> tuple[Decimal, Decimal]:
+    with localcontext(DIGITS):
+
+        def pair_index(rotations: float) -> Decimal:
+            wavelength = yarn.original_max_position_embeddings / (Decimal(rotations) * 2 * PI)
+            return dim * wavelength.ln() / (2 * Decimal(theta).ln())
+
+        low, high = pair_index(yarn.beta_fast), pair_index(yarn.beta_slow)
+        if yarn.truncate:
+            low, high = Decimal(math.floor(low)), Decimal(math.ceil(high))
+        return max(low, Decimal(0)), min(high, Decimal(dim - 1))
 
 
 def _yarn(entry: dict[str, Any]) -> YarnScaling:

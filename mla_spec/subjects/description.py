@@ -8,7 +8,7 @@ from typing import TypeVar
 from mla_spec.bounds.profile import Profile
 from mla_spec.installed import operation_names
 from mla_spec.subjects.contract import offers, profile_of, subject_name, supports_of
-from mla_spec.subjects.near import travels
+from mla_spec.subjects.near import Handle, there, travels
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import subject_code
 from mla_spec.text.terminal import one_line
@@ -76,6 +76,22 @@ def describe(subject: object) -> Description:
             {dtype: as_given(Profile, profile_of(subject, dtype)) for dtype in supports.dtypes},
             conventions=tuple(one_line(str(x), 200) for x in getattr(subject, "conventions", ())),
         )
+
+
+def declared_by(subject: object) -> Description:
+    """As ``describe``, where the subject is; of one in a process of its own it is read once.
+
+    Raises:
+        SubjectCrashed: it cannot be read.
+        UnknownSubject: there is none.
+    """
+    if not isinstance(subject, Handle):
+        return describe(subject)
+    facts = subject.process.facts
+    if "declared" not in facts:
+        facts["declared"] = there(describe, subject)
+    description: Description = facts["declared"]
+    return description
 
 
 def as_given(cls: type[T], declared: T) -> T:

@@ -26,7 +26,7 @@ from mla_spec.subjects.violation import SubjectCrashed
 Parts = list[Any]
 """The bytes of a message: its structure, and the contents of each array in it."""
 
-_PLAIN = (type(None), bool, int, float, str, bytes, tuple, list, dict)
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes, tuple, list, dict})
 _SMALL = 1 << 16
 _MOST_PARTS = 1 << 20
 
@@ -41,38 +41,44 @@ class NoMessage(Exception):
     """What arrived is none of the suite's messages: somebody else wrote into the channel."""
 
 
-class _Writer(pickle.Pickler):
+def _held(key: int) -> Any:
+    """What a handle stands for; a request names it so."""
+    raise NoMessage(f"handle {key} outside a request")
+
+
+class _RequestWriter(pickle.Pickler):
     def __init__(self, file: io.BytesIO, parts: Parts) -> None:
-        super().__init__(file, protocol=5)
-        self.parts = parts
+        super().__init__(file, protocol=5, buffer_callback=lambda buffer: parts.append(buffer.raw()))
 
-    def array(self, x: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        self.parts.append(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data if x.size else b"")
-        return "array", x.dtype.str, x.shape, len(self.parts) - 1
-
-
-class _RequestWriter(_Writer):
-    def persistent_id(self, x: Any) -> Any:
-        if isinstance(x, Handle):
-            if not x.process.holds(x):
-                raise SubjectCrashed("the process that held it has ended")
-            return "handle", x.key
-        if type(x) is np.ndarray and x.dtype.kind in "biuf":
-            return self.array(x)
-        return None
+    def reducer_override(self, x: Any) -> Any:
+        if not isinstance(x, Handle):
+            return NotImplemented
+        if not x.process.holds(x):
+            raise SubjectCrashed("the process that held it has ended")
+        return _held, (x.key,)
 
 
-class _ReplyWriter(_Writer):
+class _RequestReader(pickle.Unpickler):
+    def __init__(self, parts: Parts, found: Callable[[int], Any]) -> None:
+        super().__init__(io.BytesIO(parts[0]), buffers=parts[1:])
+        self.found = found
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self.found if (module, name) == (__name__, _held.__name__) else super().find_class(module, name)
+
+
+class _ReplyWriter(pickle.Pickler):
     def __init__(self, file: io.BytesIO, parts: Parts, keep: Callable[[Any], int]) -> None:
-        super().__init__(file, parts)
-        self.keep = keep
+        super().__init__(file, protocol=5)
+        self.parts, self.keep = parts, keep
 
     def persistent_id(self, x: Any) -> Any:
         kind = type(x)
         if kind in _PLAIN:
             return None
         if kind is np.ndarray and x.dtype.kind in "biuf":
-            return self.array(x)
+            self.parts.append(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data if x.size else b"")
+            return "array", x.dtype.str, x.shape, len(self.parts) - 1
         if isinstance(x, np.generic):
             return "plain", x.item()
         if kind is torch.Size:
@@ -85,10 +91,13 @@ class _ReplyWriter(_Writer):
         return "handle", self.keep(x), kind.__name__
 
 
-class _Reader(pickle.Unpickler):
-    def __init__(self, parts: Parts, found: Callable[..., Any]) -> None:
+class _ReplyReader(pickle.Unpickler):
+    def __init__(self, parts: Parts, handle: Callable[[int, str], Any]) -> None:
         super().__init__(io.BytesIO(parts[0]))
-        self.parts, self.found = parts, found
+        self.parts, self.handle = parts, handle
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise NoMessage(f"a reply names {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
         kind, *rest = pid
@@ -98,12 +107,7 @@ class _Reader(pickle.Unpickler):
             return rest[0]
         if kind == "data":
             return _data(*rest)
-        return self.found(*rest)
-
-
-class _ReplyReader(_Reader):
-    def find_class(self, module: str, name: str) -> Any:
-        raise NoMessage(f"a reply names {module}.{name}")
+        return self.handle(*rest)
 
 
 def _array(parts: Parts, dtype: str, shape: tuple[int, ...], part: int) -> np.ndarray[Any, Any]:
@@ -123,7 +127,7 @@ def _require_plain(what: str, tree: Any) -> None:
     for x in [*tree, *tree.values()] if isinstance(tree, dict) else tree:
         if isinstance(x, (list, tuple, dict)):
             _require_plain(what, x)
-        elif type(x) not in (*_PLAIN, *DECLARED) and not isinstance(x, np.generic):
+        elif type(x) not in _PLAIN.union(DECLARED) and not isinstance(x, np.generic):
             raise SubjectCrashed(f"its {what} holds a {type(x).__name__}, which is no plain data")
 
 
@@ -143,7 +147,7 @@ def write_reply(reply: Any, keep: Callable[[Any], int]) -> Parts:
     return _written(lambda file, parts: _ReplyWriter(file, parts, keep), reply)
 
 
-def _written(writer: Callable[[io.BytesIO, Parts], _Writer], message: Any) -> Parts:
+def _written(writer: Callable[[io.BytesIO, Parts], pickle.Pickler], message: Any) -> Parts:
     file = io.BytesIO()
     parts: Parts = [b""]
     writer(file, parts).dump(message)
@@ -153,7 +157,7 @@ def _written(writer: Callable[[io.BytesIO, Parts], _Writer], message: Any) -> Pa
 
 def read_request(parts: Parts, found: Callable[[int], Any]) -> Any:
     """The request; ``found`` gives what a number stands for."""
-    return _Reader(parts, found).load()
+    return _RequestReader(parts, found).load()
 
 
 def read_reply(parts: Parts, handle: Callable[[int, str], Any]) -> Any:

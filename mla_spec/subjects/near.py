@@ -20,6 +20,8 @@ T = TypeVar("T")
 class Process(Protocol):
     """What holds a subject; see ``mla_spec.subjects.process``."""
 
+    facts: dict[str, Any]
+
     def request(self, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """What the function returns there: plain data as it is, everything else as handles."""
 

@@ -57,6 +57,7 @@ class SubjectProcess:
 
     Attributes:
         subject: the subject there.
+        facts: what others have read of the subject and keep, since it is asked for often.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class SubjectProcess:
         self.limit, self.under = limit, shlex.split(under)
         self.output = Output()
         self.hangs, self.longest = 0, 0.0
+        self.facts: dict[str, Any] = {}
         self._life = 0
         self._made, self._known = False, False  # whether the subject is there now, and ever was
         self._released: list[int] = []
@@ -125,7 +127,7 @@ class SubjectProcess:
         if made_of == self.made_of:
             return
         self.made_of, self._made, self._known = made_of, False, False
-        self.hangs, self.longest = 0, 0.0
+        self.hangs, self.longest, self.facts = 0, 0.0, {}
         if not share:
             self.end()
 

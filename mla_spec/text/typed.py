@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -35,9 +36,23 @@ def require_fields(made: Any) -> None:
     Raises:
         Mistyped: a field is something else.
     """
-    cls = type(made)
+    cls: Any = type(made)
     for name, hint in _hints(cls).items():
-        object.__setattr__(made, name, checked(getattr(made, name), hint, f"{cls.__name__}: {name}"))
+        value = getattr(made, name)
+        if type(value) not in _ATOMS or not _right(cls, name, value):
+            object.__setattr__(made, name, checked(value, hint, f"{cls.__name__}: {name}"))
+
+
+_ATOMS = frozenset({bool, int, float, str, NoneType})
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _right(cls: Any, name: str, value: Any) -> bool:
+    """Whether a field can hold an atom as it is."""
+    try:
+        return checked(value, _hints(cls)[name], name) is value
+    except Mistyped:
+        return False
 
 
 def read_object(cls: type[Any], value: Any, where: str) -> Any:
