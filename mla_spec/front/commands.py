@@ -27,6 +27,12 @@ def run_merge(options: argparse.Namespace) -> int:
     return merge(options)
 
 
+def run_report(options: argparse.Namespace) -> int:
+    from mla_spec.front.report_command import report
+
+    return report(options)
+
+
 def run_explain(options: argparse.Namespace) -> int:
     from mla_spec.front.explain_command import explain_case
 
