@@ -130,6 +130,17 @@ def _add_report(parsers: Parsers) -> None:
     _add_output(parser)
 
 
+def _add_diff(parsers: Parsers) -> None:
+    parser = parsers.add_parser("diff", help="what changed between the records of two versions of an implementation")
+    parser.set_defaults(run=commands.run_diff)
+    parser.add_argument("old", metavar="OLD", help="what `mla-spec check --records` wrote before")
+    parser.add_argument("new", metavar="NEW", help="and now")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="also what is still wrong, and every error that moved"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write what changed to FILE")
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where it is written (standard output)")
 
@@ -321,6 +332,7 @@ COMMANDS = (
     _add_explain,
     _add_merge,
     _add_report,
+    _add_diff,
     _add_campaign,
     _add_soundness,
     _add_sensitivity,

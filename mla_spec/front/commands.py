@@ -33,6 +33,12 @@ def run_report(options: argparse.Namespace) -> int:
     return report(options)
 
 
+def run_diff(options: argparse.Namespace) -> int:
+    from mla_spec.front.diff_command import diff
+
+    return diff(options)
+
+
 def run_explain(options: argparse.Namespace) -> int:
     from mla_spec.front.explain_command import explain_case
 

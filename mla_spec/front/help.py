@@ -11,6 +11,7 @@ EXIT_CODES: Mapping[str, str] = {
     "check": _VERDICT,
     "explain": _VERDICT,
     "merge": _VERDICT,
+    "diff": "0 nothing got worse, 1 something did, 2 usage",
     "report": "0 the report is written, whatever the verdict, 2 usage",
     "campaign": _VERDICT,
     "soundness": "0 no element outside its bound, 1 some are, 2 usage, 3 interrupted before all cases",
@@ -49,6 +50,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec report run.jsonl --format junit -o junit.xml",
         "mla-spec report run.jsonl --format github",
     ),
+    "diff": ("mla-spec diff last.jsonl run.jsonl", "mla-spec diff last.jsonl run.jsonl --json changes.json"),
     "merge": ("mla-spec merge first.jsonl second.jsonl --json report.json",),
     "campaign": (
         "mla-spec campaign my_kernel.py:Kernel --hours 8",
