@@ -116,6 +116,35 @@ def _add_merge(parsers: Parsers) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write a record of each law to FILE")
 
 
+def _add_report(parsers: Parsers) -> None:
+    parser = parsers.add_parser("report", help="a page, a summary, test results or annotations from records")
+    parser.set_defaults(run=commands.run_report)
+    parser.add_argument("files", nargs="+", metavar="RECORDS", help="what `mla-spec check --records` wrote")
+    parser.add_argument(
+        "--format",
+        choices=("markdown", "html", "junit", "github"),
+        default="markdown",
+        help="for a pull request or the summary of a job, one page for a browser, JUnit XML, or annotations of GitHub "
+        "Actions (markdown)",
+    )
+    _add_output(parser)
+
+
+def _add_diff(parsers: Parsers) -> None:
+    parser = parsers.add_parser("diff", help="what changed between the records of two versions of an implementation")
+    parser.set_defaults(run=commands.run_diff)
+    parser.add_argument("old", metavar="OLD", help="what `mla-spec check --records` wrote before")
+    parser.add_argument("new", metavar="NEW", help="and now")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="also what is still wrong, and every error that moved"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write what changed to FILE")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where it is written (standard output)")
+
+
 def _add_production(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--production",
@@ -302,6 +331,8 @@ COMMANDS = (
     _add_check,
     _add_explain,
     _add_merge,
+    _add_report,
+    _add_diff,
     _add_campaign,
     _add_soundness,
     _add_sensitivity,

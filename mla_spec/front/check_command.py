@@ -157,6 +157,7 @@ class _Check:
         if not self.options.in_process:
             explain(found, self.options.explain)
         self.found[asked.spec] = found
+        self.store.explained(asked.spec, found)
         if self.options.verbose or self.options.case is not None:
             print(f"{asked.declared.text}\n{report_of(records, screen)}\n")
         else:

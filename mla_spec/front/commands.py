@@ -27,6 +27,18 @@ def run_merge(options: argparse.Namespace) -> int:
     return merge(options)
 
 
+def run_report(options: argparse.Namespace) -> int:
+    from mla_spec.front.report_command import report
+
+    return report(options)
+
+
+def run_diff(options: argparse.Namespace) -> int:
+    from mla_spec.front.diff_command import diff
+
+    return diff(options)
+
+
 def run_explain(options: argparse.Namespace) -> int:
     from mla_spec.front.explain_command import explain_case
 

@@ -11,6 +11,8 @@ EXIT_CODES: Mapping[str, str] = {
     "check": _VERDICT,
     "explain": _VERDICT,
     "merge": _VERDICT,
+    "diff": "0 nothing got worse, 1 something did, 2 usage",
+    "report": "0 the report is written, whatever the verdict, 2 usage",
     "campaign": _VERDICT,
     "soundness": "0 no element outside its bound, 1 some are, 2 usage, 3 interrupted before all cases",
     "sensitivity": "0 the card is printed, 2 usage, 130 interrupted",
@@ -42,6 +44,13 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec explain decode:dtype=float32,seqlens=65,page_size=64 my_kernel.py:Kernel",
         "mla-spec explain rope:dtype=float32,dim=64 my_kernel.py:Kernel --law test_rope_preserves_norm",
     ),
+    "report": (
+        "mla-spec report run.jsonl",
+        "mla-spec report run.jsonl --format html -o report.html",
+        "mla-spec report run.jsonl --format junit -o junit.xml",
+        "mla-spec report run.jsonl --format github",
+    ),
+    "diff": ("mla-spec diff last.jsonl run.jsonl", "mla-spec diff last.jsonl run.jsonl --json changes.json"),
     "merge": ("mla-spec merge first.jsonl second.jsonl --json report.json",),
     "campaign": (
         "mla-spec campaign my_kernel.py:Kernel --hours 8",

@@ -34,20 +34,24 @@ def overview(records: list[Record], screen: Screen, found: list[Cause] | None = 
     return "\n".join(line for block in blocks for line in block)
 
 
-def _verdict(records: list[Record], found: list[Cause], screen: Screen, part: bool) -> list[str]:
+def headline(records: list[Record], found: list[Cause], *, part: bool = False) -> tuple[str, str]:
+    """What came of a run in one sentence, and its color: green where the subject conforms, yellow where nobody knows, red."""
     ran = [record for record in records if record.verdict != "unsupported"]
     wrong = sum(record.verdict in ("fail", "crashed") and not record.holds for record in ran)
     unclear = sum(record.verdict == "incomplete" and not record.holds for record in ran)
-    seconds = sum(record.seconds for record in records)
     if wrong:
         few = f"{len(found)} cause{'s' * (len(found) > 1)}"
-        text, style = f"violates: {wrong} of {len(ran)} laws fail, by {few}", "red"
-    elif unclear or not any(record.verdict == "pass" for record in ran):
-        text, style = f"incomplete: {unclear} of {len(ran)} laws could not be judged", "yellow"
-    elif part:
-        text, style = f"so far, of a part of the run: {summary(ran)}", "yellow"
-    else:
-        text, style = f"conforms: {summary(ran)}", "green"
+        return f"violates: {wrong} of {len(ran)} laws fail, by {few}", "red"
+    if unclear or not any(record.verdict == "pass" for record in ran):
+        return f"incomplete: {unclear} of {len(ran)} laws could not be judged", "yellow"
+    if part:
+        return f"so far, of a part of the run: {summary(ran)}", "yellow"
+    return f"conforms: {summary(ran)}", "green"
+
+
+def _verdict(records: list[Record], found: list[Cause], screen: Screen, part: bool) -> list[str]:
+    text, style = headline(records, found, part=part)
+    seconds = sum(record.seconds for record in records)
     return [screen.paint(screen.cut(f"{text} ({seconds:.0f} s of work)"), style, "bold")]
 
 
@@ -59,18 +63,29 @@ def _operation(record: Record, faulty: set[str]) -> str:
     return named[0] if named else LAWS
 
 
-def _table(records: list[Record], screen: Screen) -> list[str]:
-    """A row an operation; where some fail, the others are one paragraph."""
+def by_operation(records: list[Record]) -> dict[str, list[Record]]:
+    """The records of laws that apply, by the operation that each is counted under, in the order of reports."""
     single = {record.law: needs(record) for record in records}
     faulty = {names[0] for record in records if not record.holds and len(names := single[record.law]) == 1}
     groups: dict[str, list[Record]] = {}
     for record in records:
         if record.verdict != "unsupported":
             groups.setdefault(_operation(record, faulty), []).append(record)
-    order = [name for name in (*operation_names(), LAWS) if name in groups]
+    return {name: groups[name] for name in (*operation_names(), LAWS) if name in groups}
+
+
+def dtypes_of(records: list[Record]) -> list[str]:
+    """The dtypes in which laws were judged, the widest first."""
+    return [d for d in DTYPES if any(d in r.dtypes or d == r.dtype for r in records if r.verdict != "unsupported")]
+
+
+def _table(records: list[Record], screen: Screen) -> list[str]:
+    """A row an operation; where some fail, the others are one paragraph."""
+    groups = by_operation(records)
+    order = list(groups)
     bad = [name for name in order if not all(record.holds for record in groups[name])]
     shown = bad or order
-    dtypes = [d for d in DTYPES if any(d in r.dtypes or d == r.dtype for rs in groups.values() for r in rs)]
+    dtypes = dtypes_of(records)
     rows = [("laws that hold", *dtypes, "error/bound"), *(_row(name, groups[name], dtypes) for name in shown)]
     lines = [screen.cut(line) for line in format_table(rows).splitlines()] if shown else []
     lines[1:] = [screen.paint(line, "red") for line in lines[1:]] if bad else lines[1:]
@@ -81,10 +96,10 @@ def _table(records: list[Record], screen: Screen) -> list[str]:
 
 def _row(name: str, records: list[Record], dtypes: list[str]) -> tuple[str, ...]:
     worst = max((r.worst for r in records if r.worst is not None), default=None)
-    return (name, *(_cell(records, dtype) for dtype in dtypes), "exact" if worst is None else f"{worst:.3f}")
+    return (name, *(held(records, dtype) for dtype in dtypes), "exact" if worst is None else f"{worst:.3f}")
 
 
-def _cell(records: list[Record], dtype: str) -> str:
+def held(records: list[Record], dtype: str) -> str:
     """How many laws hold in a dtype, of how many where some do not."""
     verdicts = [verdict for r in records for d, verdict in (r.dtypes or {r.dtype: r.verdict}).items() if d == dtype]
     judged = [verdict for verdict in verdicts if verdict != "unsupported"]

@@ -7,8 +7,19 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from mla_spec.judging.causes import Cause
 from mla_spec.judging.plan import Cell, Judged
-from mla_spec.judging.records import EndLine, RecordFile, RecordsError, Run, RunLine, SubjectLine, read_records
+from mla_spec.judging.records import (
+    CauseLine,
+    EndLine,
+    NamedSuspect,
+    RecordFile,
+    RecordsError,
+    Run,
+    RunLine,
+    SubjectLine,
+    read_records,
+)
 from mla_spec.judging.session import Asked, verdict_line
 from mla_spec.judging.verdict import Record
 from mla_spec.judging.waivers import Waivers
@@ -94,13 +105,33 @@ class Store:
                 self.file.write(verdict_line(self.header.run, cell, self.judged[cell]))
             yield cell
 
+    def explained(self, spec: tuple[str, ...], found: Iterable[Cause]) -> None:
+        """Append the causes of a subject's failures, where that is still possible."""
+        self._append(*(cause_line(self.header.run, spec, cause) for cause in found))
+
     def end(self, reason: str, code: int) -> None:
         """Append how the run ended, where that is still possible."""
+        self._append(EndLine(run=self.header.run, reason=reason, exit=code))
+
+    def _append(self, *lines: CauseLine | EndLine) -> None:
         try:
             if self.file is not None:
-                self.file.write(EndLine(run=self.header.run, reason=reason, exit=code))
+                self.file.write(*lines)
         except RecordsError:
             return
+
+
+def cause_line(run: str, spec: tuple[str, ...], cause: Cause) -> CauseLine:
+    """What is recorded of a cause."""
+    return CauseLine(
+        run=run,
+        spec=spec,
+        law=cause.lead.law,
+        statement=cause.statement,
+        laws=tuple(record.law for record in cause.alike),
+        follows=tuple(record.law for record in cause.follows),
+        suspects=tuple(NamedSuspect(**suspect) for suspect in cause.suspects),
+    )
 
 
 def read(path: str) -> list[Run]:

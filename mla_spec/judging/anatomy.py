@@ -15,6 +15,9 @@ from mla_spec.reference.typing import Array, BoolArray, IntArray
 SAMPLE = 48
 """Elements of a wrong result that are kept: the worst ones, and others evenly over all."""
 
+GRID = 24, 32
+"""Rows and columns that a grid of errors has at most."""
+
 ROUNDING = 16.0
 """Errors up to so many bounds may come of a coarser rounding; a wrong formula is mostly further off."""
 
@@ -24,7 +27,9 @@ the largest error / bound (``excess``), the ``pattern`` with its ``value``, ``wh
 
 ``pattern`` is one of "nan", "infinite", "zero", "factor", "offset", "factors" (one each row), "rounding" and "other".
 ``where`` has, by the number of an axis, the ranges [first, last] of the indices that are wrong, for axes of which others are
-right. ``sample`` is a list of [flat index, got, want, bound].
+right. ``sample`` is a list of [flat index, got, want, bound]. ``grid`` has the largest error / bound over the last axis: rows are all
+other axes but the last of them, such as queries, columns are that one, such as heads. Of large results, so many neighbours are one
+cell that there are at most ``GRID``; of results with fewer than three axes it is empty.
 """
 
 
@@ -44,6 +49,7 @@ def anatomy_of(what: str, got: Array, want: Array, allowed: Array | None) -> Ana
         "value": None if value is None else _plain(value),
         "where": {str(axis): ranges for axis, ranges in _where(wrong).items()},
         "sample": _sample(got, want, bound, excess),
+        "grid": _grid(excess),
     }
 
 
@@ -115,6 +121,16 @@ def _sample(got: Array, want: Array, bound: Array, excess: Array) -> list[list[A
     even = np.linspace(0, excess.size - 1, SAMPLE // 2).astype(int)
     chosen = sorted({int(i) for i in (*worst, *even)}) if excess.size else []
     return [[i, *(_plain(float(x.flat[i])) for x in (got, want, bound))] for i in chosen]
+
+
+def _grid(excess: Array) -> list[list[float | str]]:
+    if excess.ndim < 3 or excess.size == 0:
+        return []
+    cells = excess.max(axis=-1).reshape(-1, excess.shape[-2])
+    for axis, most in enumerate(GRID):
+        step = -(-cells.shape[axis] // most)
+        cells = np.maximum.reduceat(cells, range(0, cells.shape[axis], step), axis=axis)
+    return [[_plain(float(f"{x:.3g}")) for x in row] for row in cells]
 
 
 def _plain(x: float) -> float | str:

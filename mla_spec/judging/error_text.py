@@ -55,7 +55,7 @@ def place_text(anatomy: Anatomy, operations: Iterable[str]) -> str:
     for extent in anatomy["shape"]:
         size *= extent
     share = "every element" if anatomy["wrong"] == size else f"{anatomy['wrong']} of {size} elements"
-    names = _axes(anatomy, operations)
+    names = axis_names(anatomy, operations)
     places = [_place(anatomy, axis, ranges, names) for axis, ranges in anatomy["where"].items()]
     return f"in {share}" + ("" if not places else f": {', '.join(place for place in places if place)}")
 
@@ -86,20 +86,20 @@ def _length_condition(anatomy: Anatomy, axis: int, ranges: list[list[int]]) -> s
     return ""
 
 
-def _axes(anatomy: Anatomy, operations: Iterable[str]) -> list[str]:
+def axis_names(anatomy: Anatomy, operations: Iterable[str]) -> list[str]:
     """Names of the axes of a result, as far as the contract of an operation tells them."""
     rank = len(anatomy["shape"])
     for operation in (OPERATIONS[name] for name in operations if name in OPERATIONS):
         if not isinstance(operation, Operation):
             return list(_LAYERS) if rank == len(_LAYERS) else []
         for output in operation.outputs:
-            axes = [_NAMES.get(axis, "dim") for axis in _axis_names(output.axes)]
+            axes = [_NAMES.get(axis, "dim") for axis in _letters(output.axes)]
             if anatomy["what"] == (output.what or output.name) and len(axes) == rank:
                 return axes
     return []
 
 
-def _axis_names(axes: str) -> list[str]:
+def _letters(axes: str) -> list[str]:
     found = re.match(r"\[([^\]]*)\]", axes)
     return [] if found is None else re.sub(r"\((\w+),\)", r"\1,", found[1]).replace(", ", ",").split(",")
 

@@ -55,7 +55,8 @@ class Run:
     was too large for the memory there is. Where P is so coarse that a worst case says nothing, ``sharp`` and ``loose`` count the
     comparisons whose probable bound says something, and those whose does not; ``calls`` are the last ones of a subject that is not
     deterministic. ``compile``, ``isolated`` and ``production`` are those of the options.
-    ``last`` is the last call of an operation: inputs and results. ``anatomy`` is that of the result that failed.
+    ``last`` is the last call of an operation: inputs and results. ``anatomy`` is that of the result that failed, and
+    ``case_worst`` the largest error / bound of the last case.
     """
 
     driver: Driver
@@ -64,6 +65,7 @@ class Run:
     worst: float | None = None
     worst_case: str = ""
     case_id: str = ""
+    case_worst: float | None = None
     compared: int | None = None
     compile: str | None = None
     isolated: bool = False
@@ -111,6 +113,7 @@ class Run:
             gate = self._counted(want, bound)
         with self._dissected(got, want, bound.total):
             ratio = judge_within(got, want, bound, gate=gate)
+        self.case_worst = max(ratio, self.case_worst or 0.0)
         if self.worst is None or ratio > self.worst:
             self.worst, self.worst_case = ratio, self.case_id
 

@@ -1,7 +1,7 @@
 """Records on disk: JSON lines, appended as they are made. ``docs/records.md`` describes them.
 
-A file holds one or more runs. A run begins with a line of type "run", has one of type "subject" for each subject and one of
-type "verdict" for each cell, and ends with one of type "end" unless it was killed.
+A file holds one or more runs. A run begins with a line of type "run", has one of type "subject" for each subject, one of type
+"verdict" for each cell and one of type "cause" for each fault that was found, and ends with one of type "end" unless it was killed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from mla_spec.judging.plan import Cell
+from mla_spec.judging.regime_count import RegimeCount
 from mla_spec.judging.verdict import Record, Verdict
+from mla_spec.operations.all import parse_case
 from mla_spec.text.files import standard_stream
 from mla_spec.text.terminal import shown
 from mla_spec.text.typed import Count, Mistyped, Size, read_object
@@ -74,7 +76,7 @@ class SubjectLine:
     operations: tuple[str, ...]
     dtypes: tuple[str, ...]
     supports: dict[str, Any]
-    profiles: dict[str, Any]
+    profiles: dict[str, dict[str, Any]]
     source: str | None
     revision: str | None
     modified: bool | None
@@ -86,6 +88,36 @@ class SubjectLine:
             if mine != theirs:
                 return f"{name} of {self.spec[0]} is {shown(mine)} in one and {shown(theirs)} in the other"
         return ""
+
+
+Number = float | Literal["nan", "inf", "-inf"]
+"""As JSON can hold it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """The anatomy of a wrong result (``mla_spec.judging.anatomy``), and its case."""
+
+    case: str
+    what: str
+    shape: list[Size]
+    wrong: Size
+    judged: Literal["within", "bits"]
+    excess: Number
+    pattern: str
+    value: Number | None
+    where: dict[str, list[tuple[Size, Size]]]
+    sample: list[tuple[Size, Number, Number, Number]]
+    grid: list[list[Number]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        try:
+            parse_case(self.case)
+        except ValueError as error:
+            raise Mistyped(str(error)) from error
+        for axis in self.where:
+            if axis not in map(str, range(len(self.shape))):
+                raise Mistyped(f"where has the axis {shown(axis)}; expected one of {len(self.shape)}, counted from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +141,14 @@ class VerdictLine:
     note: str
     dtype: str
     waived: str = ""
-    evidence: list[dict[str, Any]] = field(default_factory=list)
+    evidence: tuple[Evidence, ...] = ()
     separation: dict[str, Any] = field(default_factory=dict)
+    regimes: dict[str, RegimeCount] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        found = self.separation
+        if found and not (isinstance(found.get("field"), str) and {"is", "least", "most"} & set(found)):
+            raise Mistyped(f"separation is {shown(found)}; expected a field, and what it is, or its least or most")
 
     @property
     def cell(self) -> Cell:
@@ -118,10 +156,42 @@ class VerdictLine:
 
     @property
     def record(self) -> Record:
-        return Record(**{name: getattr(self, name) for name in _RECORD})
+        return Record(**{name: getattr(self, name) for name in _RECORD} | _plain(self))
+
+
+def _plain(line: VerdictLine) -> dict[str, Any]:
+    """The fields of a line that have a schema, as records hold them: lists, and no tuples."""
+    evidence, regimes = map(asdict, line.evidence), {name: asdict(count) for name, count in line.regimes.items()}
+    plain: dict[str, Any] = json.loads(json.dumps({"evidence": list(evidence), "regimes": regimes}))
+    return plain
 
 
 _RECORD = [f.name for f in fields(Record) if f.name not in ("dtypes", "cause")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedSuspect:
+    """A known fault that gives the same wrong numbers; what is empty is not known."""
+
+    id: str
+    claim: str
+    source: str = ""
+    symptom: str = ""
+    declare: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CauseLine:
+    """A fault that the report of a run shows: the law that shows it first, and known faults that give the same wrong numbers."""
+
+    type: Literal["cause"] = "cause"
+    run: str
+    spec: tuple[str, ...]
+    law: str
+    statement: str
+    laws: tuple[str, ...]
+    follows: tuple[str, ...]
+    suspects: tuple[NamedSuspect, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +204,14 @@ class EndLine:
     exit: Size
 
 
-Line = RunLine | SubjectLine | VerdictLine | EndLine
-_LINES: dict[str, type[Any]] = {"run": RunLine, "subject": SubjectLine, "verdict": VerdictLine, "end": EndLine}
+Line = RunLine | SubjectLine | VerdictLine | CauseLine | EndLine
+_LINES: dict[str, type[Any]] = {
+    "run": RunLine,
+    "subject": SubjectLine,
+    "verdict": VerdictLine,
+    "cause": CauseLine,
+    "end": EndLine,
+}
 
 
 @dataclass
@@ -145,6 +221,7 @@ class Run:
     header: RunLine
     subjects: dict[tuple[str, ...], SubjectLine] = field(default_factory=dict)
     verdicts: list[VerdictLine] = field(default_factory=list)
+    causes: list[CauseLine] = field(default_factory=list)
     end: EndLine | None = None
 
 
@@ -256,7 +333,7 @@ def read_records(path: str) -> list[Run]:
     return list(runs.values())
 
 
-def _add(run: Run, line: SubjectLine | VerdictLine | EndLine, where: str) -> None:
+def _add(run: Run, line: SubjectLine | VerdictLine | CauseLine | EndLine, where: str) -> None:
     if isinstance(line, SubjectLine):
         if not line.spec:
             raise RecordsError(f"{where}: spec is []; expected the arguments that name a subject")
@@ -265,6 +342,8 @@ def _add(run: Run, line: SubjectLine | VerdictLine | EndLine, where: str) -> Non
         run.end = line
     elif line.spec not in run.subjects:
         raise RecordsError(f"{where}: the subject {shown(line.spec)} has no line before its verdicts")
+    elif isinstance(line, CauseLine):
+        run.causes.append(line)
     else:
         run.verdicts.append(line)
 
@@ -298,5 +377,6 @@ def _read_line(raw: bytes, where: str) -> Line:
     try:
         line: Line = read_object(_LINES[kind], content, where)
     except Mistyped as error:
-        raise RecordsError(str(error)) from error
+        text = str(error)
+        raise RecordsError(text if text.startswith(where) else f"{where}: {text}") from error
     return line

@@ -22,7 +22,7 @@ from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.anatomy import Anatomy
 from mla_spec.judging.law import Law, Options, Production, Run
-from mla_spec.judging.separation import History, separation
+from mla_spec.judging.separation import History, by_regime, separation
 from mla_spec.judging.verdict import (
     Record,
     TrivialCase,
@@ -164,6 +164,7 @@ class _Attempts:
         last: the case that ran last.
         failure: the first failure, and its case.
         history: every case, and whether it failed.
+        ratios: of each of them the largest error / bound, None where nothing was held against a bound.
     """
 
     def __init__(self, law: Law, run: Run, options: Options, make: Callable[[], Driver], *, twice: bool) -> None:
@@ -176,6 +177,7 @@ class _Attempts:
         self.last: Case | None = None
         self.failure: tuple[Exception, Case] | None = None
         self.history: History = []
+        self.ratios: list[float | None] = []
         self._wrong: list[Anatomy] = []
 
     def __call__(self, case: Case) -> None:
@@ -184,8 +186,9 @@ class _Attempts:
             return
         self.cases += self.failure is None
         self.last, self.run.case_id, self.run.compared, self.run.last = case, case.id, None, None
-        self.run.anatomy = {}
+        self.run.anatomy, self.run.case_worst = {}, None
         self.history.append((case, False))
+        self.ratios.append(None)
         if self.options.announce is not None:
             self.options.announce(case)
         try:
@@ -195,6 +198,7 @@ class _Attempts:
             if self.twice:
                 self.twice = False
                 self.deaths.counted(case, lambda: self._check(case))
+            self.ratios[-1] = self.run.case_worst
         except TrivialCase as reason:
             self.trivial = self.trivial[0] + (self.failure is None), str(reason)
         except Unsupported as reason:
@@ -227,6 +231,8 @@ class _Attempts:
         """Note that ``case`` failed: the last such case is the smallest, and the one with the most elements is kept too."""
         self.history[-1] = (case, True)
         if self.run.anatomy:
+            excess = float(self.run.anatomy["excess"])
+            self.ratios[-1] = excess if self.run.anatomy["judged"] == "within" and math.isfinite(excess) else None
             found = {"case": case.id, **self.run.anatomy}
             self._wrong = [found, max([*self._wrong[1:], found], key=lambda each: math.prod(each["shape"]))]
 
@@ -300,6 +306,7 @@ def _run_dtype(
             note=run.note if run is not None else "",
             evidence=[] if attempt is None else attempt.evidence,
             separation={} if attempt is None else separation(attempt.history),
+            regimes={} if attempt is None else by_regime(attempt.history, attempt.ratios),
         )
 
     def make() -> Driver:
@@ -363,6 +370,7 @@ def _run_dtype(
         message=run.left_out,
         seconds=seconds,
         note=run.note or run.coarseness,
+        regimes=by_regime(attempt.history, attempt.ratios),
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
+from mla_spec.judging.regime_count import together
 from mla_spec.operations.all import REGIMES
 from mla_spec.operations.case import Case
 
@@ -36,6 +37,16 @@ def separation(history: History) -> dict[str, Any]:
     ]
     best = max(found, key=lambda each: each["elsewhere"], default={"elsewhere": 0})
     return best if best["elsewhere"] >= FEWEST else {}
+
+
+def by_regime(history: History, ratios: Sequence[float | None]) -> dict[str, dict[str, Any]]:
+    """What came of the cases of each regime; ``ratios`` has the largest error / bound of every case."""
+    return together(
+        {name: {"cases": 1, "failed": int(failed), "worst": ratio}}
+        for (case, failed), ratio in zip(history, ratios, strict=True)
+        for name, holds in REGIMES.get(case.kind, ())
+        if holds(case)
+    )
 
 
 def _features(case: Case) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from mla_spec.judging.environment import code_of, environment
 from mla_spec.judging.hardest import HardCase
 from mla_spec.judging.law import Options
 from mla_spec.judging.plan import Cell, Judged, Shard
-from mla_spec.judging.records import RunLine, SubjectLine, VerdictLine
+from mla_spec.judging.records import Evidence, RunLine, SubjectLine, VerdictLine
+from mla_spec.judging.regime_count import RegimeCount
 from mla_spec.judging.renamed import RENAMED
 from mla_spec.judging.run import asked_dtypes, run_law
 from mla_spec.judging.verdict import Record
@@ -126,6 +127,8 @@ def verdict_line(run: str, cell: Cell, record: Record) -> VerdictLine:
     """What is recorded of a cell."""
     values = record.as_dict()
     del values["dtypes"], values["cause"]
+    values["evidence"] = tuple(Evidence(**each) for each in values["evidence"])
+    values["regimes"] = {name: RegimeCount(**count) for name, count in values["regimes"].items()}
     return VerdictLine(run=run, spec=cell.spec, seed=cell.seed, **values)
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from mla_spec.judging.regime_count import together
 from mla_spec.text.terminal import one_line, printable
 
 Verdict = Literal["pass", "fail", "unsupported", "crashed", "incomplete"]
@@ -47,6 +48,7 @@ class Record:
         evidence: the anatomy (``mla_spec.judging.anatomy``) of the wrong result of the smallest failing case, and that of the
             one with the most elements, each with its ``case``; empty where nothing was compared.
         separation: what separates the cases that failed from those that passed (``mla_spec.judging.separation``).
+        regimes: what came of the cases of each regime (``mla_spec.judging.regime_count``).
         cause: in the report of a run, of the law that shows a fault first what that is (``mla_spec.judging.causes``), of the
             others which law they follow.
     """
@@ -67,6 +69,7 @@ class Record:
     waived: str = ""
     evidence: list[dict[str, Any]] = field(default_factory=list)
     separation: dict[str, Any] = field(default_factory=dict)
+    regimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     cause: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,6 +120,7 @@ def merge(records: list[Record]) -> Record:
         seconds=sum(r.seconds for r in records),
         note="\n".join(r.note for r in records if r.note),
         dtypes={r.dtype: _gravest(r.dtype, records) for r in records if r.dtype},
+        regimes=together(r.regimes for r in records),
     )
 
 

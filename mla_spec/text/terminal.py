@@ -57,8 +57,13 @@ def append_json(path: str, *contents: Any) -> None:
 
 def write_json(path: str, content: Any) -> None:
     """Write ``content`` whole, as ``write_atomically`` does; UsageError where that is not possible."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Write ``text`` whole, as ``write_atomically`` does, in UTF-8; UsageError where that is not possible."""
     try:
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
+        write_atomically(path, text)
     except OSError as error:
         raise UsageError(f"cannot write {shown(path)}: {error.strerror}") from error
 

@@ -324,7 +324,7 @@ def test_runs_of_other_options_are_not_merged(kernel: str, tmp_path: Path, capsy
     ("content", "message"),
     [
         ("", "holds no run"),
-        ("[]\n", "type is None; expected one of run, subject, verdict, end"),
+        ("[]\n", "type is None; expected one of run, subject, verdict, cause, end"),
         ("\x00\n", "not a JSON object in UTF-8; expected a record"),
         ("[" * 100_000 + "\n", "not a JSON object in UTF-8; expected a record"),
         ('{"type": "end", "run": "a", "reason": "", "exit": 0}\n', "the run 'a' has no line that begins it"),
