@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -31,6 +32,7 @@ from mla_spec.judging.verdict import (
     merge,
 )
 from mla_spec.operations.case import Case
+from mla_spec.operations.extent import Most, beyond
 from mla_spec.subjects.description import Description, describe
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.memory import filled_memory, give_back_memory
@@ -189,6 +191,8 @@ class _Attempts:
         if self.options.announce is not None:
             self.options.announce(case)
         try:
+            if reason := beyond(case, self.run.supports):
+                raise Unsupported(reason)
             self.deaths.counted(case, lambda: self._check(case))
             if self.run.compared == 0:
                 raise TrivialCase("no output has an element")
@@ -372,16 +376,16 @@ def _generate(law: Law, run: Run, examples: int, options: Options, attempt: Call
     Where a first case fails, Hypothesis looks for a smaller one; where it finds none, the first one fails again, or the
     subject is not deterministic.
     """
+    cut = partial(Most.of(run.supports).cut, topk_multiple=run.supports.topk_multiple)
     cases = law.cases(run.supports, run.profile)
-    fixed = isinstance(cases, list)
+    listed, drawn = (cases, None) if isinstance(cases, list) else ([], cases.map(cut))
     grown = () if law.grown is None else law.grown(run)
     begin = [case for case in options.begin if case.dtype == run.driver.dtype]
-    failing = _first_failure(
-        chain(begin, law.first(run.supports, run.profile), cases if isinstance(cases, list) else (), grown), attempt
-    )
-    if not fixed and (failing is None or options.minimise):
+    first = map(cut, law.first(run.supports, run.profile))
+    failing = _first_failure(chain(begin, first, listed, grown), attempt)
+    if drawn is not None and (failing is None or options.minimise):
         try:
-            _draw(law, run, cases, examples, options, attempt)
+            _draw(law, run, drawn, examples, options, attempt)
         except (VacuousCase, InvalidBound, NotOffered):
             if failing is None:
                 raise

@@ -37,6 +37,7 @@ from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.published import PublishedModel, published_models
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Driver, Result, Tensors
+from mla_spec.subjects.extent import require_extent
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import NotOffered, Unsupported, Violation
 
@@ -241,6 +242,7 @@ class LayerDriver:
         self.driver = driver
         self.layer = layer
         self.weights = weights
+        self.tokens = 0
 
     @classmethod
     def of(cls, driver: Driver, weights: Mapping[str, Array], config: MLAConfig) -> LayerDriver:
@@ -265,9 +267,12 @@ class LayerDriver:
     def call(self, method: str, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
         """What ``prefill`` or ``decode`` returns, unread."""
         function = self._method(method)
+        self.tokens += hidden.shape[1]
+        require_extent(self.driver.supports, len(hidden), self.tokens)
         return self.driver.guard(lambda: function(hidden, positions))
 
     def reset(self) -> None:
+        self.tokens = 0
         self.driver.guard(self._method("reset"))
 
     def cache_bytes(self) -> int:

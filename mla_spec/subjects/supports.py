@@ -47,6 +47,9 @@ class Supports:
             for any.
         max_s: most queries per sequence in ``decode``; None for any.
         max_parts: most parts that ``merge`` takes; None for any.
+        max_batch: most sequences of a call; None for any.
+        max_keys: most keys that a query sees: cached tokens of a sequence, keys of a packed one, indices of sparse attention,
+            tokens that a layer has cached. At least 16, or None for any.
         prefill_dims: pairs (qk_nope_head_dim + qk_rope_head_dim, v_head_dim) of ``prefill``; None for any.
         weight_block_sizes: pairs (rows, columns) of blocks of ``dequantize_weight``; None for any.
         cache_formats: of quantised caches.
@@ -97,6 +100,8 @@ class Supports:
     latent_dims: tuple[tuple[Size, Size], ...] | None = None
     max_s: Count | None = None
     max_parts: Count | None = None
+    max_batch: Count | None = None
+    max_keys: Annotated[int, Least(16)] | None = None
     prefill_dims: tuple[tuple[Size, Size], ...] | None = None
     weight_block_sizes: tuple[tuple[Size, Size], ...] | None = None
     cache_formats: tuple[str, ...] = tuple(LAYOUTS)
@@ -153,6 +158,18 @@ class Supports:
                 if values is not None and not any(_size(field, value) for value in values):
                     return f"{field}={values!r} leaves outputs without an element"
         return ""
+
+    def never_seen(self) -> str:
+        """Which sizes the limits on sequences and keys keep from every law, as a sentence, or ""."""
+        sizes = [
+            f"{what} more than {most} {things} ({name}={most})"
+            for name, most, what, things in (
+                ("max_batch", self.max_batch, "a call with", "sequences"),
+                ("max_keys", self.max_keys, "a query that sees", "keys"),
+            )
+            if most is not None
+        ]
+        return f"never seen: {'; '.join(sizes)}" if sizes else ""
 
     def restrictions(self) -> str:
         """The fields that differ from the default, in one line; empty when nothing is restricted."""
