@@ -19,11 +19,20 @@ SHOWN = 3
 LAWS = "laws of several operations"
 
 
-def overview(records: list[Record], screen: Screen, found: list[Cause] | None = None, *, part: bool = False) -> str:
-    """The screen; ``found`` are the causes where they are known already, and ``part`` says that more is to be judged."""
+def overview(
+    records: list[Record], screen: Screen, found: list[Cause] | None = None, *, part: bool = False, quick: str = ""
+) -> str:
+    """The screen.
+
+    Args:
+        found: the causes, where they are known already.
+        part: whether more is to be judged.
+        quick: of a quick check, what it has not asked.
+    """
     found = causes(record for record in records if not record.holds) if found is None else found
     blocks = [
-        _verdict(records, found, screen, part),
+        _verdict(records, found, screen, part, bool(quick)),
+        screen.wrapped(quick, rest="  ") if quick else [],
         _table(records, screen),
         _remarks(records, screen),
         *(_first_cause(cause, screen) for cause in found[:1]),
@@ -34,7 +43,7 @@ def overview(records: list[Record], screen: Screen, found: list[Cause] | None = 
     return "\n".join(line for block in blocks for line in block)
 
 
-def _verdict(records: list[Record], found: list[Cause], screen: Screen, part: bool) -> list[str]:
+def _verdict(records: list[Record], found: list[Cause], screen: Screen, part: bool, quick: bool) -> list[str]:
     ran = [record for record in records if record.verdict != "unsupported"]
     wrong = sum(record.verdict in ("fail", "crashed") and not record.holds for record in ran)
     unclear = sum(record.verdict == "incomplete" and not record.holds for record in ran)
@@ -47,7 +56,7 @@ def _verdict(records: list[Record], found: list[Cause], screen: Screen, part: bo
     elif part:
         text, style = f"so far, of a part of the run: {summary(ran)}", "yellow"
     else:
-        text, style = f"conforms: {summary(ran)}", "green"
+        text, style = f"{'passes a quick check' if quick else 'conforms'}: {summary(ran)}", "green"
     return [screen.paint(screen.cut(f"{text} ({seconds:.0f} s of work)"), style, "bold")]
 
 

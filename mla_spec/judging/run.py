@@ -21,8 +21,10 @@ from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, Hypoth
 
 from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.bounds.profile import Profile
+from mla_spec.installed import quick_laws
 from mla_spec.judging.anatomy import Anatomy
 from mla_spec.judging.law import Law, Options, Production, Run
+from mla_spec.judging.quick import small
 from mla_spec.judging.separation import History, separation
 from mla_spec.judging.verdict import (
     Record,
@@ -89,7 +91,7 @@ def run_dtypes(law: Law, subject: object, options: Options = Options()) -> Itera
         yield Record(law.name, name, "unsupported", message=reason)
         return
     spread = options.spread or len(dtypes)
-    share = max(1, -(-options.examples // (spread * law.cost)))
+    share = max(1, -(-options.count // (spread * law.cost)))
     if options.production is not None:
         options = replace(options, production=replace(options.production, budget=options.production.budget / spread))
     with _as_laws_want_it(subject, options):
@@ -154,6 +156,10 @@ SHRINKING = 30.0
 """Seconds that may be spent on cases which end the subject's process, while a smaller one is looked for."""
 
 
+class TimeIsUp(BaseException):
+    """No smaller failing case is looked for any more. Hypothesis lets it pass, as it does Ctrl-C."""
+
+
 class _Attempts:
     """Runs cases of one law in one dtype, and keeps what the record says of them.
 
@@ -165,6 +171,8 @@ class _Attempts:
         refused: how many of these the subject refused, and why the last of them was.
         last: the case that ran last.
         failure: the first failure, and its case.
+        smallest: the case that failed last: each that fails while a smaller one is looked for is smaller.
+        since: when the first one failed.
         history: every case, and whether it failed.
     """
 
@@ -177,6 +185,8 @@ class _Attempts:
         self.refused = (0, "")
         self.last: Case | None = None
         self.failure: tuple[Exception, Case] | None = None
+        self.smallest: Case | None = None
+        self.since: float | None = None
         self.history: History = []
         self._wrong: list[Anatomy] = []
 
@@ -205,6 +215,7 @@ class _Attempts:
             self.refused = self.refused[0] + (self.failure is None), str(reason)
         except _FAILURES as error:
             self.failure = self.failure or (error, case)
+            self.smallest, self.since = case, self.since or time.monotonic()
             self._keep_evidence(case)
             raise
 
@@ -233,6 +244,11 @@ class _Attempts:
         if self.run.anatomy:
             found = {"case": case.id, **self.run.anatomy}
             self._wrong = [found, max([*self._wrong[1:], found], key=lambda each: math.prod(each["shape"]))]
+
+    def require_time(self) -> None:
+        """Raise TimeIsUp where a smaller failing case has been looked for long enough."""
+        if self.since is not None and time.monotonic() > self.since + self.options.patience:
+            raise TimeIsUp
 
     @property
     def evidence(self) -> list[Anatomy]:
@@ -370,22 +386,26 @@ def _run_dtype(
     )
 
 
-def _generate(law: Law, run: Run, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
+def _generate(law: Law, run: Run, examples: int, options: Options, attempt: _Attempts) -> None:
     """Run the law's first cases, and then what Hypothesis draws; the last call of ``attempt`` is the smallest failure.
 
     Where a first case fails, Hypothesis looks for a smaller one; where it finds none, the first one fails again, or the
     subject is not deterministic.
     """
-    cut = partial(Most.of(run.supports).cut, topk_multiple=run.supports.topk_multiple)
-    cases = law.cases(run.supports, run.profile)
+    supports = small(run.supports, run.profile) if options.quick else run.supports
+    cut = partial(Most.of(supports).cut, topk_multiple=supports.topk_multiple)
+    cases = law.cases(supports, run.profile)
     listed, drawn = (cases, None) if isinstance(cases, list) else ([], cases.map(cut))
     grown = () if law.grown is None else law.grown(run)
     begin = [case for case in options.begin if case.dtype == run.driver.dtype]
-    first = map(cut, law.first(run.supports, run.profile))
+    begins = quick_laws().get(law.name, law.first) if options.quick else law.first
+    first = map(cut, begins(supports, run.profile))
     failing = _first_failure(chain(begin, first, listed, grown), attempt)
     if drawn is not None and (failing is None or options.minimise):
         try:
             _draw(law, run, drawn, examples, options, attempt)
+        except TimeIsUp:
+            failing = attempt.smallest
         except (VacuousCase, InvalidBound, NotOffered):
             if failing is None:
                 raise
@@ -406,13 +426,14 @@ def _first_failure(cases: Iterable[Case], attempt: Callable[[Case], None]) -> Ca
     return None
 
 
-def _draw(law: Law, run: Run, cases: Any, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
+def _draw(law: Law, run: Run, cases: Any, examples: int, options: Options, attempt: _Attempts) -> None:
     """Run what Hypothesis draws from the strategy ``cases``."""
 
     @hypothesis.seed(zlib.crc32(f"{options.seed} {law.name} {run.profile.dtype}".encode()))
     @_settings(examples, (Phase.generate, Phase.shrink) if options.minimise else (Phase.generate,))
     @given(cases)
     def generated(case: Case) -> None:
+        attempt.require_time()
         attempt(case)
 
     generated()
