@@ -132,6 +132,8 @@ def _first_cause(cause: Cause, screen: Screen) -> list[str]:
     lines[0] = screen.paint(lines[0], "bold")
     if shown := [line for line in cause.lead.message.splitlines() if "got" in line]:
         lines.append(screen.cut(f"{_INDENT}{shown[0].strip()}"))
+    if cause.declare:
+        lines += screen.wrapped(cause.declare, _INDENT, _INDENT, most=2)
     for suspect, most in zip(cause.suspects, (3, 2), strict=False):
         lines += screen.wrapped(suspect_text(suspect), _INDENT, _INDENT, most=most)
     return lines + screen.command(short_replay(cause.lead), _INDENT)
@@ -145,6 +147,8 @@ def _later_cause(number: int, cause: Cause, first: Cause, screen: Screen) -> lis
         return [screen.cut(f"{number}. {_laws(count)} of {cause.operation}: the same wrong numbers as {both[0]} too")]
     lines = screen.wrapped(f"{number}. {cause.statement}", rest=_INDENT, most=2)
     lines[0] = screen.paint(lines[0], "bold")
+    if cause.declare:
+        lines += screen.wrapped(cause.declare, _INDENT, _INDENT, most=2)
     for suspect in cause.suspects[:1]:
         lines += screen.wrapped(suspect_text(suspect), _INDENT, _INDENT, most=2)
     return lines

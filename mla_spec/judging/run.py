@@ -24,6 +24,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.installed import quick_laws
 from mla_spec.judging.anatomy import Anatomy
 from mla_spec.judging.law import Law, Options, Production, Run
+from mla_spec.judging.narrowing import NOT_MADE_FOR, narrowing
 from mla_spec.judging.quick import small
 from mla_spec.judging.separation import History, separation
 from mla_spec.judging.verdict import (
@@ -352,7 +353,9 @@ def _run_dtype(
         return record(_verdict_of(first), message, attempt.cases, case)
     except _FAILURES as error:
         convention = run.diagnosis() if isinstance(error, Violation) else ""
-        message = "\n".join(filter(None, (str(error), convention)))
+        help = narrowing(attempt.history) if isinstance(error, SubjectCrashed) else ""
+        declare = f"{NOT_MADE_FOR} Supports({help})" if help else ""
+        message = "\n".join(filter(None, (str(error), convention, declare)))
         return record(_verdict_of(error), message, attempt.cases, attempt.last)
     try:
         if isinstance(run.driver, Handle):

@@ -15,11 +15,14 @@ from mla_spec import MLAConfig, Options, Supports
 from mla_spec.adapters.pytorch import TorchAbsorbed
 from mla_spec.adapters.pytorch_layer import TorchLayer
 from mla_spec.bounds.profile import Profile
+from mla_spec.front.overview import overview
 from mla_spec.installed import all_laws
+from mla_spec.judging.causes import causes
 from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
 from mla_spec.properties.strategies.layer import every_option, fitted, long_layers, rotating_layer
 from mla_spec.subjects.supports import DTYPES
+from mla_spec.text.layout import Screen
 
 LAWS = [name for name, law in all_laws().items() if law.needs == ("layer",)]
 
@@ -251,3 +254,38 @@ def test_fixed_cases_obey_what_is_declared(kind: Kind, dtype: str) -> None:
 def test_declarations_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Supports(**wrong)
+
+
+SAID = {
+    OneTokenADecode: "layer_max_decode=1",
+    NoChunks: "layer_chunks=False",
+    Cacheless: "layer_cache='none'",
+    FixedTheta: "layer_thetas=(10000.0, 50000.0)",
+    Compressed: "q_lora_rank='required'",
+    EqualHeads: "layer_equal_head_dims=True",
+    WideRope: "layer_min_rope_dim=4",
+    NoPE: "rope_layouts=()",
+    ShortTable: "layer_max_positions=1",
+}
+
+
+@pytest.mark.parametrize("subject", SAID, ids=lambda subject: subject.__name__)
+def test_laws_that_crash_alike_are_one_paragraph_that_names_the_field(subject: type[Plain]) -> None:
+    options = Options(examples=60, dtypes=("float32",))
+    laws = [law for law in LAWS if "agrees" in law or "several" in law or "ignored" in law or "chunks" in law]
+    records = [run_law(all_laws()[law], subject(), options) for law in laws]
+    crashed = [cause for cause in causes(records) if cause.lead.verdict == "crashed"]
+    assert len(crashed) == 1
+    assert crashed[0].declare.startswith(f"if it is not made for such cases, declare Supports({SAID[subject]}")
+    assert f"declare\n   Supports({SAID[subject]}" in overview(records, Screen(60))
+
+
+class Broken(Plain):
+    def require(self, config: MLAConfig) -> None:
+        raise NotImplementedError
+
+
+def test_nothing_is_named_where_all_crashes() -> None:
+    options = Options(examples=8, dtypes=("float32",))
+    (cause,) = causes([run_law(all_laws()[law], Broken(), options) for law in LAWS])
+    assert cause.declare == ""
