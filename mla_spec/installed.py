@@ -98,6 +98,12 @@ def all_laws() -> dict[str, Law]:
     return laws
 
 
+@functools.cache
+def quick_laws() -> dict[str, Any]:
+    """By the name of a law that is part of a quick check, what gives the cases that it begins with."""
+    return dict(import_module("mla_spec.properties.quick").QUICK)
+
+
 def load_for_subjects() -> None:
     """Import what the process of every subject needs, so that copies of this one need not."""
     for name in ("torch", "mla_spec.operations.all", "mla_spec.subjects.process"):

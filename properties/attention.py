@@ -15,6 +15,12 @@ from mla_spec.operations.merge import MergeInputs
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.driver import Result
+from mla_spec.subjects.supports import Supports
+
+
+def needs_several_sequences(supports: Supports) -> str:
+    """Why sequences of one call cannot be compared, or ""."""
+    return "a call takes one sequence" if supports.max_batch == 1 else ""
 
 
 def judge_attention(run: Run, got: tuple[Result, Result | None], want: BoundedAttention) -> None:

@@ -23,6 +23,7 @@ from mla_spec.operations.gradients import (
 )
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.sparse import SPARSE_PREFILL as SPARSE
+from mla_spec.properties.attention import needs_several_sequences
 from mla_spec.properties.hazards import require_unmodified
 from mla_spec.properties.strategies.gradients import exact_backward_cases, prefill_backward_cases, sparse_backward_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -36,6 +37,10 @@ Expected = dict[str, Bounded]
 
 def _needs_prefill(supports: Supports) -> str:
     return "" if supports.may_differentiate("prefill") else "prefill is not differentiable"
+
+
+def _needs_several(supports: Supports) -> str:
+    return _needs_prefill(supports) or needs_several_sequences(supports)
 
 
 def _needs_sparse(supports: Supports) -> str:
@@ -112,7 +117,7 @@ def test_prefill_gradients_where_nothing_is_seen(run: Run, case: PrefillBackward
     _judge(run, driver.prefill_gradients(x.forward, _tensors(driver, x)), _expected(run, x))
 
 
-@law(needs=PREFILL, cases=narrowed(prefill_backward_cases, min_batch=2), missing=_needs_prefill, cost=2)
+@law(needs=PREFILL, cases=narrowed(prefill_backward_cases, min_batch=2), missing=_needs_several, cost=2)
 def test_prefill_gradients_of_sequences_are_independent(run: Run, case: PrefillBackwardCase) -> None:
     """A sequence has the same gradients packed with others as alone: the same bits where the profile claims it."""
     x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)

@@ -12,7 +12,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs, declared_lse, decode_expected
-from mla_spec.properties.attention import judge_attention
+from mla_spec.properties.attention import judge_attention, needs_several_sequences
 from mla_spec.properties.strategies import ordinary, rare
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -148,7 +148,7 @@ def test_decode_page_relabelling_changes_nothing(run: Run, case: DecodeCase) -> 
     run.same(got, want, "pages were stored in another order and the block table renamed accordingly")
 
 
-@law(needs=DECODE, cases=narrowed(decode_cases, min_batch=2), cost=2)
+@law(needs=DECODE, cases=narrowed(decode_cases, min_batch=2), missing=needs_several_sequences, cost=2)
 def test_decode_sequences_are_independent(run: Run, case: DecodeCase) -> None:
     """A sequence gives the same in a ragged batch as alone: the same bits where the profile claims it."""
     inputs = case.build()

@@ -56,7 +56,7 @@ def _peak(driver: Driver, inputs: Any, tensors: Tensors) -> int:
 
 @law(needs=("decode",), cases=_cases)
 def test_decode_memory_grows_with_the_batch(run: Run, case: DecodeCase) -> None:
-    """The most memory in use grows no faster than the batch: not every time that the batch is doubled is it more than twice.
+    """The most of torch's memory in use, the only one seen, grows no faster than the batch: it does not always more than double.
 
     Whatever a kernel allocates once, per sequence, per tile or per split at most doubles with the sequences. A kernel that
     does otherwise from some batch size on more than doubles once, not three times.

@@ -14,6 +14,7 @@ from mla_spec.operations.indexer import OPERATION as INDEXER
 from mla_spec.operations.indexer import IndexerCase, IndexerInputs, Selection, indexer_expected, visible_keys
 from mla_spec.operations.rope import OPERATION as ROPE
 from mla_spec.operations.rope import RopeInputs
+from mla_spec.properties.attention import needs_several_sequences
 from mla_spec.properties.strategies import ordinary, production
 from mla_spec.properties.strategies.indexer import indexer_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -97,7 +98,11 @@ def test_indexer_ignores_future_keys(run: Run, case: IndexerCase) -> None:
     _require_same(run, replace(inputs, k=k), inputs, past, why)
 
 
-@law(needs=INDEXER, cases=narrowed(indexer_cases, min_batch=2, min_queries=1, min_past=0))
+@law(
+    needs=INDEXER,
+    cases=narrowed(indexer_cases, min_batch=2, min_queries=1, min_past=0),
+    missing=needs_several_sequences,
+)
 def test_indexer_sequences_do_not_see_each_other(run: Run, case: IndexerCase) -> None:
     """NaN in the keys of all other sequences changes no bit of a sequence."""
     inputs = case.build()

@@ -32,6 +32,18 @@ EDGES = (512, 1024, 4096)
 """Positions at which a table may end; tokens are moved to both sides of one of them."""
 
 
+def _needs_cache(supports: Supports) -> str:
+    return "its layer has no cache" if supports.layer_cache == "none" else ""
+
+
+def _needs_several(supports: Supports) -> str:
+    return _needs_cache(supports) or ("its layer decodes one token a call" if supports.layer_max_decode == 1 else "")
+
+
+def _needs_chunks(supports: Supports) -> str:
+    return _needs_cache(supports) or ("" if supports.layer_chunks else "prefill of its layer continues no cache")
+
+
 def _expected(run: Run, inputs: LayerInputs) -> tuple[Array, ErrorBound]:
     return layer_with_bound(inputs.hidden, inputs.positions, inputs.weights, inputs.config, run.profile)
 
@@ -53,7 +65,7 @@ def test_layer_prefill_agrees_with_reference(run: Run, case: LayerCase) -> None:
     run.within(_run(_make(run, inputs), "prefill", inputs, np.s_[:]), want, bound)
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1), first=every_option)
+@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1), first=every_option, missing=_needs_cache)
 def test_layer_decode_agrees_with_reference(run: Run, case: LayerCase) -> None:
     """Tokens decoded one by one after a prompt, against the reference over the whole sequence."""
     inputs = case.build()
@@ -67,7 +79,7 @@ def test_layer_decode_agrees_with_reference(run: Run, case: LayerCase) -> None:
         run.within(got, want[:, one], bound[:, one], gate=False)
 
 
-@law(needs=LAYER, cases=long_layers)
+@law(needs=LAYER, cases=long_layers, missing=_needs_cache)
 def test_layer_of_thousands_of_cached_tokens(run: Run, case: LayerCase) -> None:
     """The end of a long prompt, and tokens decoded after it one by one and several at once, see all that is cached."""
     inputs = case.build()
@@ -79,13 +91,13 @@ def test_layer_of_thousands_of_cached_tokens(run: Run, case: LayerCase) -> None:
     layer = _make(run, inputs)
     first = case.prompt + case.steps - judged
     calls = [("prefill", slice(0, case.prompt)), ("decode", slice(case.prompt, case.prompt + 1))]
-    for method, tokens in (*calls, ("decode", slice(case.prompt + 1, case.prompt + case.steps))):
+    for method, tokens in (*calls, *_decoded(run, case.prompt + 1, case.prompt + case.steps)):
         got = _run(layer, method, inputs, tokens)
         seen = slice(max(first, tokens.start) - first, tokens.stop - first)
         run.within(got[:, max(first, tokens.start) - tokens.start :], want[:, seen], bound[:, seen], gate=False)
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=2, max_steps=8), cost=2)
+@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=2, max_steps=8), missing=_needs_several, cost=2)
 def test_layer_decodes_several_tokens_at_once(run: Run, case: LayerCase) -> None:
     """Decoding up to eight tokens in one call, as for MTP, is causal among them, aligned to the end of the cache."""
     inputs = case.build()
@@ -93,12 +105,18 @@ def test_layer_decodes_several_tokens_at_once(run: Run, case: LayerCase) -> None
     run.meaningful(want, bound)
     layer = _make(run, inputs)
     _run(layer, "prefill", inputs, np.s_[: case.prompt])
-    rest = slice(case.prompt, None)
-    got = _run(layer, "decode", inputs, rest)
-    run.within(got, want[:, rest], bound[:, rest], gate=False)
+    for method, tokens in _decoded(run, case.prompt, case.prompt + case.steps):
+        got = _run(layer, method, inputs, tokens)
+        run.within(got, want[:, tokens], bound[:, tokens], gate=False)
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2), cost=2)
+def _decoded(run: Run, start: int, end: int) -> list[tuple[str, slice]]:
+    """Tokens of as few calls of decode as the subject allows."""
+    most = run.supports.layer_max_decode or end - start
+    return [("decode", slice(t, min(t + most, end))) for t in range(start, end, most)]
+
+
+@law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2), missing=_needs_chunks, cost=2)
 def test_layer_prefill_in_chunks(run: Run, case: LayerCase) -> None:
     """A prompt that comes in two calls of prefill, and then decoded tokens: what the second sees includes the first."""
     inputs = case.build()
@@ -112,7 +130,7 @@ def test_layer_prefill_in_chunks(run: Run, case: LayerCase) -> None:
         run.within(got, want[:, tokens], bound[:, tokens], gate=False)
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2, max_steps=0), cost=2)
+@law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2, max_steps=0), missing=_needs_cache, cost=2)
 def test_prefill_equals_token_by_token_decode(run: Run, case: LayerCase) -> None:
     """One prefill gives what decoding the same tokens one by one gives."""
     inputs = case.build()
@@ -143,7 +161,11 @@ def test_layer_depends_on_relative_positions_only(run: Run, case: LayerCase) -> 
     if inputs.config.rope is None or inputs.config.llama_4_scaling is not None:
         run.trivial("nothing depends on positions, or a temperature depends on each")
     middle = int(inputs.positions.mean())
-    later = [edge for edge in EDGES if edge > middle] or [2 * middle]
+    most = run.supports.layer_max_positions
+    last = 2 * middle if most is None else most - 1 - (int(inputs.positions.max()) - middle)
+    later = [edge for edge in EDGES if edge > middle and (most is None or edge <= last)] or [last]
+    if later == [middle]:
+        run.trivial("no later position is left")
     edge = later[case.seed % len(later)]
     moved = replace(inputs, positions=inputs.positions + edge - middle)
     want, bound = _expected(run, inputs)
@@ -168,7 +190,7 @@ def test_future_tokens_are_ignored(run: Run, case: LayerCase) -> None:
     run.same_bits(got[:, :-1], want[:, :-1], "only the last token, which these do not see, was changed")
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1))
+@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1), missing=_needs_cache)
 def test_reset_empties_the_cache(run: Run, case: LayerCase) -> None:
     """After reset, a layer that held a longer sequence, and fewer of them, gives the same bits as a new one."""
     inputs = case.build()
@@ -186,19 +208,25 @@ def _cache_bytes(run: Run, case: LayerCase, tokens: int) -> tuple[int, str]:
     """Bytes of the cache of so many tokens a sequence, and how they come about."""
     page = run.supports.cache_page
     rounded = -(-tokens // page) * page
-    formula = (
-        f"{case.batch} sequences × {rounded} tokens × {case.config.cache_dim} × {format_of(case.dtype).itemsize} B"
-    )
-    return case.batch * rounded * _row_bytes(case), formula
+    width = _cached_width(run, case)
+    formula = f"{case.batch} sequences × {rounded} tokens × {width} × {format_of(case.dtype).itemsize} B"
+    return case.batch * rounded * _row_bytes(run, case), formula
 
 
-def _row_bytes(case: LayerCase) -> int:
-    return case.config.cache_dim * format_of(case.dtype).itemsize
+def _cached_width(run: Run, case: LayerCase) -> int:
+    """Numbers of a token: its latent and k_pe, or keys and values of all heads, or none."""
+    config = case.config
+    expanded = config.num_heads * (config.qk_head_dim + config.v_head_dim)
+    return {"latent": config.cache_dim, "expanded": expanded, "none": 0}[run.supports.layer_cache]
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1))
+def _row_bytes(run: Run, case: LayerCase) -> int:
+    return _cached_width(run, case) * format_of(case.dtype).itemsize
+
+
+@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1), missing=_needs_cache)
 def test_cache_bytes_are_exact(run: Run, case: LayerCase) -> None:
-    """The cache holds kv_lora_rank + qk_rope_head_dim numbers per token, and nothing else."""
+    """The cache holds kv_lora_rank + qk_rope_head_dim numbers per token, or the declared expanded ones, and nothing else."""
     inputs = case.build()
 
     def require(layer: LayerDriver, tokens: int) -> None:
@@ -219,7 +247,7 @@ def test_cache_bytes_are_exact(run: Run, case: LayerCase) -> None:
 
 @law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1, max_steps=1), cost=3)
 def test_layer_allocates_only_its_cache(run: Run, case: LayerCase) -> None:
-    """From call to call a layer keeps no more memory than the rows of its cache take, whatever it says of itself.
+    """From call to call a layer keeps no more of torch's memory, the only one seen, than the rows of its cache take.
 
     Measured when it is used again after reset: tables and workspaces that are made once exist then. What a layer keeps over
     a reset, and does not grow, counts as preallocated.
@@ -228,7 +256,7 @@ def test_layer_allocates_only_its_cache(run: Run, case: LayerCase) -> None:
     layer = _make(run, inputs)
     calls = _calls(case)
     sizes = [_cache_bytes(run, case, tokens.stop) for _, tokens in calls]
-    prompt = case.batch * case.prompt * _row_bytes(case)
+    prompt = case.batch * case.prompt * _row_bytes(run, case)
     excess = there(_excess, layer, inputs.hidden, inputs.positions, calls, [want for want, _ in sizes], prompt)
     if excess is not None:
         number, event, kept, allowed = excess
@@ -333,7 +361,9 @@ def test_layer_output_is_not_aliased(run: Run, case: LayerCase) -> None:
 def test_layer_reads_its_tensors_anew(run: Run, case: LayerCase) -> None:
     """Other hidden states and positions in the same tensors, written as kernels write, give what they should."""
     first, other = case.build(), replace(case, seed=case.seed + 1).build()
-    spread = first.positions + np.arange(first.positions.shape[-1])  # a common shift would change nothing
+    spread: IntArray = first.positions + np.arange(first.positions.shape[-1])  # a common shift would change nothing
+    if spread.max() >= (run.supports.layer_max_positions or np.inf):
+        spread = first.positions[:, ::-1]
     layer = _make(run, first)
     tensors = _tokens(run, other)
     for inputs in (replace(first, hidden=other.hidden, positions=spread), first):

@@ -12,6 +12,7 @@ from mla_spec.bounds.layer_backward import layer_backward_with_bound
 from mla_spec.bounds.running_gradients import Gradient
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer_gradients import LayerGradientCase, LayerGradientDriver, LayerGradientInputs
+from mla_spec.properties.attention import needs_several_sequences
 from mla_spec.properties.hazards import require_unmodified
 from mla_spec.properties.strategies.layer_gradients import layer_gradient_cases, scaled_rope
 from mla_spec.properties.strategies.sizes import narrowed
@@ -28,6 +29,10 @@ LAYER = ("layer",)
 
 def _needs_gradients(supports: Supports) -> str:
     return "" if supports.may_differentiate("layer") else "no gradients flow through its layer"
+
+
+def _needs_several(supports: Supports) -> str:
+    return _needs_gradients(supports) or needs_several_sequences(supports)
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ def test_layer_backward_does_not_modify_its_inputs(run: Run, case: LayerGradient
     require_unmodified(run, "backward through layer", tensors, lambda: driver.gradients(inputs, tensors))
 
 
-@law(needs=LAYER, cases=narrowed(layer_gradient_cases, min_batch=2), missing=_needs_gradients, cost=4)
+@law(needs=LAYER, cases=narrowed(layer_gradient_cases, min_batch=2), missing=_needs_several, cost=4)
 def test_gradients_of_a_batch_add_up(run: Run, case: LayerGradientCase) -> None:
     """A batch gives each weight the sum of what its sequences give it alone, and each token what it gets alone."""
     inputs = case.build_gradient()

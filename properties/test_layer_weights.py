@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from mla_spec.bounds.layer import layer_with_bound
@@ -42,7 +41,8 @@ def _changed(case: LayerCase, later: LayerInputs) -> dict[str, Array]:
 def _use(layer: LayerDriver, inputs: LayerInputs, case: LayerCase) -> None:
     """A prompt, decoded tokens, and an empty cache again."""
     layer.run("prefill", inputs.hidden[:, : case.prompt], inputs.positions[:, : case.prompt])
-    layer.run("decode", inputs.hidden[:, case.prompt :], inputs.positions[:, case.prompt :])
+    if case.steps:
+        layer.run("decode", inputs.hidden[:, case.prompt :], inputs.positions[:, case.prompt :])
     layer.reset()
 
 
@@ -50,7 +50,8 @@ def _judge(run: Run, layer: LayerDriver, inputs: LayerInputs, case: LayerCase, w
     """The prompt, and the token after it, against the reference with the weights of ``inputs``."""
     want, bound = layer_with_bound(inputs.hidden, inputs.positions, inputs.weights, inputs.config, run.profile)
     run.meaningful(want, bound)
-    for method, tokens in (("prefill", np.s_[: case.prompt]), ("decode", np.s_[case.prompt :])):
+    calls = [("prefill", slice(0, case.prompt)), ("decode", slice(case.prompt, case.prompt + case.steps))]
+    for method, tokens in calls[: 1 + (case.steps > 0)]:
         got = layer.run(method, inputs.hidden[:, tokens], inputs.positions[:, tokens])
         try:
             run.within(got, want[:, tokens], bound[:, tokens], gate=False)

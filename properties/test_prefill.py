@@ -13,7 +13,7 @@ from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, declared_lse, decode_expected
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase, PrefillInputs, prefill_expected
-from mla_spec.properties.attention import judge_attention, judge_merged_results
+from mla_spec.properties.attention import judge_attention, judge_merged_results, needs_several_sequences
 from mla_spec.properties.strategies import ordinary, rare
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.prefill import prefill_cases
@@ -97,7 +97,7 @@ def test_prefill_lse_agrees_with_reference(run: Run, case: PrefillCase) -> None:
     run.within(lse, declared_lse(want.lse, run.supports), want.lse_error, gate=False)
 
 
-@law(needs=PREFILL, cases=narrowed(prefill_cases, min_batch=2), cost=2)
+@law(needs=PREFILL, cases=narrowed(prefill_cases, min_batch=2), missing=needs_several_sequences, cost=2)
 def test_prefill_sequences_are_independent(run: Run, case: PrefillCase) -> None:
     """A sequence gives the same packed with others as alone: the same bits where the profile claims it."""
     inputs = case.build()

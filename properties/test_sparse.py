@@ -27,6 +27,7 @@ from mla_spec.operations.sparse import (
     SparsePrefillCase,
     sparse_expected,
 )
+from mla_spec.properties.attention import needs_several_sequences
 from mla_spec.properties.strategies import rare
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -93,7 +94,8 @@ def _both(
             name = f"test_{operation.name}_{end}"
             first = {"sparse_prefill": rare.sparse_prefill, "sparse_decode": rare.sparse_decode}[operation.name]
             own_first = {"first": first} if rare_first else {}
-            made = Law(name, (operation.name,), cases, of_one, missing, cost=cost, **own_first)
+            absent = needs_several_sequences if "min_batch" in (own or {}) else missing
+            made = Law(name, (operation.name,), cases, of_one, absent, cost=cost, **own_first)
             globals()[name] = as_test(made, __name__)
         return check
 

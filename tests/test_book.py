@@ -21,7 +21,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "docs" / "book").glob("[0-9]*.md"))
-PAGES = [ROOT / "README.md", ROOT / "docs" / "quick_start.md", ROOT / "docs" / "book" / "README.md", *CHAPTERS]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "quick_start.md",
+    ROOT / "docs" / "quick_check.md",
+    ROOT / "docs" / "book" / "README.md",
+    *CHAPTERS,
+]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 KINDS = {"python", "sh", "text", "", "sh check", "sh test", "sh vllm-cpu"}
 """The named blocks of shell are run by continuous integration; a block without a kind is not run."""

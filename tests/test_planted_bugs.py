@@ -36,7 +36,7 @@ CONTROLS = sorted(
 
 def record_of(bug_id: str, law: str, *, minimise: bool = False) -> Record:
     """The record of the first dtype that fails, over the cases that the default options give that dtype."""
-    bug, share = PLANTED[bug_id], -(-Options().examples // len(DTYPES))
+    bug, share = PLANTED[bug_id], -(-Options().count // len(DTYPES))
     for dtype in DTYPES:
         options = options_of(bug, examples=share, dtypes=(dtype,), spec=(bug.spec,), minimise=minimise)
         record = run_law(all_laws()[law], bug.make(), options)

@@ -44,7 +44,18 @@ def _add_check(parsers: Parsers) -> None:
         "--compile", metavar="BACKEND", help="also check what torch.compile makes with it, e.g. inductor"
     )
     _add_production(parser)
-    parser.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="elementary laws alone, on small adversarial cases first, for slow subjects; docs/quick_check.md says what it leaves out",
+    )
+    parser.add_argument("--examples", type=int, metavar="N", help="generated cases per law (100; 8 with --quick)")
+    parser.add_argument(
+        "--minimise-seconds",
+        type=float,
+        metavar="S",
+        help="seconds in which a smaller failing case is looked for, per law and dtype (60; 10 with --quick)",
+    )
     parser.add_argument(
         "--no-minimise",
         dest="minimise",
@@ -235,6 +246,7 @@ def _add_coverage(parsers: Parsers) -> None:
 
 def _add_laws(parsers: Parsers) -> None:
     parser = parsers.add_parser("laws", help="list the laws")
+    parser.add_argument("--quick", action="store_true", help="only those of a quick check")
     parser.set_defaults(run=commands.run_laws)
 
 

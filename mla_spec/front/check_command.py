@@ -22,6 +22,7 @@ from mla_spec.judging.hardest import CorpusError, HardCase, read_hard_cases
 from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Options, Production, new_seed
 from mla_spec.judging.plan import Cell, Shard, parse_shard, plan
+from mla_spec.judging.quick import told
 from mla_spec.judging.records import RecordFile, RecordsError
 from mla_spec.judging.run import kind_of
 from mla_spec.judging.session import Asked, Stopped, header, run_here, run_in, stops
@@ -44,7 +45,7 @@ def check(options: argparse.Namespace) -> int:
     _require_sensible(options)
     options.seed = _seed(options)
     try:
-        laws = [law.name for law in find_laws(options.law)]
+        laws = [law.name for law in find_laws(options.law, quick=options.quick)]
         common = _law_options(options)
         specs = options.subjects or available_subjects()
         shard = Shard() if options.shard is None else parse_shard(options.shard)
@@ -78,6 +79,11 @@ class _Check:
         self.store: Store | None = None
         self.printed = 0
         self.found: dict[tuple[str, ...], list[Cause]] = {}
+
+    @property
+    def count(self) -> int:
+        """Generated cases per law."""
+        return self.subjects[0].options.count
 
     def run(self, settings: list[Options]) -> int:
         """Judge every cell, or as many as can be; print, write and return what came of them."""
@@ -163,7 +169,8 @@ class _Check:
         else:
             print("\n".join(screen.cut(line) for line in asked.declared.summary))
         part = self.shard.count > 1 or any(cell not in self.store.judged for cell in self.cells_of[asked.spec])
-        print(f"{overview(records, screen, found, part=part)}\n", flush=True)
+        quick = told(self.count) if self.options.quick else ""
+        print(f"{overview(records, screen, found, part=part, quick=quick)}\n", flush=True)
 
     def _finish(self, reason: str) -> int:
         if self.store is None:
@@ -174,7 +181,7 @@ class _Check:
             self._print(asked)
         judged = [(cell, self.store.judged[cell]) for cell in self.cells if cell in self.store.judged]
         if self.options.case is None:
-            print(f"cases: --seed {self.options.seed} --examples {self.options.examples}")
+            print(f"cases: --seed {self.options.seed} --examples {self.count}{' --quick' * self.options.quick}")
         needless = [] if reason or self.shard.count > 1 else self.waivers.needless(judged)
         for sentence in needless:
             print(f"mla-spec: {sentence}", file=sys.stderr)
@@ -222,7 +229,9 @@ def _name(options: Options) -> str:
 def _law_options(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "examples": options.examples,
+        "quick": options.quick,
         "minimise": options.minimise,
+        "minimise_seconds": options.minimise_seconds,
         "seed": options.seed,
         "device": options.device,
         "threads": options.threads,

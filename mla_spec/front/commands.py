@@ -104,11 +104,13 @@ def run_coverage(options: argparse.Namespace) -> int:
 
 def run_laws(options: argparse.Namespace) -> int:
     from mla_spec.front.laws_report import hazard_exceptions
-    from mla_spec.installed import all_laws
+    from mla_spec.judging.check import find_laws
     from mla_spec.text.table import format_table
 
-    print(format_table((law.name, ", ".join(law.needs), law.statement) for law in all_laws().values()))
-    print(f"\n{hazard_exceptions()}")
+    laws = find_laws([], quick=options.quick)
+    print(format_table((law.name, ", ".join(law.needs), law.statement) for law in laws))
+    if not options.quick:
+        print(f"\n{hazard_exceptions()}")
     return 0
 
 

@@ -38,6 +38,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec check my_kernel.py:Kernel --law decode --dtype bfloat16",
         "mla-spec check my_kernels.decode:flash_decode --signature decode",
         "mla-spec check my_kernels.decode:flash_decode --signature flash-mla",
+        "mla-spec check my_kernel.py:Kernel --quick",
         "mla-spec check torch-absorbed --examples 10 --json report.json",
     ),
     "explain": (
@@ -60,7 +61,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "sensitivity": ("mla-spec sensitivity torch-absorbed --dtype bfloat16 --cases 5",),
     "selftest": ("mla-spec selftest --bug K4", "mla-spec selftest --quick", "mla-spec selftest --explain 40"),
     "coverage": ("mla-spec coverage torch-absorbed --examples 400",),
-    "laws": ("mla-spec laws",),
+    "laws": ("mla-spec laws", "mla-spec laws --quick"),
     "contract": ("mla-spec contract", "mla-spec contract decode"),
     "adapters": ("mla-spec adapters",),
     "signatures": ("mla-spec signatures",),

@@ -20,7 +20,7 @@ LEAST_AND_MOST: dict[str, tuple[int, int]] = {
 LONGEST = 10**6
 """Seconds, more than eleven days; what waits for an event cannot be given many more."""
 
-SECONDS = ("timeout", "budget", "time_limit", "hours")
+SECONDS = ("timeout", "budget", "minimise_seconds", "time_limit", "hours")
 
 
 def require_within_limits(options: Mapping[str, Any]) -> None:

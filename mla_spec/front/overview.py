@@ -19,11 +19,20 @@ SHOWN = 3
 LAWS = "laws of several operations"
 
 
-def overview(records: list[Record], screen: Screen, found: list[Cause] | None = None, *, part: bool = False) -> str:
-    """The screen; ``found`` are the causes where they are known already, and ``part`` says that more is to be judged."""
+def overview(
+    records: list[Record], screen: Screen, found: list[Cause] | None = None, *, part: bool = False, quick: str = ""
+) -> str:
+    """The screen.
+
+    Args:
+        found: the causes, where they are known already.
+        part: whether more is to be judged.
+        quick: of a quick check, what it has not asked.
+    """
     found = causes(record for record in records if not record.holds) if found is None else found
     blocks = [
-        _verdict(records, found, screen, part),
+        _verdict(records, found, screen, part, bool(quick)),
+        screen.wrapped(quick, rest="  ") if quick else [],
         _table(records, screen),
         _remarks(records, screen),
         *(_first_cause(cause, screen) for cause in found[:1]),
@@ -34,7 +43,7 @@ def overview(records: list[Record], screen: Screen, found: list[Cause] | None = 
     return "\n".join(line for block in blocks for line in block)
 
 
-def headline(records: list[Record], found: list[Cause], *, part: bool = False) -> tuple[str, str]:
+def headline(records: list[Record], found: list[Cause], *, part: bool = False, quick: bool = False) -> tuple[str, str]:
     """What came of a run in one sentence, and its color: green where the subject conforms, yellow where nobody knows, red."""
     ran = [record for record in records if record.verdict != "unsupported"]
     wrong = sum(record.verdict in ("fail", "crashed") and not record.holds for record in ran)
@@ -46,11 +55,11 @@ def headline(records: list[Record], found: list[Cause], *, part: bool = False) -
         return f"incomplete: {unclear} of {len(ran)} laws could not be judged", "yellow"
     if part:
         return f"so far, of a part of the run: {summary(ran)}", "yellow"
-    return f"conforms: {summary(ran)}", "green"
+    return f"{'passes a quick check' if quick else 'conforms'}: {summary(ran)}", "green"
 
 
-def _verdict(records: list[Record], found: list[Cause], screen: Screen, part: bool) -> list[str]:
-    text, style = headline(records, found, part=part)
+def _verdict(records: list[Record], found: list[Cause], screen: Screen, part: bool, quick: bool) -> list[str]:
+    text, style = headline(records, found, part=part, quick=quick)
     seconds = sum(record.seconds for record in records)
     return [screen.paint(screen.cut(f"{text} ({seconds:.0f} s of work)"), style, "bold")]
 
@@ -138,6 +147,8 @@ def _first_cause(cause: Cause, screen: Screen) -> list[str]:
     lines[0] = screen.paint(lines[0], "bold")
     if shown := [line for line in cause.lead.message.splitlines() if "got" in line]:
         lines.append(screen.cut(f"{_INDENT}{shown[0].strip()}"))
+    if cause.declare:
+        lines += screen.wrapped(cause.declare, _INDENT, _INDENT, most=2)
     for suspect, most in zip(cause.suspects, (3, 2), strict=False):
         lines += screen.wrapped(suspect_text(suspect), _INDENT, _INDENT, most=most)
     return lines + screen.command(short_replay(cause.lead), _INDENT)
@@ -151,6 +162,8 @@ def _later_cause(number: int, cause: Cause, first: Cause, screen: Screen) -> lis
         return [screen.cut(f"{number}. {_laws(count)} of {cause.operation}: the same wrong numbers as {both[0]} too")]
     lines = screen.wrapped(f"{number}. {cause.statement}", rest=_INDENT, most=2)
     lines[0] = screen.paint(lines[0], "bold")
+    if cause.declare:
+        lines += screen.wrapped(cause.declare, _INDENT, _INDENT, most=2)
     for suspect in cause.suspects[:1]:
         lines += screen.wrapped(suspect_text(suspect), _INDENT, _INDENT, most=2)
     return lines

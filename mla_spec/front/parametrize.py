@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from mla_spec.front.waived import OUTCOMES
-from mla_spec.installed import all_laws
-from mla_spec.judging.check import judge
+from mla_spec.judging.check import find_laws, judge
 from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Law, Options
 from mla_spec.judging.plan import Judged, plan
@@ -74,7 +73,7 @@ def _judge_named(law: Law, subject: str, options: Options) -> list[Judged]:
 def parametrize_with_checks(
     subjects: Iterable[object], *, options: Options = Options(), waivers: str | os.PathLike[str] | None = None
 ) -> Callable[[Any], Any]:
-    """Decorate ``def test(subject, check): check(subject)`` to run every law on every subject.
+    """Decorate ``def test(subject, check): check(subject)`` to run every law on every subject, or every elementary one where ``options.quick``.
 
     Args:
         subjects: objects, or names as for ``mla-spec check``. A name is made in a process of its own, which it can spoil as it
@@ -91,9 +90,9 @@ def parametrize_with_checks(
         if not isinstance(subject, str):
             require_subject(subject)
         label = subject if isinstance(subject, str) else subject_name(subject)
-        for name, law in all_laws().items():
+        for law in find_laws([], quick=options.quick):
             check = Check(law, options, expected)
-            parameters.append(pytest.param(subject, check, id=f"{label}-{name}"))
+            parameters.append(pytest.param(subject, check, id=f"{label}-{law.name}"))
     return pytest.mark.parametrize(("subject", "check"), parameters)
 
 

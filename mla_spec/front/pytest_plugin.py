@@ -77,7 +77,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="--mla-production with recorded shapes, a JSON object a line",
     )
-    group.addoption("--mla-examples", type=int, default=100, metavar="N", help="generated cases per law (100)")
+    group.addoption(
+        "--mla-quick", action="store_true", help="elementary laws alone, on small cases; docs/quick_check.md says which"
+    )
+    group.addoption("--mla-examples", type=int, metavar="N", help="generated cases per law (100; 8 with --mla-quick)")
+    group.addoption(
+        "--mla-minimise-seconds",
+        type=float,
+        metavar="S",
+        help="seconds in which a smaller failing case is looked for, per law and dtype (60; 10 with --mla-quick)",
+    )
+    group.addoption(
+        "--mla-no-minimise", action="store_true", help="report the first failing case as it is, for slow subjects"
+    )
     group.addoption("--mla-seed", type=int, metavar="N", help="seed of the generation (another each time, and printed)")
     group.addoption("--mla-timeout", type=float, default=300, metavar="S", help="seconds a call may take (300)")
     group.addoption("--mla-under", default="", metavar="COMMAND", help="run subjects under it, e.g. a sanitizer")
@@ -125,6 +137,9 @@ def mla_check(request: pytest.FixtureRequest) -> Iterator[Callable[[Law], None]]
     waivers = _waivers(config)
     options = Options(
         examples=config.getoption("--mla-examples"),
+        quick=config.getoption("--mla-quick"),
+        minimise=not config.getoption("--mla-no-minimise"),
+        minimise_seconds=config.getoption("--mla-minimise-seconds"),
         seed=_seed(config),
         device=config.getoption("--mla-device"),
         threads=config.getoption("--mla-threads"),
@@ -154,9 +169,9 @@ def _require_within_limits(config: pytest.Config) -> None:
     from mla_spec.front.limits import require_within_limits
     from mla_spec.text.terminal import UsageError
 
-    names = ("examples", "seed", "threads", "timeout", "budget")
+    names = ("examples", "seed", "threads", "timeout", "budget", "minimise_seconds")
     try:
-        require_within_limits({name: config.getoption(f"--mla-{name}") for name in names})
+        require_within_limits({name: config.getoption(f"--mla-{name.replace('_', '-')}") for name in names})
     except UsageError as error:
         raise pytest.UsageError(f"--mla-{str(error).removeprefix('--')}") from error
 
@@ -218,7 +233,19 @@ def _current_id(line: str) -> str:
     return current_name(name) + bracket + subject
 
 
+def _deselect_all_but_elementary(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out laws that are no part of a quick check."""
+    from mla_spec.installed import quick_laws
+
+    laws = {item: getattr(getattr(item, "function", None), "law", None) for item in items}
+    left_out = [item for item, law in laws.items() if law is not None and law.name not in quick_laws()]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--mla-quick"):
+        _deselect_all_but_elementary(config, items)
     path = config.getoption("--mla-xfails")
     if path is None:
         return
@@ -259,6 +286,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--mla-quick"):
+        terminalreporter.write_line("mla-spec: a quick check: docs/quick_check.md says what it leaves out")
     if _SEED in config.stash:
         terminalreporter.write_line(f"mla-spec: --mla-seed {config.stash[_SEED]} gives these cases again")
     failed = sum(verdict in ("fail", "crashed", "incomplete") for _, verdict in _SAID)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from mla_spec.installed import all_laws
 from mla_spec.judging.anatomy import Anatomy
 from mla_spec.judging.error_text import pattern_text, place_text, separation_text
+from mla_spec.judging.narrowing import NOT_MADE_FOR, declaration
 from mla_spec.judging.verdict import Record
 
 
@@ -39,6 +41,16 @@ class Cause:
         count = f"{len(self.alike)} law{'s' * (len(self.alike) > 1)}" + f" of {self.operation}" * bool(self.operation)
         follow = f" ({len(self.follows)} more follow)" * bool(self.follows)
         return f"{count}{follow}: {error_text(self.lead)}"
+
+    @property
+    def declare(self) -> str:
+        """Where laws crash alike, which field of ``Supports`` takes what they crash on away, as a sentence; or ""."""
+        if self.lead.verdict != "crashed":
+            return ""
+        lines = [line for record in self.alike for line in record.message.splitlines()]
+        found = [line.partition("Supports(")[2][:-1] for line in lines if line.startswith(NOT_MADE_FOR)]
+        field = declaration((record.law for record in self.alike), found)
+        return f"{NOT_MADE_FOR} Supports({field})" if field else ""
 
     def as_dict(self) -> dict[str, Any]:
         """The cause as data: what is wrong, which laws say so, what may be the fault, and what to try."""
@@ -107,6 +119,6 @@ def _signature(record: Record) -> tuple[Any, ...]:
     """What failures of one pattern have in common."""
     anatomy = richest(record)
     if not anatomy:
-        return (record.verdict, record.message.partition(" (")[0])
+        return (record.verdict, re.sub(r"[0-9]+", "#", record.message.partition(" (")[0]))
     value = anatomy["value"]
     return (anatomy["what"], anatomy["pattern"], f"{value:.3g}" if isinstance(value, float) else value)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from mla_spec.installed import all_laws, operation_names
+from mla_spec.installed import all_laws, operation_names, quick_laws
 from mla_spec.judging.law import Law, Options
 from mla_spec.judging.plan import Cell, Judged
 from mla_spec.judging.renamed import current_name
@@ -18,19 +18,26 @@ from mla_spec.subjects.contract import require_subject
 from mla_spec.text.terminal import shown
 
 
-def find_laws(names: Iterable[str]) -> list[Law]:
+def find_laws(names: Iterable[str], *, quick: bool = False) -> list[Law]:
     """The laws that ``names`` mean, in the order of the report, or all when there are none.
 
     A name is that of a law, or a pattern of shell style, or an operation, which stands for every law that needs it. An
-    earlier name of a law is honored, with a warning.
+    earlier name of a law is honored, with a warning. A ``quick`` check takes the elementary ones of them, and every law whose
+    own name is among the names.
 
     Raises:
-        ValueError: a name means no law; the message suggests close ones.
+        ValueError: a name means no law; the message suggests close ones. Or ``quick`` leaves none.
     """
     laws = all_laws()
-    names = list(names)
-    found = {law for name in names for law in _meant(current_name(name), laws)}
-    return [law for name, law in laws.items() if name in found or not names]
+    names = [current_name(name) for name in names]
+    found = {law for name in names for law in _meant(name, laws)} if names else set(laws)
+    if quick:
+        found &= quick_laws().keys() | set(names)
+    if not found:
+        raise ValueError(
+            f"{', '.join(names)}: a quick check has no law of it; `mla-spec laws --quick` lists those it has"
+        )
+    return [law for name, law in laws.items() if name in found]
 
 
 def _meant(name: str, laws: Mapping[str, Law]) -> list[str]:
@@ -58,7 +65,7 @@ def check_subject(
 
     Args:
         subject: an object that offers operations of the contract.
-        laws: as for ``find_laws``; all when empty.
+        laws: as for ``find_laws``; all when empty, or the elementary ones where ``options.quick``.
         options: how many cases, which dtypes, which device.
         progress: called with each record as it is made.
         waivers: a file of expected failures, whose records say why they are ``waived``.
@@ -71,7 +78,7 @@ def check_subject(
     expected = Waivers() if waivers is None else read_waivers(os.fspath(waivers))
     judged: list[Judged] = []
     records = []
-    for law in find_laws(laws):
+    for law in find_laws(laws, quick=options.quick):
         cells = judge(law, subject, options, expected)
         judged += cells
         records.append(merge([record for _, record in cells]))

@@ -17,6 +17,8 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.judging.anatomy import Anatomy, anatomy_of
 from mla_spec.judging.diagnosis import diagnosis
 from mla_spec.judging.judge import judge_same_bits, judge_within, require_bounded, require_meaningful
+from mla_spec.judging.quick import EXAMPLES as QUICK_EXAMPLES
+from mla_spec.judging.quick import MINIMISING as QUICK_MINIMISING
 from mla_spec.judging.verdict import TrivialCase, VacuousCase
 from mla_spec.operations.case import Case
 from mla_spec.operations.operation import Operation, Within
@@ -286,12 +288,18 @@ def as_test(made: Law, module: str) -> Callable[[Any], None]:
     return test
 
 
+EXAMPLES = 100
+MINIMISING = 60.0
+"""What ``Options`` means where it names no number of cases, and no seconds."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How laws are run.
 
     Attributes:
-        examples: generated cases per law, spread over the dtypes.
+        examples: generated cases per law, spread over the dtypes; None for 100, or for 8 in a quick check.
+        quick: whether only elementary laws run, where none is named, and cases are small.
         seed: of the generation; equal seeds give equal cases.
         device: torch device of the tensors.
         threads: of torch's operators on the CPU while laws run. Cases are small, so more only cost time; a kernel whose
@@ -302,6 +310,7 @@ class Options:
         begin: cases that run before those of the law, in their own dtypes.
         case: run this one case instead.
         minimise: whether a failing case is made smaller.
+        minimise_seconds: in which that has to be done; None for 60, or for 10 in a quick check.
         compile: backend of ``torch.compile`` with which laws of compiled operations run; None where they do not.
         production: how large the cases of production laws are; None where they do not run.
         dims: the only dims that a subject is given, by fields of ``Supports``; empty for all that it supports.
@@ -310,7 +319,8 @@ class Options:
         announce: called with each case before it runs.
     """
 
-    examples: int = 100
+    examples: int | None = None
+    quick: bool = False
     seed: int = 0
     device: str = "cpu"
     threads: int = 1
@@ -320,12 +330,24 @@ class Options:
     begin: tuple[Case, ...] = ()
     case: Case | None = None
     minimise: bool = True
+    minimise_seconds: float | None = None
     compile: str | None = None
     production: Production | None = None
     dims: Dims = ()
     isolated: bool = False
     spec: tuple[str, ...] | None = None
     announce: Callable[[Case], None] | None = None
+
+    @property
+    def count(self) -> int:
+        """Generated cases per law."""
+        return self.examples if self.examples is not None else QUICK_EXAMPLES if self.quick else EXAMPLES
+
+    @property
+    def patience(self) -> float:
+        """Seconds in which a failing case has to be made smaller."""
+        given = self.minimise_seconds
+        return given if given is not None else QUICK_MINIMISING if self.quick else MINIMISING
 
 
 def new_seed() -> int:

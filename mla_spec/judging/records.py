@@ -52,6 +52,7 @@ class RunLine:
     case: str | None
     laws: tuple[str, ...]
     shard: tuple[Count, Count] = (1, 1)
+    quick: bool = False
 
     def differs(self, other: RunLine) -> str:
         """The first field in which another run may have come to other verdicts, and both values; or ""."""
@@ -62,7 +63,20 @@ class RunLine:
         return ""
 
 
-_DECISIVE = ["suite", "numpy", "torch", "device", "gpu", "seed", "examples", "threads", "compile", "production", "case"]
+_DECISIVE = [
+    "suite",
+    "numpy",
+    "torch",
+    "device",
+    "gpu",
+    "seed",
+    "examples",
+    "quick",
+    "threads",
+    "compile",
+    "production",
+    "case",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

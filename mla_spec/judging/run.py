@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,8 +21,11 @@ from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, Hypoth
 
 from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.bounds.profile import Profile
+from mla_spec.installed import quick_laws
 from mla_spec.judging.anatomy import Anatomy
 from mla_spec.judging.law import Law, Options, Production, Run
+from mla_spec.judging.narrowing import NOT_MADE_FOR, narrowing
+from mla_spec.judging.quick import small
 from mla_spec.judging.separation import History, by_regime, separation
 from mla_spec.judging.verdict import (
     Record,
@@ -31,6 +35,7 @@ from mla_spec.judging.verdict import (
     merge,
 )
 from mla_spec.operations.case import Case
+from mla_spec.operations.extent import Most, beyond
 from mla_spec.subjects.description import Description, declared_by
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.memory import filled_memory, give_back_memory
@@ -87,7 +92,7 @@ def run_dtypes(law: Law, subject: object, options: Options = Options()) -> Itera
         yield Record(law.name, name, "unsupported", message=reason)
         return
     spread = options.spread or len(dtypes)
-    share = max(1, -(-options.examples // (spread * law.cost)))
+    share = max(1, -(-options.count // (spread * law.cost)))
     if options.production is not None:
         options = replace(options, production=replace(options.production, budget=options.production.budget / spread))
     with _as_laws_want_it(subject, options):
@@ -152,6 +157,10 @@ SHRINKING = 30.0
 """Seconds that may be spent on cases which end the subject's process, while a smaller one is looked for."""
 
 
+class TimeIsUp(BaseException):
+    """No smaller failing case is looked for any more. Hypothesis lets it pass, as it does Ctrl-C."""
+
+
 class _Attempts:
     """Runs cases of one law in one dtype, and keeps what the record says of them.
 
@@ -163,6 +172,8 @@ class _Attempts:
         refused: how many of these the subject refused, and why the last of them was.
         last: the case that ran last.
         failure: the first failure, and its case.
+        smallest: the case that failed last: each that fails while a smaller one is looked for is smaller.
+        since: when the first one failed.
         history: every case, and whether it failed.
         ratios: of each of them the largest error / bound, None where nothing was held against a bound.
     """
@@ -176,6 +187,8 @@ class _Attempts:
         self.refused = (0, "")
         self.last: Case | None = None
         self.failure: tuple[Exception, Case] | None = None
+        self.smallest: Case | None = None
+        self.since: float | None = None
         self.history: History = []
         self.ratios: list[float | None] = []
         self._wrong: list[Anatomy] = []
@@ -192,6 +205,8 @@ class _Attempts:
         if self.options.announce is not None:
             self.options.announce(case)
         try:
+            if reason := beyond(case, self.run.supports):
+                raise Unsupported(reason)
             self.deaths.counted(case, lambda: self._check(case))
             if self.run.compared == 0:
                 raise TrivialCase("no output has an element")
@@ -205,6 +220,7 @@ class _Attempts:
             self.refused = self.refused[0] + (self.failure is None), str(reason)
         except _FAILURES as error:
             self.failure = self.failure or (error, case)
+            self.smallest, self.since = case, self.since or time.monotonic()
             self._keep_evidence(case)
             raise
 
@@ -235,6 +251,11 @@ class _Attempts:
             self.ratios[-1] = excess if self.run.anatomy["judged"] == "within" and math.isfinite(excess) else None
             found = {"case": case.id, **self.run.anatomy}
             self._wrong = [found, max([*self._wrong[1:], found], key=lambda each: math.prod(each["shape"]))]
+
+    def require_time(self) -> None:
+        """Raise TimeIsUp where a smaller failing case has been looked for long enough."""
+        if self.since is not None and time.monotonic() > self.since + self.options.patience:
+            raise TimeIsUp
 
     @property
     def evidence(self) -> list[Anatomy]:
@@ -339,7 +360,9 @@ def _run_dtype(
         return record(_verdict_of(first), message, attempt.cases, case)
     except _FAILURES as error:
         convention = run.diagnosis() if isinstance(error, Violation) else ""
-        message = "\n".join(filter(None, (str(error), convention)))
+        help = narrowing(attempt.history) if isinstance(error, SubjectCrashed) else ""
+        declare = f"{NOT_MADE_FOR} Supports({help})" if help else ""
+        message = "\n".join(filter(None, (str(error), convention, declare)))
         return record(_verdict_of(error), message, attempt.cases, attempt.last)
     try:
         if isinstance(run.driver, Handle):
@@ -374,22 +397,26 @@ def _run_dtype(
     )
 
 
-def _generate(law: Law, run: Run, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
+def _generate(law: Law, run: Run, examples: int, options: Options, attempt: _Attempts) -> None:
     """Run the law's first cases, and then what Hypothesis draws; the last call of ``attempt`` is the smallest failure.
 
     Where a first case fails, Hypothesis looks for a smaller one; where it finds none, the first one fails again, or the
     subject is not deterministic.
     """
-    cases = law.cases(run.supports, run.profile)
-    fixed = isinstance(cases, list)
+    supports = small(run.supports, run.profile) if options.quick else run.supports
+    cut = partial(Most.of(supports).cut, topk_multiple=supports.topk_multiple)
+    cases = law.cases(supports, run.profile)
+    listed, drawn = (cases, None) if isinstance(cases, list) else ([], cases.map(cut))
     grown = () if law.grown is None else law.grown(run)
     begin = [case for case in options.begin if case.dtype == run.driver.dtype]
-    failing = _first_failure(
-        chain(begin, law.first(run.supports, run.profile), cases if isinstance(cases, list) else (), grown), attempt
-    )
-    if not fixed and (failing is None or options.minimise):
+    begins = quick_laws().get(law.name, law.first) if options.quick else law.first
+    first = map(cut, begins(supports, run.profile))
+    failing = _first_failure(chain(begin, first, listed, grown), attempt)
+    if drawn is not None and (failing is None or options.minimise):
         try:
-            _draw(law, run, cases, examples, options, attempt)
+            _draw(law, run, drawn, examples, options, attempt)
+        except TimeIsUp:
+            failing = attempt.smallest
         except (VacuousCase, InvalidBound, NotOffered):
             if failing is None:
                 raise
@@ -410,13 +437,14 @@ def _first_failure(cases: Iterable[Case], attempt: Callable[[Case], None]) -> Ca
     return None
 
 
-def _draw(law: Law, run: Run, cases: Any, examples: int, options: Options, attempt: Callable[[Case], None]) -> None:
+def _draw(law: Law, run: Run, cases: Any, examples: int, options: Options, attempt: _Attempts) -> None:
     """Run what Hypothesis draws from the strategy ``cases``."""
 
     @hypothesis.seed(zlib.crc32(f"{options.seed} {law.name} {run.profile.dtype}".encode()))
     @_settings(examples, (Phase.generate, Phase.shrink) if options.minimise else (Phase.generate,))
     @given(cases)
     def generated(case: Case) -> None:
+        attempt.require_time()
         attempt(case)
 
     generated()

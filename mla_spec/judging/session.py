@@ -111,7 +111,8 @@ def header(options: Options, laws: Sequence[str], shard: Shard = Shard()) -> Run
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         **environment(options.device),
         seed=options.seed,
-        examples=options.examples,
+        examples=options.count,
+        quick=options.quick,
         threads=options.threads,
         compile=options.compile,
         production=None

@@ -7,7 +7,9 @@
 
 Where a subject is not made for some configurations, ``supports_layer(config)`` returns why, or "". A layer without ``decode``
 has no cache, and one without ``reset`` or ``cache_bytes`` is not asked for them; what it is given and cannot take, it may refuse
-with ``mla_spec.Unsupported``.
+with ``mla_spec.Unsupported``. What a layer is, ``Supports`` says, and then it is not asked for more: ``layer_cache``,
+``layer_max_decode``, ``layer_chunks``, ``layer_thetas``, ``layer_max_positions``, ``layer_multiples``, ``layer_equal_head_dims``,
+``layer_min_rope_dim``, ``q_lora_rank``, ``rope_layouts``, ``cache_page``.
 
 The tensors of weights stay the caller's, who may overwrite what they hold, as an optimizer does, or a trainer that sends its
 weights to an inference engine. After that and a ``reset()`` a layer uses the new ones, unless ``supports.layer_weights`` is
@@ -37,7 +39,8 @@ from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.published import PublishedModel, published_models
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Driver, Result, Tensors
-from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.extent import require_extent
+from mla_spec.subjects.supports import LAYER_DIMS, Supports
 from mla_spec.subjects.violation import NotOffered, Unsupported, Violation
 
 LLAMA_4_SCALING = Llama4Scaling(beta=0.1, original_max_position_embeddings=64)
@@ -230,8 +233,23 @@ def _refused(supports: Supports, config: MLAConfig) -> str:
         return "q_lora_rank is required"
     if config.rope is not None and not supports.rope_layouts:
         return "there is no rotary embedding"
+    if reason := _refused_dims(supports, config):
+        return reason
+    if config.rope is not None and config.rope.theta not in (supports.layer_thetas or (config.rope.theta,)):
+        return f"theta is one of {', '.join(f'{theta:g}' for theta in supports.layer_thetas or ())}"
     scaled = config.mla_scale_kv_lora and (config.q_lora_rank is None or config.mla_scale_q_lora)
     return "latents always have a scale" if supports.mla_scale_lora == "always" and not scaled else ""
+
+
+def _refused_dims(supports: Supports, config: MLAConfig) -> str:
+    """The same of its dimensions."""
+    for name in LAYER_DIMS:
+        if (getattr(config, name) or 0) % supports.multiple_of(name):
+            return f"{name} is a multiple of {supports.multiple_of(name)}"
+    if supports.layer_equal_head_dims and config.qk_nope_head_dim != config.v_head_dim:
+        return "qk_nope_head_dim and v_head_dim are equal"
+    least = supports.layer_min_rope_dim
+    return f"qk_rope_head_dim is at least {least}" if 0 < config.qk_rope_head_dim < least else ""
 
 
 class LayerDriver:
@@ -241,6 +259,7 @@ class LayerDriver:
         self.driver = driver
         self.layer = layer
         self.weights = weights
+        self.tokens = 0
 
     @classmethod
     def of(cls, driver: Driver, weights: Mapping[str, Array], config: MLAConfig) -> LayerDriver:
@@ -265,9 +284,26 @@ class LayerDriver:
     def call(self, method: str, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
         """What ``prefill`` or ``decode`` returns, unread."""
         function = self._method(method)
+        self._require_declared(method, hidden, positions)
         return self.driver.guard(lambda: function(hidden, positions))
 
+    def _require_declared(self, method: str, hidden: torch.Tensor, positions: torch.Tensor) -> None:
+        """Raise Unsupported where the call is more than the subject declares."""
+        supports, count = self.driver.supports, hidden.shape[1]
+        if method == "prefill" and self.tokens and not supports.layer_chunks:
+            raise Unsupported("its prefill continues no cache")
+        if method == "decode" and count > (supports.layer_max_decode or count):
+            raise Unsupported(f"layer_max_decode={supports.layer_max_decode}, and a call has {count} tokens")
+        self.tokens += count
+        require_extent(supports, len(hidden), self.tokens)
+        most = supports.layer_max_positions
+        if most is not None and int(positions.max()) >= most:
+            raise Unsupported(f"layer_max_positions={most}, and a call has position {int(positions.max())}")
+
     def reset(self) -> None:
+        self.tokens = 0
+        if self.driver.supports.layer_cache == "none" and not hasattr(self.layer, "reset"):
+            return
         self.driver.guard(self._method("reset"))
 
     def cache_bytes(self) -> int:

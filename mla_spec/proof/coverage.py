@@ -138,7 +138,7 @@ def _count(law: str, options: Options) -> LawCount:
 
     assert options.spec is not None
     found = all_laws()[law]
-    asked = replace(options, announce=announce, examples=options.examples * found.cost)
+    asked = replace(options, announce=announce, examples=options.count * found.cost)
     record = run_law(found, resolve_subject(options.spec[0]), asked)
     return LawCount(record, frozenset(kinds), cases)
 

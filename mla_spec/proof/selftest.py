@@ -205,7 +205,7 @@ def run_bug(bug: Any, options: Options, pool: WorkerPool, *, quick: bool) -> Bug
         compile=bug.compile or options.compile,
         production=bug.production,
     )
-    unnamed = replace(own, examples=-(-own.examples // 4))
+    unnamed = replace(own, examples=-(-own.count // 4))
     for law in laws_for(bug):
         records.append(pool.submit(law, f"bug-{bug.id}", own if law in bug.killed_by else unnamed).result())
         could_be_made = records[-1].verdict != "crashed" or records[-1].cases > 0

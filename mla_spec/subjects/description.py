@@ -43,7 +43,9 @@ class Description:
         lines = [f"{self.name}: offers {', '.join(self.operations)}"]
         lines += [f"  {sentence}" for sentence in self.conventions]
         restrictions = self.supports.restrictions()
-        return [*lines, f"  supports {restrictions}"] if restrictions else lines
+        lines += [f"  supports {restrictions}"] if restrictions else []
+        never_seen = self.supports.never_seen()
+        return [*lines, f"  {never_seen}"] if never_seen else lines
 
     @property
     def summary(self) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from mla_spec.reference.formats import encode
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.contract import supports_of
+from mla_spec.subjects.extent import require_call_within
 from mla_spec.subjects.near import HANDLES, TRAVELS, Handle, call_method, near, there, travels
 from mla_spec.subjects.signature import Argument, Asked, Output, Signature
 from mla_spec.subjects.violation import Violation, subject_code
@@ -173,6 +174,7 @@ class Driver:
                 arguments.append(value)
             elif value is not None:
                 options[argument.name] = value
+        require_call_within(self.supports, operation.name, tensors)
         method = getattr(self.subject, operation.name)
         returned = _parts(operation, self.guard(lambda: method(*arguments, **options)))
         return tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
@@ -32,6 +33,16 @@ SIZES: dict[str, tuple[str, ...]] = {
 """By operation, the fields of ``Supports`` that say how large its arguments and outputs may be."""
 
 
+LAYER_DIMS = (
+    "hidden_size",
+    "num_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+)
+
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -47,6 +58,9 @@ class Supports:
             for any.
         max_s: most queries per sequence in ``decode``; None for any.
         max_parts: most parts that ``merge`` takes; None for any.
+        max_batch: most sequences of a call; None for any.
+        max_keys: most keys that a query sees: cached tokens of a sequence, keys of a packed one, indices of sparse attention,
+            tokens that a layer has cached. At least 16, or None for any.
         prefill_dims: pairs (qk_nope_head_dim + qk_rope_head_dim, v_head_dim) of ``prefill``; None for any.
         weight_block_sizes: pairs (rows, columns) of blocks of ``dequantize_weight``; None for any.
         cache_formats: of quantised caches.
@@ -82,13 +96,23 @@ class Supports:
         layer_weights: what a layer sees when the weights it was made from are overwritten: "live" where its next call uses
             the new ones, "copied" where it keeps those it was made with, and has to be made anew.
         layer_dim_multiple: kv_lora_rank and qk_nope_head_dim of a layer must be multiples of it.
+        layer_multiples: pairs (dimension, multiple) of a layer, such as ("hidden_size", 16), of "hidden_size", "num_heads",
+            "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim" and "v_head_dim".
+        layer_equal_head_dims: whether qk_nope_head_dim and v_head_dim of a layer must be equal.
+        layer_min_rope_dim: the least qk_rope_head_dim of a layer that has one.
+        layer_thetas: bases of a layer's rotary embedding; None for any.
+        layer_max_positions: positions of a layer are smaller; at least 64, or None for any.
+        layer_cache: what a layer keeps of each token: the "latent" and k_pe, "expanded" keys and values of all heads, or "none":
+            then it has no ``decode``.
+        layer_max_decode: most tokens of one call of a layer's ``decode``; None for any.
+        layer_chunks: whether a layer's ``prefill`` may continue what is cached.
         latent_norm_eps: the only eps of the latent norms, or None for any.
         cache_page: tokens to which a layer's cache is rounded up.
         cuda_graphs: whether ``decode`` can be captured in a CUDA graph. Not taken for granted: what waits for the device
             to know a length cannot.
 
     Raises:
-        ValueError: a value of another type, an unknown dtype, cache format, empty-row rule, rope layout or rule for weights.
+        ValueError: a value of another type, an unknown dtype, cache format, empty-row rule, rope layout or rule for weights, dimension of a layer.
     """
 
     dtypes: tuple[str, ...] = DTYPES
@@ -97,6 +121,8 @@ class Supports:
     latent_dims: tuple[tuple[Size, Size], ...] | None = None
     max_s: Count | None = None
     max_parts: Count | None = None
+    max_batch: Count | None = None
+    max_keys: Annotated[int, Least(16)] | None = None
     prefill_dims: tuple[tuple[Size, Size], ...] | None = None
     weight_block_sizes: tuple[tuple[Size, Size], ...] | None = None
     cache_formats: tuple[str, ...] = tuple(LAYOUTS)
@@ -128,6 +154,14 @@ class Supports:
     llama_4_scaling: bool = True
     layer_weights: Literal["live", "copied"] = "live"
     layer_dim_multiple: Count = 1
+    layer_multiples: tuple[tuple[str, Count], ...] = ()
+    layer_equal_head_dims: bool = False
+    layer_min_rope_dim: Size = 0
+    layer_thetas: tuple[Annotated[float, Least(1)], ...] | None = None
+    layer_max_positions: Annotated[int, Least(64)] | None = None
+    layer_cache: Literal["latent", "expanded", "none"] = "latent"
+    layer_max_decode: Count | None = None
+    layer_chunks: bool = True
     latent_norm_eps: Annotated[float, Least(0)] | None = None
     cache_page: Count = 1
     cuda_graphs: bool = False
@@ -140,6 +174,13 @@ class Supports:
         _require_known("rope_layouts", self.rope_layouts, ("interleaved", "half"))
         _require_known("indexer_rope_layouts", self.indexer_rope_layouts, ("interleaved", "half"))
         _require_known("yarn_options", self.yarn_options, YARN_OPTIONS)
+        _require_known("layer_multiples", tuple(name for name, _ in self.layer_multiples), LAYER_DIMS)
+
+    def multiple_of(self, dimension: str) -> int:
+        """Of what a dimension of a layer is a multiple."""
+        own = [multiple for name, multiple in self.layer_multiples if name == dimension]
+        both = dimension in ("kv_lora_rank", "qk_nope_head_dim")
+        return math.lcm(*own, self.layer_dim_multiple if both else 1)
 
     def may_differentiate(self, operation: str) -> bool:
         """Whether autograd differentiates ``operation``, or might."""
@@ -153,6 +194,18 @@ class Supports:
                 if values is not None and not any(_size(field, value) for value in values):
                     return f"{field}={values!r} leaves outputs without an element"
         return ""
+
+    def never_seen(self) -> str:
+        """Which sizes the limits on sequences and keys keep from every law, as a sentence, or ""."""
+        sizes = [
+            f"{what} more than {most} {things} ({name}={most})"
+            for name, most, what, things in (
+                ("max_batch", self.max_batch, "a call with", "sequences"),
+                ("max_keys", self.max_keys, "a query that sees", "keys"),
+            )
+            if most is not None
+        ]
+        return f"never seen: {'; '.join(sizes)}" if sizes else ""
 
     def restrictions(self) -> str:
         """The fields that differ from the default, in one line; empty when nothing is restricted."""

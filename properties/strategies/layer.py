@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,9 +16,12 @@ from mla_spec.properties.strategies.rope import THETAS, layouts, scalings, suppo
 from mla_spec.properties.strategies.sizes import FLAGS, SEEDS, between, choice, large_size
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.published import PublishedModel
-from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.supports import LAYER_DIMS, Supports
 
 C = TypeVar("C", bound=LayerCase)
+
+LONG = 4161
+"""Tokens of a long prompt."""
 
 
 @functools.cache
@@ -41,6 +45,7 @@ def _supported(model: PublishedModel, supports: Supports) -> bool:
         and (supports.mla_scale_lora != "always" or bool(fields.get("mla_scale_kv_lora")))
         and (supports.q_lora_rank == "any" or fields["q_lora_rank"] is not None)
         and (supports.llama_4_scaling or fields.get("llama_4_scaling") is None)
+        and (supports.layer_thetas is None or not rotary or float(fields["rope_theta"]) in supports.layer_thetas)
         and supports.latent_norm_eps in (None, fields["latent_norm_eps"])
     )
 
@@ -53,7 +58,41 @@ def fitted(case: C, supports: Supports) -> C:
         case = replace(case, q_lora_rank=5)
     if supports.mla_scale_lora == "always" and case.model == "none":
         case = replace(case, mla_scale_q_lora=case.q_lora_rank is not None, mla_scale_kv_lora=True)
-    return case
+    if supports.layer_thetas and case.theta not in supports.layer_thetas:
+        case = replace(case, theta=supports.layer_thetas[case.seed % len(supports.layer_thetas)])
+    if supports.layer_cache == "none":
+        case = replace(case, steps=0)
+    return _within_positions(_with_dims(case, supports), supports)
+
+
+def _with_dims(case: C, supports: Supports) -> C:
+    """The case with dimensions that the subject has: none smaller than before."""
+    rounded = {name: getattr(case, name) for name in LAYER_DIMS if getattr(case, name)}
+    if case.qk_rope_head_dim:
+        rounded["qk_rope_head_dim"] = max(case.qk_rope_head_dim, supports.layer_min_rope_dim)
+    rounded = {
+        name: _up(dim, math.lcm(_EVEN.get(name, 1), supports.multiple_of(name))) for name, dim in rounded.items()
+    }
+    if supports.layer_equal_head_dims:
+        both = math.lcm(*(supports.multiple_of(name) for name in ("qk_nope_head_dim", "v_head_dim")))
+        rounded["qk_nope_head_dim"] = rounded["v_head_dim"] = _up(case.qk_nope_head_dim, both)
+    return replace(case, **rounded)
+
+
+_EVEN = {"qk_rope_head_dim": 2}
+
+
+def _up(dim: int, multiple: int) -> int:
+    return -(-dim // multiple) * multiple
+
+
+def _within_positions(case: C, supports: Supports) -> C:
+    """The case with positions that the subject has: it starts earlier, and where that is too little, its prompt is shorter."""
+    if supports.layer_max_positions is None:
+        return case
+    free = supports.layer_max_positions - 5 * (case.batch - 1) - case.steps
+    prompt = min(case.prompt, free)
+    return replace(case, prompt=prompt, start=min(case.start, free - prompt))
 
 
 def first_layout(supports: Supports) -> str:
@@ -165,13 +204,14 @@ def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
 
 
 def long_layers(supports: Supports, profile: Profile) -> list[LayerCase]:
-    """More than 4096 tokens: in formats of 16 bits in the widths of DeepSeek-V3's cache, else in narrow rows."""
+    """More than 4096 tokens, where the subject has so many positions: in formats of 16 bits in the widths of DeepSeek-V3's cache, else in narrow rows."""
     case = every_option(supports, profile)[-1]
     if format_of(profile.dtype).bits > 16:
         case = replace(case, kv_lora_rank=case.qk_nope_head_dim, qk_rope_head_dim=8)
     # aligned weights have a mean, so that outputs over many tokens do not average out to 0
     case = replace(case, num_heads=1, hidden_size=5, gain=0.0625, q_lora_rank=None, weights="aligned")
-    return [fitted(replace(case, prompt=4161, steps=3), supports)]
+    made = fitted(replace(case, prompt=LONG, steps=3), supports)
+    return [made] if made.prompt == LONG else []
 
 
 def layer_options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rope_dim: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mla_spec.installed import all_laws
+from mla_spec.installed import all_laws, quick_laws
 
 pytest_plugins = ["pytester"]
 
@@ -130,3 +130,16 @@ def test_compiled_laws_run_where_a_backend_is_named(
     done.assert_outcomes(**outcome, deselected=2)
     if not options:
         done.stdout.fnmatch_lines(["*not asked for: --compile BACKEND*"])
+
+
+def test_a_quick_check_leaves_other_laws_out(project: pytest.Pytester) -> None:
+    laws = [name for name, made in all_laws().items() if made.check.__module__ == "mla_spec.properties.test_rope"]
+    elementary = len(quick_laws().keys() & set(laws))
+    done = project.runpytest_subprocess(*ROPE, "--mla-impl", "kernels.py:Good", "--mla-quick", "--mla-no-minimise")
+    done.assert_outcomes(passed=elementary, deselected=LAWS - elementary)
+    done.stdout.fnmatch_lines(["mla-spec: a quick check: docs/quick_check.md says what it leaves out"])
+
+
+def test_no_time_to_minimise_is_refused(project: pytest.Pytester) -> None:
+    done = project.runpytest_subprocess(*ROPE, "--mla-impl", "kernels.py:Good", "--mla-minimise-seconds", "0")
+    done.stdout.fnmatch_lines(["*--mla-minimise-seconds must be positive, got 0.0"])
