@@ -22,7 +22,7 @@ from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
 from mla_spec.operations.conventions import DECODE_CONVENTIONS
-from mla_spec.operations.latent_pages import LatentPages
+from mla_spec.operations.latent_pages import LatentPages, PagedInputs, at_half_the_scale, without_spare_pages
 from mla_spec.operations.operation import Expected, Operation, View, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, values
 from mla_spec.reference.cache import gather_rows
@@ -34,17 +34,10 @@ from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
 
-@dataclass(frozen=True)
-class DecodeInputs:
-    """Arguments of ``decode``: float64 values exactly representable in the dtype, and integer tables."""
 
-    q: Array  # [b, s, h, c+r]
-    kv_cache: Array  # [pages, page_size, 1, c+r]
-    block_table: IntArray  # [b, max pages]
-    cache_seqlens: IntArray  # [b]
-    head_dim_v: int
-    softmax_scale: float
-    causal: bool
+@dataclass(frozen=True)
+class DecodeInputs(PagedInputs):
+    """Arguments of ``decode``, of which q is [b, s, h, c+r]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +148,6 @@ def _others(case: DecodeCase) -> tuple[DecodeInputs, ...]:
     return shorter, mirrored, at_half_the_scale(replace(case, seed=case.seed + 3).build())
 
 
-def at_half_the_scale(inputs: DecodeInputs) -> DecodeInputs:
-    """The same, flatter."""
-    return replace(inputs, softmax_scale=inputs.softmax_scale / 2)
-
-
 DISTANT_PAGES = 3
 
 
@@ -184,18 +172,6 @@ def _distant(case: DecodeCase) -> DecodeInputs:
     return inputs
 
 
-def without_spare_pages(inputs: DecodeInputs) -> tuple[DecodeInputs, IntArray]:
-    """A pool of the pages that sequences need, in the order of their numbers, and which they were; tables as wide as needed."""
-    needed = -(-inputs.cache_seqlens // inputs.kv_cache.shape[1])  # [b]
-    width = max(1, int(needed.max()))
-    table = inputs.block_table[:, :width]
-    used = np.arange(width) < needed[:, None]  # [b, width]
-    pages = np.unique(table[used])
-    pages = pages if len(pages) else np.zeros(1, dtype=int)
-    renamed = np.where(used, np.searchsorted(pages, table), 0).astype(np.int32)
-    return replace(inputs, kv_cache=inputs.kv_cache[pages], block_table=renamed), pages
-
-
 ATTENTION_OUTPUTS = (
     Output("out", "[b, s, h, head_dim_v]", lambda inputs: (*inputs.q.shape[:3], inputs.head_dim_v)),
     Output(
@@ -208,9 +184,10 @@ ATTENTION_OUTPUTS = (
 )
 """What ``decode`` returns, from whatever cache."""
 
+BATCH_VIEWS: dict[str, View] = {"q with head and batch axes exchanged in memory": viewed(transposed, "q", 0, 2)}
+
 TABLE_VIEWS: dict[str, View] = {
     "q as a slice of a wider row": viewed(slice_of_wider, "q", -1, ROW_PADDING),
-    "q with head and batch axes exchanged in memory": viewed(transposed, "q", 0, 2),
     "block_table narrowed from a wider one": viewed(slice_of_wider, "block_table", 1, 3),
     "cache_seqlens as every other element": viewed(every_other, "cache_seqlens"),
 }
@@ -233,7 +210,7 @@ OPERATION = Operation(
     keywords=("head_dim_v", "softmax_scale", "causal"),
     outputs=ATTENTION_OUTPUTS,
     expected=lambda inputs, profile, supports: attention_expected(decode_expected(inputs, profile), supports),
-    views=TABLE_VIEWS | POOL_VIEWS,
+    views=BATCH_VIEWS | TABLE_VIEWS | POOL_VIEWS,
     regimes=(
         *values("regime", "typical", "outlier", "ties", "offset", "sink", "cancelling", "negative", "sunken"),
         *SCORES,

@@ -1,8 +1,9 @@
-"""How the queries, pages and tables of cases of dense attention over latent pages are drawn."""
+"""Queries, pages and tables of dense attention over latent pages: what calls have in common, and how cases draw them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +28,39 @@ class Paged:
     kv_cache: Array
     block_table: IntArray
     softmax_scale: float
+
+
+@dataclass(frozen=True)
+class PagedInputs:
+    """What calls of attention over pages have in common: float64 values exactly representable in the dtype, and tables."""
+
+    q: Array  # [b, s, h, c+r] or [tokens, h, c+r]
+    kv_cache: Array  # [pages, page_size, 1, c+r]
+    block_table: IntArray  # [b, max pages]
+    cache_seqlens: IntArray  # [b]
+    head_dim_v: int
+    softmax_scale: float
+    causal: bool
+
+
+P = TypeVar("P", bound=PagedInputs)
+
+
+def at_half_the_scale(inputs: P) -> P:
+    """The same, flatter."""
+    return replace(inputs, softmax_scale=inputs.softmax_scale / 2)
+
+
+def without_spare_pages(inputs: P) -> tuple[P, IntArray]:
+    """A pool of the pages that sequences need, in the order of their numbers, and which they were; tables as wide as needed."""
+    needed = -(-inputs.cache_seqlens // inputs.kv_cache.shape[1])  # [b]
+    width = max(1, int(needed.max()))
+    table = inputs.block_table[:, :width]
+    used = np.arange(width) < needed[:, None]  # [b, width]
+    pages = np.unique(table[used])
+    pages = pages if len(pages) else np.zeros(1, dtype=int)
+    renamed = np.where(used, np.searchsorted(pages, table), 0).astype(np.int32)
+    return replace(inputs, kv_cache=inputs.kv_cache[pages], block_table=renamed), pages
 
 
 class LatentPages:
