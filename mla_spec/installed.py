@@ -43,6 +43,7 @@ LAW_MODULES = (
     "test_decode_exact",
     "test_decode_memory",
     "test_decode_tables",
+    "test_ragged",
     "test_statistics",
     "test_prefill",
     "test_backward",

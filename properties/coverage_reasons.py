@@ -58,9 +58,13 @@ DECODE: tuple[Reason, ...] = (
 )
 
 PREFILL: tuple[Reason, ...] = (
-    Reason(("test_prefill_ignores_future_keys",), ("no queries",), "there must be a query before the last key"),
     Reason(
-        ("test_prefill_in_chunks_*", "test_chunked_prefill_*"),
+        ("test_prefill_ignores_future_keys", "test_ragged_decode_ignores_future_keys"),
+        ("no queries",),
+        "there must be a query before the last key",
+    ),
+    Reason(
+        ("test_prefill_in_chunks_*", "test_chunked_prefill_*", "test_ragged_decode_in_chunks_*"),
         ("no keys", "no queries", "fewer keys than queries"),
         "queries are the newest tokens of a sequence whose keys are all there",
     ),

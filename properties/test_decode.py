@@ -13,10 +13,11 @@ from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs, declared_lse, decode_expected
 from mla_spec.properties.attention import judge_attention, needs_several_sequences
+from mla_spec.properties.pages import relabelled, unused_slots, used_entries, with_other_last_keys
 from mla_spec.properties.strategies import ordinary, rare
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
-from mla_spec.reference.typing import BoolArray, IntArray
+from mla_spec.reference.typing import IntArray
 from mla_spec.subjects.driver import computed
 from mla_spec.subjects.supports import Supports
 
@@ -29,24 +30,6 @@ def _needs_several_queries(supports: Supports) -> str:
     if True not in supports.causal:
         return "decode is never causal"
     return "" if supports.max_s is None or supports.max_s > 1 else "decode takes one query per sequence"
-
-
-def _used_slots(inputs: DecodeInputs) -> BoolArray:
-    """Which slots hold a token, [pages, page_size]."""
-    pages, page_size = inputs.kv_cache.shape[:2]
-    used = np.zeros((pages, page_size), dtype=bool)
-    for table, length in zip(inputs.block_table, inputs.cache_seqlens, strict=True):
-        token = np.arange(length)
-        used[table[token // page_size], token % page_size] = True
-    return used
-
-
-def _used_entries(inputs: DecodeInputs) -> BoolArray:
-    """Which table entries are needed, [b, max pages]."""
-    page_size = inputs.kv_cache.shape[1]
-    needed = -(-inputs.cache_seqlens // page_size)
-    used: BoolArray = np.arange(inputs.block_table.shape[1]) < needed[:, None]
-    return used
 
 
 @law(needs=DECODE, cases=narrowed(decode_cases, shared=True), first=rare.decode)
@@ -136,14 +119,9 @@ def _half(inputs: DecodeInputs, first: bool) -> DecodeInputs:
 def test_decode_page_relabelling_changes_nothing(run: Run, case: DecodeCase) -> None:
     """Moving pages in the pool and renaming them in the table changes no bit."""
     inputs = case.build()
-    pages = inputs.kv_cache.shape[0]
-    name = np.random.default_rng([case.seed, 2]).permutation(pages)  # page p becomes name[p]
-    used = inputs.block_table[_used_entries(inputs)]
-    if (name[used] == used).all():
+    moved, any_moved = relabelled(inputs, case.seed)
+    if not any_moved:
         run.trivial("every page of a sequence stays where it is")
-    cache = np.empty_like(inputs.kv_cache)
-    cache[name] = inputs.kv_cache
-    moved = replace(inputs, kv_cache=cache, block_table=name[inputs.block_table].astype(np.int32))
     got, want = run.call(DECODE, moved), run.call(DECODE, inputs)
     run.same(got, want, "pages were stored in another order and the block table renamed accordingly")
 
@@ -176,7 +154,7 @@ def test_decode_ignores_unused_cache_slots(run: Run, case: DecodeCase) -> None:
     """NaN, infinity or 2^100 in slots past a sequence's length, and in free pages, changes no bit."""
     inputs = case.build()
     want = run.call(DECODE, inputs)
-    unused = ~_used_slots(inputs)
+    unused = unused_slots(inputs)
     for poison in (np.nan, 2.0**100 if case.dtype != "float16" else 2.0**15, np.inf):
         cache = inputs.kv_cache.copy()
         cache[unused] = poison
@@ -189,11 +167,11 @@ def test_decode_ignores_unused_table_entries(run: Run, case: DecodeCase) -> None
     """Table entries past a sequence's pages may name a page of NaN, or no page at all."""
     inputs = case.build()
     want = run.call(DECODE, inputs)
-    spare = int(np.flatnonzero(~_used_slots(inputs).any(axis=1))[0])
+    spare = int(np.flatnonzero(unused_slots(inputs).all(axis=1))[0])
     cache = inputs.kv_cache.copy()
     cache[spare] = np.nan
     for entry in (spare, -1, 2**31 - 1):
-        table: IntArray = np.where(_used_entries(inputs), inputs.block_table, entry).astype(np.int32)
+        table: IntArray = np.where(used_entries(inputs), inputs.block_table, entry).astype(np.int32)
         got = run.call(DECODE, replace(inputs, kv_cache=cache, block_table=table))
         run.same(got, want, f"unused block table entries were set to {entry}")
 
@@ -204,7 +182,7 @@ def test_decode_ignores_future_keys(run: Run, case: DecodeCase) -> None:
     inputs = case.build()
     original = run.call(DECODE, inputs)
     for count in {1, case.s - 1}:
-        changed = run.call(DECODE, _with_other_last_keys(inputs, count))
+        changed = run.call(DECODE, with_other_last_keys(inputs, count))
         for got, want in zip(changed, original, strict=True):
             if got is not None and want is not None:
                 past = np.s_[:, :-count] if got.what == "out" else np.s_[..., :-count]
@@ -227,15 +205,3 @@ def test_decode_last_key_matters(run: Run, case: DecodeCase) -> None:
     dominant = replace(inputs, kv_cache=cache)
     want = decode_expected(dominant, run.profile)
     judge_attention(run, run.call(DECODE, dominant), want)
-
-
-def _with_other_last_keys(inputs: DecodeInputs, count: int) -> DecodeInputs:
-    """The last ``count`` keys of every sequence replaced by their negatives."""
-    page_size = inputs.kv_cache.shape[1]
-    token = inputs.cache_seqlens[:, None] - 1 - np.arange(count)  # [b, count]
-    sequence, last = np.nonzero(token >= 0)
-    token = token[sequence, last]
-    slots = inputs.block_table[sequence, token // page_size], token % page_size
-    cache = inputs.kv_cache.copy()
-    cache[slots] = -cache[slots]
-    return replace(inputs, kv_cache=cache)

@@ -22,6 +22,8 @@ from mla_spec.operations.quantised_cache import (
     latent_formats,
     no_latent_format,
 )
+from mla_spec.operations.ragged import OPERATION as RAGGED
+from mla_spec.operations.ragged import RaggedDecodeCase, RaggedDecodeInputs
 from mla_spec.operations.sparse import SPARSE_DECODE, SPARSE_PREFILL, SparseDecodeCase, SparseInputs, SparsePrefillCase
 from mla_spec.properties.exact import PERIOD, QUERY, Answer, Keys, Pattern, patterns, rounds, rows_of, value_table
 from mla_spec.properties.strategies.production import (
@@ -234,6 +236,60 @@ def test_prefill_is_exact_at_length(run: Run, case: PrefillCase) -> None:
             queries = slice(offsets_q[i] + blind, offsets_q[i + 1])
             lse = None if got.lse is None else got.lse.value[:, queries]
             Answer.of(own.pattern, table, own.place, run.profile).judge(run, got.out.value[queries], lse)
+
+
+def _ragged_cases(supports: Supports, profile: Profile) -> list[RaggedDecodeCase]:
+    """A decoded token of a long sequence among prompts, prompts after long prefixes, and a prompt of thousands of tokens."""
+    c, r = latent_dims(supports)
+    calls = [(placed(1, (2, 20), (p + i) % 3), placed(n, SHORT, p)) for i, (n, p) in enumerate(PLACES)]
+    calls.append(((1, 2049, 1), (70, 2049, 5)))
+    return [
+        RaggedDecodeCase(
+            dtype=profile.dtype,
+            seed=seed,
+            seqlens_q=queries,
+            seqlens_k=tuple(max(s, t) for s, t in zip(queries, keys, strict=True)),
+            num_heads=nearest(supports.num_heads, 1 + seed % 2),
+            kv_lora_rank=c,
+            qk_rope_head_dim=r,
+            page_size=nearest(supports.page_sizes, (64, 1, 16, 256)[seed % 4]),
+            causal=supports.causal[seed % len(supports.causal)] if max(queries) < FIRST_KEYS else supports.causal[0],
+        )
+        for seed, (queries, keys) in enumerate(calls)
+        if sum(keys) * (c + r) <= MOST and sum(queries) * sum(keys) * nearest(supports.num_heads, 2) <= MOST
+    ]
+
+
+@law(needs=RAGGED, cases=_ragged_cases)
+def test_ragged_decode_is_exact_at_length(run: Run, case: RaggedDecodeCase) -> None:
+    """The same of packed queries, whatever number each sequence has of them."""
+    c, d = case.kv_lora_rank, case.kv_lora_rank + case.qk_rope_head_dim
+    table = value_table(c, case.seed)
+    table[..., -1] = 0.0
+    rows = rows_of(table, d, c - 1)
+    offsets = np.cumsum([0, *case.seqlens_q]).astype(np.int32)
+    q = np.zeros((offsets[-1], case.num_heads, d))
+    q[..., c - 1] = QUERY
+    lengths = list(zip(case.seqlens_q, case.seqlens_k, strict=True))
+    seen = tuple(max(_seen(t, s, causal=case.causal), min(t, FIRST_KEYS)) for s, t in lengths)
+    for each in rounds(case.seqlens_k, seen, seed=case.seed):
+        keys, pages, blocks = _paged(each, case.page_size, share=sum(case.seqlens_k) * d > ELEMENTS)
+        inputs = RaggedDecodeInputs(
+            q=q,
+            kv_cache=rows[pages][:, :, None],
+            block_table=blocks,
+            cache_seqlens=np.array(case.seqlens_k, dtype=np.int32),
+            cu_seqlens_q=offsets,
+            head_dim_v=c,
+            softmax_scale=1.0,
+            causal=case.causal,
+        )
+        got = run.call(RAGGED, inputs)
+        for i, ((s, t), own) in enumerate(zip(lengths, keys, strict=True)):
+            blind = max(0, seen[i] - (t - s + 1)) if case.causal else 0
+            tokens = slice(offsets[i] + blind, offsets[i + 1])
+            lse = None if got.lse is None else got.lse.value[:, tokens]
+            Answer.of(own.pattern, table, own.place, run.profile).judge(run, got.out.value[tokens], lse)
 
 
 TOPK = (320, 1030, 2048)

@@ -17,7 +17,7 @@ from mla_spec.golden.cases.case import (
 from mla_spec.reference.typing import Array
 
 
-def _paged(numbers: Numbers, rows: list[Array], *, page_size: int) -> dict[str, NDArray[Any]]:
+def paged(numbers: Numbers, rows: list[Array], *, page_size: int) -> dict[str, NDArray[Any]]:
     """A paged cache of the rows [t, c+r] of each sequence: pages shuffled, every unused slot NaN."""
     lengths = [len(r) for r in rows]
     needed = [-(-n // page_size) for n in lengths]
@@ -33,7 +33,7 @@ def _paged(numbers: Numbers, rows: list[Array], *, page_size: int) -> dict[str, 
     return {"kv_cache": cache, "block_table": table, "cache_seqlens": np.array(lengths, dtype=np.int32)}
 
 
-def _latent_rows(numbers: Numbers, length: int, c: int, r: int, dtype: str = "float64") -> Array:
+def latent_rows(numbers: Numbers, length: int, c: int, r: int, dtype: str = "float64") -> Array:
     """Rows [t, c+r] of latents around ±1 and rope keys around 0."""
     sign = np.array([1.0, -1.0] * c)[:c]
     latent = sign * numbers.array(length, c, centre=1.0, dtype=dtype)
@@ -56,7 +56,7 @@ def _decode_case(
     scale: float = 0.4,
 ) -> Case:
     numbers = Numbers(name)
-    rows = [_latent_rows(numbers, n, c, r, dtype) for n in seqlens]
+    rows = [latent_rows(numbers, n, c, r, dtype) for n in seqlens]
     return Case(
         name=name,
         operation="decode",
@@ -66,7 +66,7 @@ def _decode_case(
         parameters={"softmax_scale": scale, "head_dim_v": c, "causal": causal},
         inputs={
             "q": numbers.array(len(seqlens), s, h, c + r, size=2.0, dtype=dtype),
-            **_paged(numbers, rows, page_size=page_size),
+            **paged(numbers, rows, page_size=page_size),
         },
         dtype=dtype,
     )
@@ -192,7 +192,7 @@ def _large_logits() -> Iterator[Case]:
             catches=catches,
             sources=on_github(*sources),
             parameters={"softmax_scale": 1.0, "head_dim_v": c, "causal": True},
-            inputs={"q": q, **_paged(numbers, rows, page_size=4)},
+            inputs={"q": q, **paged(numbers, rows, page_size=4)},
         )
 
 
@@ -215,7 +215,7 @@ def _one_hot() -> Case:
         catches="the rope part left out of the scores or read from the wrong columns; a token taken from its neighbour",
         sources=on_github("sqliteai/warp/pull/27", "flashinfer-ai/flashinfer/pull/3022"),
         parameters={"softmax_scale": 1.0, "head_dim_v": c, "causal": True},
-        inputs={"q": q, **_paged(numbers, rows, page_size=page_size)},
+        inputs={"q": q, **paged(numbers, rows, page_size=page_size)},
         exact=("out", "lse"),
     )
 
@@ -231,7 +231,7 @@ def _uniform() -> Case:
         catches="a key counted twice or not at all; an LSE in base 2; an output scaled as a whole",
         sources=on_github("flashinfer-ai/flashinfer/pull/3838", "vllm-project/vllm/pull/47079"),
         parameters={"softmax_scale": 0.4, "head_dim_v": c, "causal": True},
-        inputs={"q": np.zeros((2, 1, 2, c + r)), **_paged(numbers, rows, page_size=4)},
+        inputs={"q": np.zeros((2, 1, 2, c + r)), **paged(numbers, rows, page_size=4)},
         exact=("out",),
     )
 
@@ -252,6 +252,6 @@ def _huge_logits() -> Case:
         catches="a mask or a first maximum that is finite, such as -1e30; overflow to NaN",
         sources=on_github("flashinfer-ai/flashinfer/pull/4401"),
         parameters={"softmax_scale": 1.0, "head_dim_v": c, "causal": True},
-        inputs={"q": q, **_paged(numbers, [rows], page_size=2)},
+        inputs={"q": q, **paged(numbers, [rows], page_size=2)},
         exact=("out", "lse"),
     )

@@ -20,6 +20,7 @@ from mla_spec.operations import (
     prefill,
     project_indexer,
     quantised_cache,
+    ragged,
     rope,
     sparse,
     write_cache,
@@ -42,6 +43,11 @@ def _arguments(case: StoredCase, *names: str) -> dict[str, Any]:
 def _decode(case: StoredCase) -> Any:
     names = ("q", "kv_cache", "block_table", "cache_seqlens", "head_dim_v", "softmax_scale", "causal")
     return decode.DecodeInputs(**_arguments(case, *names))
+
+
+def _ragged_decode(case: StoredCase) -> Any:
+    names = ("q", "kv_cache", "block_table", "cache_seqlens", "cu_seqlens_q", "head_dim_v", "softmax_scale", "causal")
+    return ragged.RaggedDecodeInputs(**_arguments(case, *names))
 
 
 def _sparse(case: StoredCase, rows: str) -> Any:
@@ -99,6 +105,7 @@ CALLS: dict[str, tuple[Operation, Callable[[StoredCase], Any]]] = {
     ),
     "prefill": (prefill.OPERATION, lambda case: prefill.PrefillInputs(**_arguments(case, *PREFILL))),
     "decode": (decode.OPERATION, _decode),
+    "ragged_decode": (ragged.OPERATION, _ragged_decode),
     "merge": (merge.OPERATION, lambda case: merge.MergeInputs(**_arguments(case, "outs", "lses"))),
     "write_cache": (write_cache.OPERATION, lambda case: write_cache.WriteInputs(**_arguments(case, *WRITE))),
     "dequantize_weight": (dequantize_weight.OPERATION, _weight),

@@ -10,6 +10,7 @@ import numpy as np
 from mla_spec.bounds.attention import attention_with_bound
 from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.bounds.profile import Profile, gamma
+from mla_spec.bounds.ragged import ragged_decode_with_bound
 from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.golden.cases.case import (
     Parameters,
@@ -24,6 +25,7 @@ from mla_spec.reference.formats import decode_bits, format_of, round_to
 from mla_spec.reference.merge import merge
 from mla_spec.reference.mla import absorb, absorbed, explicit, layer, rms_norm
 from mla_spec.reference.quantised_cache import dequantise
+from mla_spec.reference.ragged import ragged_decode
 from mla_spec.reference.rope import rope_cos_sin, rope_frequencies
 from mla_spec.reference.typing import Array, IntArray
 
@@ -125,6 +127,14 @@ def _decode(x: Values, parameters: Parameters) -> Iterator[Computed]:
     yield Computed("lse", lse, bounded.lse_error.terms[OWN])
 
 
+def _ragged_decode(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    options = {name: parameters[name] for name in ("softmax_scale", "head_dim_v", "causal")}
+    bounded = ragged_decode_with_bound(**x, **options, profile=PROFILE)
+    out, lse = ragged_decode(**x, **options)
+    yield Computed("out", out, bounded.out_error.terms[OWN])
+    yield Computed("lse", lse, bounded.lse_error.terms[OWN])
+
+
 def merge_as_attention(outs: Array, lses: Array) -> tuple[Array, Array, Array, IntArray]:
     """Operands (q, k, v, cache_seqlens) of the attention that a merge is: its keys are the parts, their scores the LSEs.
 
@@ -187,6 +197,7 @@ COMPUTED: dict[str, Callable[[Values, Parameters], Iterator[Computed]]] = {
     "layer": _layer,
     "prefill": _prefill,
     "decode": _decode,
+    "ragged_decode": _ragged_decode,
     "merge": _merge,
     "bits": _bits,
     "round": _round,

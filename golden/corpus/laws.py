@@ -99,7 +99,7 @@ def refused(case: StoredCase, supports: Supports) -> str:
         ("page_sizes", x["kv_cache"].shape[1] if "kv_cache" in x else p.get("page_size"), supports.page_sizes),
         ("cache_formats", p.get("layout"), supports.cache_formats if "layout" in p else None),
     ]
-    if case.operation in ("decode", "sparse_prefill", "sparse_decode"):
+    if case.operation in ("decode", "ragged_decode", "sparse_prefill", "sparse_decode"):
         c = p["head_dim_v"]
         wanted.append(("latent_dims", (c, x["q"].shape[-1] - c), supports.latent_dims))
     if case.operation == "prefill":

@@ -248,6 +248,35 @@ def decode(
     return np.stack(outs), np.stack(lses)
 
 
+def ragged_decode(
+    q: Balls,
+    kv_cache: Balls,
+    block_table: IntArray,
+    cache_seqlens: IntArray,
+    cu_seqlens_q: IntArray,
+    *,
+    head_dim_v: int,
+    scale: Ball,
+    causal: bool,
+) -> tuple[Balls, Balls]:
+    """``decode`` of each sequence with its own number of queries, the tokens cu[i] .. cu[i + 1] of one axis."""
+    outs, lses = [], []
+    for i in range(len(cache_seqlens)):
+        own, tokens = slice(i, i + 1), slice(*cu_seqlens_q[i : i + 2])
+        out, lse = decode(
+            q[None, tokens],
+            kv_cache,
+            block_table[own],
+            cache_seqlens[own],
+            head_dim_v=head_dim_v,
+            scale=scale,
+            causal=causal,
+        )
+        outs.append(out[0])
+        lses.append(lse[0])
+    return np.concatenate(outs), np.concatenate(lses, axis=1)
+
+
 def merge(outs: Balls, lses: Balls) -> tuple[Balls, Balls]:
     """Parts of one attention over disjoint keys: weights e^lse.
 

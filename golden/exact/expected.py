@@ -95,6 +95,12 @@ def _decode(x: Values, parameters: Parameters) -> dict[str, Balls]:
     return {"out": out, "lse": lse}
 
 
+def _ragged_decode(x: Values, parameters: Parameters) -> dict[str, Balls]:
+    scale, width = certified.arb(parameters["softmax_scale"]), parameters["head_dim_v"]
+    out, lse = certified.ragged_decode(**x, head_dim_v=width, scale=scale, causal=parameters["causal"])
+    return {"out": out, "lse": lse}
+
+
 def _merge(x: Values, parameters: Parameters) -> dict[str, Balls]:
     out, lse = certified.merge(x["outs"], x["lses"])
     return {"out": out, "lse": lse}
@@ -177,6 +183,7 @@ ENCLOSURES: dict[str, Callable[[Values, Parameters], dict[str, Balls]]] = {
     "layer": _layer,
     "prefill": _prefill,
     "decode": _decode,
+    "ragged_decode": _ragged_decode,
     "merge": _merge,
     "partial_rope": _partial_rope,
     "decode_quantized": _decode_quantized,

@@ -71,8 +71,7 @@ class TorchExplicit(
 
     def sequences(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, slice]]:
         """The tokens of each sequence's queries and keys."""
-        queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-        return [(slice(*q), slice(*k)) for q, k in zip(pairwise(queries), pairwise(keys), strict=True)]
+        return list(zip(self.spans(cu_seqlens_q), self.spans(cu_seqlens_k), strict=True))
 
     def decode(
         self,
@@ -95,6 +94,33 @@ class TorchExplicit(
             outs.append(out.transpose(1, 2))  # [1, s, h, c]
             lses.append(lse)
         return torch.cat(outs), torch.cat(lses)
+
+    def ragged_decode(
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        cu_seqlens_q: Tensor,
+        *,
+        head_dim_v: int,
+        softmax_scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of packed queries q [tokens, h, c+r] to the cached rows of their sequences, one after the other."""
+        outs, lses = [], []
+        for i, (queries, length) in enumerate(zip(self.spans(cu_seqlens_q), cache_seqlens.tolist(), strict=True)):
+            rows = self.gather(kv_cache, block_table[i], length)[None, None]  # [1, 1, t, c+r]
+            query = q[queries].transpose(0, 1)[None]  # [1, h, s, c+r]
+            visible = self.visible(query.shape[2], length, cache_seqlens[i : i + 1], causal)  # [1, 1, s, t]
+            out, lse = self.attend(query, rows, rows[..., :head_dim_v], visible, softmax_scale)
+            outs.append(out[0].transpose(0, 1))  # [s, h, c]
+            lses.append(lse[0])  # [h, s]
+        return torch.cat(outs), torch.cat(lses, dim=-1)
+
+    def spans(self, cu_seqlens: Tensor) -> list[slice]:
+        """The tokens of each sequence."""
+        return [slice(*span) for span in pairwise(cu_seqlens.tolist())]
 
     def decode_quantized(
         self,
@@ -185,6 +211,33 @@ class TorchAbsorbed(TorchSparseByQuery, TorchBlockWeightsByBlock, TorchExplicit)
         pages = block_table[:, token // page_size].long().masked_fill(~used, 0)
         rows = kv_cache[pages, token % page_size, 0]  # [b, t, c+r]
         return rows.masked_fill(~used[..., None], 0.0)
+
+    def ragged_decode(
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        cu_seqlens_q: Tensor,
+        *,
+        head_dim_v: int,
+        softmax_scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows of all sequences at once, under a mask that keeps them apart."""
+        rows = self.gather_packed(kv_cache, block_table, cache_seqlens)[None, None]  # [1, 1, t, c+r]
+        cu_seqlens_k = F.pad(cache_seqlens.long().cumsum(0), (1, 0))  # [b + 1]
+        visible = self.packed_visible(cu_seqlens_q.long(), cu_seqlens_k, causal)[None, None]  # [1, 1, s, t]
+        out, lse = self.attend(q.transpose(0, 1)[None], rows, rows[..., :head_dim_v], visible, softmax_scale)
+        return out[0].transpose(0, 1), lse.squeeze(0)
+
+    def gather_packed(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
+        """The rows of every sequence, one after the other; [key tokens, c+r]."""
+        page_size = kv_cache.shape[1]
+        token = torch.arange(int(cache_seqlens.max()), device=kv_cache.device)
+        used = token < cache_seqlens[:, None]  # [b, t]
+        pages = block_table[:, token // page_size][used].long()
+        return kv_cache[pages, (token % page_size).expand_as(used)[used], 0]
 
     def key_count(self, block_table: Tensor, cache_seqlens: Tensor, page_size: int) -> int:
         """How many keys of each sequence are gathered."""

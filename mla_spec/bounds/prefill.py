@@ -41,6 +41,11 @@ def prefill_with_bound(
         )
         for queries, keys in packed_sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     ]
+    return packed(parts)
+
+
+def packed(parts: Sequence[BoundedAttention]) -> BoundedAttention:
+    """Sequences, each [s, h, dv] and [h, s], on one axis of tokens."""
     return BoundedAttention(
         out=np.concatenate([part.out for part in parts]),
         out_error=_joined([part.out_error for part in parts], axis=0),

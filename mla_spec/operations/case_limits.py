@@ -44,6 +44,7 @@ _ATTENTION = ("typical", "outlier", "ties", "negative")
 _REGIMES: Final[dict[str, tuple[str, ...]]] = {
     "decode": (*_ATTENTION, "offset", "sink", "cancelling", "sunken"),
     "prefill": _ATTENTION,
+    "ragged_decode": (*_ATTENTION, "sunken"),
     "quantise": ("typical", "outlier", "edges", "huge", "rope", "tiny", "zeros"),
     "quantised-decode": (*_ATTENTION, "offset", "sink", "rope", "zeros"),
     "sparse_prefill": _ATTENTION,

@@ -93,6 +93,21 @@ def _top_left_prefill(inputs: Any, got: Results) -> Seen | None:
     return replace(inputs, k=inputs.k[kept], v=inputs.v[kept], cu_seqlens_k=offsets), got
 
 
+def _top_left_ragged(inputs: Any, got: Results) -> Seen | None:
+    """Query i sees keys 0 .. i: each query is a sequence of its own."""
+    queries, keys = np.diff(inputs.cu_seqlens_q), inputs.cache_seqlens
+    if not inputs.causal or (queries == keys).all():
+        return None
+    place = np.arange(len(inputs.q)) - inputs.cu_seqlens_q[:-1].repeat(queries)
+    alone = replace(
+        inputs,
+        block_table=inputs.block_table.repeat(queries, axis=0),
+        cache_seqlens=np.minimum(keys.repeat(queries), place + 1).astype(np.int32),
+        cu_seqlens_q=np.arange(len(inputs.q) + 1, dtype=np.int32),
+    )
+    return alone, got
+
+
 _SHARED = (
     Convention("the LSE is a logarithm of base 2", _with_lse(lambda _, lse: lse * np.log(2))),
     Convention("the LSE is a natural logarithm, converted as one of base 2", _with_lse(lambda _, lse: lse / np.log(2))),
@@ -122,10 +137,19 @@ DECODE_CONVENTIONS = (
     Convention("the mask is top-left: query i sees keys 0 .. i", _top_left_decode),
 )
 
+_BY_TOKEN = Convention(
+    "the LSE is laid out [tokens, h], not [h, tokens]", _with_lse(lambda _, lse: lse.reshape(lse.shape[::-1]).T)
+)
+
 PREFILL_CONVENTIONS = (
     *_SHARED,
-    Convention(
-        "the LSE is laid out [tokens, h], not [h, tokens]", _with_lse(lambda _, lse: lse.reshape(lse.shape[::-1]).T)
-    ),
+    _BY_TOKEN,
     Convention("the mask is top-left: query i sees keys 0 .. i", _top_left_prefill),
+)
+
+RAGGED_CONVENTIONS = (
+    *_SHARED,
+    _BY_TOKEN,
+    Convention("the values are the last elements of a row, as if the rope part came first", _rope_first),
+    Convention("the mask is top-left: query i sees keys 0 .. i", _top_left_ragged),
 )

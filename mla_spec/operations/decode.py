@@ -22,6 +22,7 @@ from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
 from mla_spec.operations.conventions import DECODE_CONVENTIONS
+from mla_spec.operations.latent_pages import LatentPages, PagedInputs, at_half_the_scale, without_spare_pages
 from mla_spec.operations.operation import Expected, Operation, View, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, values
 from mla_spec.reference.cache import gather_rows
@@ -33,25 +34,14 @@ from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
 
-CANCELLATION = 16.0
-"""By how much the products of a score are larger than the score in the regime "cancelling"."""
-
 
 @dataclass(frozen=True)
-class DecodeInputs:
-    """Arguments of ``decode``: float64 values exactly representable in the dtype, and integer tables."""
-
-    q: Array  # [b, s, h, c+r]
-    kv_cache: Array  # [pages, page_size, 1, c+r]
-    block_table: IntArray  # [b, max pages]
-    cache_seqlens: IntArray  # [b]
-    head_dim_v: int
-    softmax_scale: float
-    causal: bool
+class DecodeInputs(PagedInputs):
+    """Arguments of ``decode``, of which q is [b, s, h, c+r]."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeCase(Case):
+class DecodeCase(LatentPages, Case):
     """Queries against a paged latent cache.
 
     ``logit_std`` is the standard deviation of the logits, reached through softmax_scale. ``regime``: "typical"; "outlier"
@@ -80,64 +70,21 @@ class DecodeCase(Case):
 
     @property
     def pages_needed(self) -> list[int]:
-        return [-(-n // self.page_size) for n in self.seqlens]
+        return self.pages_of(self.seqlens)
 
     def build(self) -> DecodeInputs:
         """The inputs: pages in random order in a pool with spare pages, unused slots and entries harmless."""
-        rng = self.generator()
-        b, h, c, d = len(self.seqlens), self.num_heads, self.kv_lora_rank, self.kv_lora_rank + self.qk_rope_head_dim
-        width = max(self.pages_needed) + 2
-        pool = (self.shared_pages or sum(self.pages_needed)) + 3
-        table = rng.integers(0, pool, (b, width)).astype(np.int32)
-        pages, start = rng.permutation(pool), 0
-        for row, count in zip(table, self.pages_needed, strict=True):
-            if self.shared_pages:
-                row[:count] = np.resize(rng.permutation(pages[:-3]), count)
-            else:
-                row[:count] = pages[start : start + count]
-            start += count
-        cache = self._rows(rng, (pool, self.page_size, 1), c, d)
-        q = rng.standard_normal((b, self.s, h, d))
-        scale = self.logit_std / np.sqrt(c / 4 + self.qk_rope_head_dim)
-        if self.regime == "cancelling":
-            q[..., 1:c:2] = q[..., 0 : c - 1 : 2]
-            q[..., c:] /= CANCELLATION
-            scale *= CANCELLATION
-        if self.regime == "negative":
-            scale = -scale
-        if self.regime == "sunken":
-            q[..., :c] = -np.abs(q[..., :c]) * np.sign(cache[0, 0, 0, :c])
-            q[..., c:] = 0.0
-        if self.regime == "sink":
-            for i in range(b):
-                cache[table[i, 0], 0, 0] = np.abs(cache[table[i, 0], 0, 0]) * np.sign(q[i].sum(axis=(0, 1)))
-        q, cache = round_to(q, self.dtype), round_to(cache, self.dtype)
+        b = len(self.seqlens)
+        made = self.paged(self.generator(), (self.s,) * b, self.seqlens)
         return DecodeInputs(
-            q=q,
-            kv_cache=cache,
-            block_table=table,
+            q=made.q.reshape(b, self.s, *made.q.shape[1:]),
+            kv_cache=made.kv_cache,
+            block_table=made.block_table,
             cache_seqlens=np.array(self.seqlens, dtype=np.int32),
-            head_dim_v=c,
-            softmax_scale=float(scale),
+            head_dim_v=self.kv_lora_rank,
+            softmax_scale=made.softmax_scale,
             causal=self.causal,
         )
-
-    def _rows(self, rng: np.random.Generator, lead: tuple[int, ...], c: int, d: int) -> Array:
-        rows = rng.standard_normal((*lead, d))
-        mean = rng.choice([-1.0, 1.0], c)
-        spread = np.full(c, 0.5)
-        if self.regime == "offset":
-            mean, spread = 8 * mean, np.full(c, 0.25)
-        if self.regime == "outlier":
-            mean, spread = mean, np.where(rng.random(c) < 0.1, 15.0, 0.5)
-        rows[..., :c] = mean + spread * rows[..., :c]
-        if self.regime == "sunken":
-            rows[..., :c] = mean * (0.5 + np.abs(rows[..., :c]))
-        if self.regime == "cancelling":
-            rows[..., 1:c:2] = rows[..., 1:c:2] / CANCELLATION - rows[..., 0 : c - 1 : 2]
-        if self.regime == "ties":
-            rows[1::2] = rows[: rows.shape[0] // 2]
-        return rows
 
     def latent_weights(self) -> tuple[Array, MLAConfig, Array]:
         """(kv_b_proj, config, q_nope [b, s, h, n]) of the explicit form behind the case, rounded to the dtype."""
@@ -201,11 +148,6 @@ def _others(case: DecodeCase) -> tuple[DecodeInputs, ...]:
     return shorter, mirrored, at_half_the_scale(replace(case, seed=case.seed + 3).build())
 
 
-def at_half_the_scale(inputs: DecodeInputs) -> DecodeInputs:
-    """The same, flatter."""
-    return replace(inputs, softmax_scale=inputs.softmax_scale / 2)
-
-
 DISTANT_PAGES = 3
 
 
@@ -230,18 +172,6 @@ def _distant(case: DecodeCase) -> DecodeInputs:
     return inputs
 
 
-def without_spare_pages(inputs: DecodeInputs) -> tuple[DecodeInputs, IntArray]:
-    """A pool of the pages that sequences need, in the order of their numbers, and which they were; tables as wide as needed."""
-    needed = -(-inputs.cache_seqlens // inputs.kv_cache.shape[1])  # [b]
-    width = max(1, int(needed.max()))
-    table = inputs.block_table[:, :width]
-    used = np.arange(width) < needed[:, None]  # [b, width]
-    pages = np.unique(table[used])
-    pages = pages if len(pages) else np.zeros(1, dtype=int)
-    renamed = np.where(used, np.searchsorted(pages, table), 0).astype(np.int32)
-    return replace(inputs, kv_cache=inputs.kv_cache[pages], block_table=renamed), pages
-
-
 ATTENTION_OUTPUTS = (
     Output("out", "[b, s, h, head_dim_v]", lambda inputs: (*inputs.q.shape[:3], inputs.head_dim_v)),
     Output(
@@ -254,9 +184,10 @@ ATTENTION_OUTPUTS = (
 )
 """What ``decode`` returns, from whatever cache."""
 
+BATCH_VIEWS: dict[str, View] = {"q with head and batch axes exchanged in memory": viewed(transposed, "q", 0, 2)}
+
 TABLE_VIEWS: dict[str, View] = {
     "q as a slice of a wider row": viewed(slice_of_wider, "q", -1, ROW_PADDING),
-    "q with head and batch axes exchanged in memory": viewed(transposed, "q", 0, 2),
     "block_table narrowed from a wider one": viewed(slice_of_wider, "block_table", 1, 3),
     "cache_seqlens as every other element": viewed(every_other, "cache_seqlens"),
 }
@@ -279,7 +210,7 @@ OPERATION = Operation(
     keywords=("head_dim_v", "softmax_scale", "causal"),
     outputs=ATTENTION_OUTPUTS,
     expected=lambda inputs, profile, supports: attention_expected(decode_expected(inputs, profile), supports),
-    views=TABLE_VIEWS | POOL_VIEWS,
+    views=BATCH_VIEWS | TABLE_VIEWS | POOL_VIEWS,
     regimes=(
         *values("regime", "typical", "outlier", "ties", "offset", "sink", "cancelling", "negative", "sunken"),
         *SCORES,

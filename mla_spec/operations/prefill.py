@@ -112,6 +112,14 @@ def _keys_and_values_together(t: Tensors) -> Tensors:
     return t | {"k": both[..., :d], "v": both[..., d:]}
 
 
+PACKED_LSE = Output(
+    "lse",
+    "[h, tokens] or None",
+    lambda inputs: (inputs.q.shape[1], len(inputs.q)),
+    "float32 or better",
+    offered=lambda supports: supports.lse,
+)
+
 OPERATION = Operation(
     name="prefill",
     contract=__doc__,
@@ -126,13 +134,7 @@ OPERATION = Operation(
     keywords=("softmax_scale", "causal"),
     outputs=(
         Output("out", "[tokens, h, v]", lambda inputs: (*inputs.q.shape[:2], inputs.v.shape[-1])),
-        Output(
-            "lse",
-            "[h, tokens] or None",
-            lambda inputs: (inputs.q.shape[1], len(inputs.q)),
-            "float32 or better",
-            offered=lambda supports: supports.lse,
-        ),
+        PACKED_LSE,
     ),
     expected=lambda inputs, profile, supports: attention_expected(prefill_expected(inputs, profile), supports),
     views={

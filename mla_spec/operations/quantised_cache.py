@@ -28,16 +28,16 @@ from mla_spec.bounds.quantised_cache import dequantised_error, quantised_error
 from mla_spec.operations.case import Case
 from mla_spec.operations.decode import (
     ATTENTION_OUTPUTS,
+    BATCH_VIEWS,
     TABLE_VIEWS,
     DecodeCase,
     DecodeInputs,
-    at_half_the_scale,
     attention_expected,
     decode_expected,
     in_three_pages,
     shortened,
-    without_spare_pages,
 )
+from mla_spec.operations.latent_pages import at_half_the_scale, without_spare_pages
 from mla_spec.operations.operation import Expected, Judge, Operation, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, values
 from mla_spec.reference.cache_layout import Bytes, CacheLayout, QuantisedRows, layout_of, pack, unpack
@@ -441,7 +441,7 @@ DECODE_QUANTIZED = Operation(
     keywords=("format", "page_size", "tensor_scale", "head_dim_v", "softmax_scale", "causal"),
     outputs=ATTENTION_OUTPUTS,
     expected=lambda inputs, profile, supports: attention_expected(quantised_decode_expected(inputs, profile), supports),
-    views=TABLE_VIEWS | PAGES_VIEWS,
+    views=BATCH_VIEWS | TABLE_VIEWS | PAGES_VIEWS,
     regimes=(
         *values("regime", "typical", "outlier", "ties", "offset", "sink", "zeros", "rope", "negative"),
         *SCORES,

@@ -1,6 +1,8 @@
-"""Ragged prefill: attention of packed sequences, each to its own keys, and its bound."""
+"""Ragged prefill: attention of packed sequences, each to its own keys."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,14 +43,18 @@ def prefill(
 
 def packed_sequences(q: Array, k: Array, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray) -> list[tuple[slice, slice]]:
     """Tokens of each sequence's queries and keys; ValueError where offsets do not fit the tokens or each other."""
-    for name, cu, tokens in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
-        if len(cu) < 2 or cu[0] != 0 or cu[-1] != tokens or (np.diff(cu) < 0).any():
-            raise ValueError(f"{name} must rise from 0 to the number of tokens {tokens}, got {np.asarray(cu).tolist()}")
-    if len(cu_seqlens_q) != len(cu_seqlens_k):
+    queries = packed_tokens("cu_seqlens_q", cu_seqlens_q, len(q))
+    keys = packed_tokens("cu_seqlens_k", cu_seqlens_k, len(k))
+    if len(queries) != len(keys):
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k must have one length, got {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
         )
-    return [
-        (slice(*cu_seqlens_q[i : i + 2].tolist()), slice(*cu_seqlens_k[i : i + 2].tolist()))
-        for i in range(len(cu_seqlens_q) - 1)
-    ]
+    return list(zip(queries, keys, strict=True))
+
+
+def packed_tokens(name: str, cu_seqlens: IntArray, tokens: int) -> list[slice]:
+    """The tokens of each sequence; ValueError where the offsets called ``name`` do not fit so many."""
+    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (np.diff(cu_seqlens) < 0).any():
+        got = np.asarray(cu_seqlens).tolist()
+        raise ValueError(f"{name} must rise from 0 to the number of tokens {tokens}, got {got}")
+    return [slice(*pair) for pair in pairwise(np.asarray(cu_seqlens).tolist())]

@@ -17,6 +17,7 @@ from mla_spec.operations.merge import MergeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.project_indexer import ProjectIndexerCase
 from mla_spec.operations.quantised_cache import PagesCase, QuantiseCase, QuantisedDecodeCase, latent_formats
+from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.operations.write_cache import WriteCase
@@ -68,6 +69,23 @@ def prefill(supports: Supports, profile: Profile) -> list[PrefillCase]:
             num_heads=_first(supports.num_heads, 3),
             qk_head_dim=d,
             v_head_dim=v,
+            causal=supports.causal[0],
+        )
+    ]
+
+
+def ragged_decode(supports: Supports, profile: Profile) -> list[RaggedDecodeCase]:
+    """A prompt, a decoded token, a prompt after a cached prefix, and another decoded token."""
+    c, r = _first(supports.latent_dims, (24, 8))
+    return [
+        RaggedDecodeCase(
+            dtype=profile.dtype,
+            seqlens_q=(9, 1, 5, 1),
+            seqlens_k=tuple(long_enough(n, _page_size(supports), profile) for n in (9, 37, 20, 5)),
+            num_heads=_first(supports.num_heads, 3),
+            kv_lora_rank=c,
+            qk_rope_head_dim=r,
+            page_size=_page_size(supports),
             causal=supports.causal[0],
         )
     ]
@@ -208,6 +226,7 @@ ORDINARY: dict[str, Callable[[Supports, Profile], list[Any]]] = {
     "dequantize_weight": dequantize_weight,
     "prefill": prefill,
     "decode": decode,
+    "ragged_decode": ragged_decode,
     "merge": merge,
     "write_cache": write_cache,
     "quantize_cache": quantize_cache,

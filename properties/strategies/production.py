@@ -16,6 +16,7 @@ from mla_spec.operations.indexer import IndexerCase
 from mla_spec.operations.merge import MergeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.quantised_cache import QuantisedDecodeCase, latent_formats
+from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.operations.write_cache import WriteCase
@@ -171,6 +172,53 @@ def prefill(supports: Supports, profile: Profile) -> list[PrefillCase]:
     return cases
 
 
+RAGGED_COUNTS = (
+    # queries of each sequence, over and over; sequences, heads, page size
+    ((1, 1, 3, 1, 0), 128, 2, 64),
+    ((1, 7, 1), 3, 24, 32),
+    ((5, 1), 2, 48, 16),
+    ((1, 4), 2, 112, 256),
+    ((1, 1100, 1), 3, 2, 64),
+    ((3, 1), 2, 128, 64),
+)
+
+
+def ragged_decode(supports: Supports, profile: Profile) -> list[RaggedDecodeCase]:
+    """Many sequences, heads and queries, and pages of other sizes; one long sequence, at each place among the others."""
+    c, r = latent_dims(supports)
+    empty = supports.empty_row != "unsupported"
+
+    def case(
+        queries: tuple[int, ...], keys: tuple[int, ...], heads: int, page_size: int, seed: int
+    ) -> RaggedDecodeCase:
+        size = nearest(supports.page_sizes, page_size)
+        lengths = keys if empty else tuple(max(n, t) for n, t in zip(queries, keys, strict=True))
+        pages, room = sum(-(-n // size) for n in lengths), max(ELEMENTS // 2 // (size * (c + r)), 64)
+        return RaggedDecodeCase(
+            dtype=profile.dtype,
+            seed=seed,
+            seqlens_q=queries,
+            seqlens_k=lengths,
+            num_heads=nearest(supports.num_heads, heads),
+            kv_lora_rank=c,
+            qk_rope_head_dim=r,
+            page_size=size,
+            causal=supports.causal[seed % len(supports.causal)],
+            shared_pages=0 if pages <= room else room,
+        )
+
+    cases = []
+    for seed, (each, b, heads, page_size) in enumerate(RAGGED_COUNTS):
+        queries = tuple(cycled(list(each), b))
+        cached = shortened(tuple(cycled(list(FEW if page_size < 128 else FEW_OF_LARGE_PAGES), b)), c + r)
+        keys = tuple(n + more for n, more in zip(queries, cached, strict=True))
+        if sum(queries) * max(keys) * nearest(supports.num_heads, heads) <= ELEMENTS:
+            cases.append(case(queries, keys, heads, page_size, seed))
+    for seed, (long, place) in enumerate(_places(3 * (c + r), most_keys(profile))):
+        cases.append(case((1, 2, 1), placed(long, (5, 70), place), 2, 1 if long > 2**16 else 64, seed))
+    return cases
+
+
 SPARSE_HEADS = (24, 32, 48, 64, 96, 112, 128)
 
 
@@ -321,6 +369,7 @@ PRODUCTION: dict[str, Callable[[Supports, Profile], list[Any]]] = {
     "rope": rope,
     "prefill": prefill,
     "decode": decode,
+    "ragged_decode": ragged_decode,
     "merge": merge,
     "write_cache": write_cache,
     "decode_quantized": decode_quantized,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.prefill import PrefillCase
+from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.properties.strategies.production import latent_dims, nearest, prefill_dims
 from mla_spec.properties.strategies.sizes import judgeable_stds, long_enough
@@ -42,6 +43,32 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
     if profile.coarse:
         cases = [replace(c, seqlens=tuple(long_enough(n, c.page_size, profile) for n in c.seqlens)) for c in cases]
     return cases
+
+
+def ragged_decode(supports: Supports, profile: Profile) -> list[RaggedDecodeCase]:
+    """Hundreds of queries among decoded tokens, before and behind them; full and empty prefixes that end with a page."""
+    c, r = latent_dims(supports)
+    empty = supports.empty_row != "unsupported"
+
+    def case(queries: tuple[int, ...], pasts: tuple[int, ...], size: int, seed: int) -> RaggedDecodeCase:
+        keys = tuple(n + long_enough(past, size, profile) for n, past in zip(queries, pasts, strict=True))
+        return RaggedDecodeCase(
+            dtype=profile.dtype,
+            seed=seed,
+            seqlens_q=queries,
+            seqlens_k=(*keys[:-1], 0) if empty and not profile.coarse else keys,
+            num_heads=nearest(supports.num_heads, 3),
+            kv_lora_rank=c,
+            qk_rope_head_dim=r,
+            page_size=size,
+            causal=supports.causal[seed % len(supports.causal)],
+        )
+
+    size = nearest(supports.page_sizes, 16)
+    return [
+        case((1, 300, 1, 0, 5, 1, 2), (0, 0, 2 * size - 1, 3, size, 40, 0), size, 0),
+        case((200, 1, 1, 70, 1), (size, 3 * size, 70, 0, 0), nearest(supports.page_sizes, 64), 1),
+    ]
 
 
 def full_and_empty_prefixes(supports: Supports, profile: Profile) -> list[PrefillCase]:

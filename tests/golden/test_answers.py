@@ -53,6 +53,8 @@ def nudge(ulps: int) -> Callable[[Array], Array]:
         ("arrays/rms-norm-eps.out.npy", nudge(64)),
         ("arrays/rope-interleaved.out.npy", nudge(64)),
         ("arrays/decode-paged.out.npy", nudge(256)),
+        ("arrays/ragged-mixed.out.npy", nudge(256)),
+        ("arrays/ragged-one-hot.lse.npy", nudge(1)),
         ("arrays/merge-far-apart.lse.npy", nudge(256)),
         ("arrays/layer-yarn.decode.npy", nudge(2**20)),
         ("arrays/decode-paged.lse.npy", lambda x: np.where(np.isinf(x), np.inf, x)),

@@ -171,6 +171,21 @@ def test_decode(seed: int, size: float) -> None:
     agrees("decode", inputs, {"softmax_scale": 0.3, "head_dim_v": c, "causal": bool(seed % 2)})
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_ragged_decode(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    c, page_size = 3, int(rng.integers(1, 4))
+    queries, keys = rng.integers(0, 4, 4), rng.integers(0, 9, 4)
+    inputs = {
+        "q": rng.standard_normal((int(queries.sum()), 2, c + 2)),
+        "kv_cache": rng.standard_normal((36, page_size, 1, c + 2)) + 1,
+        "block_table": rng.permutation(36).reshape(4, 9).astype(np.int32),
+        "cache_seqlens": keys.astype(np.int32),
+        "cu_seqlens_q": np.cumsum([0, *queries]).astype(np.int32),
+    }
+    agrees("ragged_decode", inputs, {"softmax_scale": 0.3, "head_dim_v": c, "causal": bool(seed % 2)})
+
+
 @pytest.mark.parametrize("magnitude", [1e-300, 1e-160, 1e150])
 def test_extreme_values(magnitude: float) -> None:
     rng = np.random.default_rng(5)

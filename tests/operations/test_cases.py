@@ -8,18 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.all import parse_case
+from mla_spec.operations.all import OPERATIONS, parse_case
 from mla_spec.operations.case import Case
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.layer import LayerCase
 from mla_spec.operations.merge import MergeCase
 from mla_spec.operations.prefill import PrefillCase
+from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.write_cache import WriteCase
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.layer import layer_cases
 from mla_spec.properties.strategies.merge import merge_cases
 from mla_spec.properties.strategies.prefill import prefill_cases
+from mla_spec.properties.strategies.ragged import ragged_decode_cases
 from mla_spec.properties.strategies.rope import rope_cases
 from mla_spec.properties.strategies.write_cache import write_cases
 from mla_spec.reference.formats import round_to
@@ -28,7 +30,15 @@ from mla_spec.subjects.supports import DTYPES, Supports
 ANY_CASE = st.one_of(
     strategy(Supports(), Profile.default(dtype))
     for dtype in DTYPES
-    for strategy in (rope_cases, decode_cases, layer_cases, merge_cases, prefill_cases, write_cases)
+    for strategy in (
+        rope_cases,
+        decode_cases,
+        layer_cases,
+        merge_cases,
+        prefill_cases,
+        ragged_decode_cases,
+        write_cases,
+    )
 )
 
 
@@ -83,6 +93,17 @@ def test_prefill_rows_have_keys_where_they_must(case: PrefillCase) -> None:
     assert len(case.build().k) == sum(case.seqlens_k)
     for queries, keys in zip(case.seqlens_q, case.seqlens_k, strict=True):
         assert queries == 0 or keys >= (queries if case.causal else 1)
+
+
+@given(ragged_decode_cases(Supports(empty_row="unsupported"), Profile.default("bfloat16")))
+@settings(max_examples=100, deadline=None)
+def test_packed_queries_have_keys_where_they_must(case: RaggedDecodeCase) -> None:
+    """Whatever other lengths a hazard asks for."""
+    for inputs in (case.build(), *OPERATIONS["ragged_decode"].others(case), OPERATIONS["ragged_decode"].distant(case)):
+        assert np.array_equal(round_to(inputs.q, "bfloat16"), inputs.q)
+        assert len(inputs.q) == inputs.cu_seqlens_q[-1] > 0
+        needed = inputs.queries if case.causal else np.minimum(inputs.queries, 1)
+        assert (inputs.cache_seqlens >= needed).all()
 
 
 @given(write_cases(Supports(), Profile.default("float16")))

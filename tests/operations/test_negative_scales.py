@@ -16,6 +16,7 @@ from mla_spec.judging.run import run_law
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.gradients import PrefillBackwardCase
 from mla_spec.operations.prefill import PrefillCase
+from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.proof.sensitivity import draw_cases
 from mla_spec.subjects.supports import Supports
@@ -24,12 +25,14 @@ CASES: list[Any] = [
     DecodeCase(dtype="float32", seqlens=(9, 4), kv_lora_rank=6, qk_rope_head_dim=4, logit_std=4.0),
     PrefillCase(dtype="float32", seqlens_q=(3,), seqlens_k=(5,), qk_head_dim=6),
     PrefillBackwardCase(dtype="float32", seqlens_q=(3,), seqlens_k=(5,), qk_head_dim=6),
+    RaggedDecodeCase(dtype="float32", seqlens_q=(3, 1), seqlens_k=(5, 4), kv_lora_rank=6, qk_rope_head_dim=4),
     SparsePrefillCase(dtype="float32", s_q=2, s_kv=8, topk=4, kv_lora_rank=6),
     SparseDecodeCase(dtype="float32", pages=2, page_size=4, topk=4, kv_lora_rank=6),
 ]
 LAWS = (
     "test_decode_agrees_with_reference",
     "test_prefill_agrees_with_reference",
+    "test_ragged_decode_agrees_with_reference",
     "test_sparse_prefill_agrees_with_reference",
     "test_sparse_decode_agrees_with_reference",
     "test_quantised_decode_agrees_with_reference",

@@ -88,6 +88,28 @@ def test_prefill_reaches_the_counts_of_production() -> None:
     assert all(case.v_head_dim < case.qk_head_dim for case in cases)
 
 
+def test_packed_queries_reach_the_counts_of_production() -> None:
+    cases = production.ragged_decode(FREE, PROFILE)
+    assert max(len(case.seqlens_q) for case in cases) == 128
+    assert {24, 48, 112, 128} <= fields(cases, "num_heads")
+    assert {1, 16, 32, 64, 256} <= fields(cases, "page_size")
+    (long,) = (case for case in cases if max(case.seqlens_q) == 1100)
+    assert long.causal
+    assert long.seqlens_q.count(1) == 2
+    assert {4161, 8193, 32769, 65606, 131142} <= {max(case.seqlens_k) for case in cases}
+    for case in production.ragged_decode(REAL, PROFILE):
+        assert all(t >= s for s, t in zip(case.seqlens_q, case.seqlens_k, strict=True))
+
+
+def test_decoded_tokens_stand_before_and_behind_hundreds_of_queries() -> None:
+    for supports in (FREE, REAL):
+        cases = rare.ragged_decode(supports, PROFILE)
+        assert any(max(case.seqlens_q) == 300 and case.seqlens_q.index(300) == 1 for case in cases)
+        assert all(1 in case.seqlens_q for case in cases)
+    assert any(0 in case.seqlens_k for case in rare.ragged_decode(FREE, PROFILE))
+    assert all(t for case in rare.ragged_decode(REAL, PROFILE) for t in case.seqlens_k)
+
+
 def test_selections_are_of_more_keys() -> None:
     assert any(case.topk == 2048 < case.s_kv for case in production.sparse_prefill(FREE, PROFILE))
     assert any(case.topk == 2048 < case.pages * case.page_size for case in production.sparse_decode(FREE, PROFILE))
