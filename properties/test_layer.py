@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +12,10 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from mla_spec.bounds.error_bound import ErrorBound
-from mla_spec.bounds.layer import layer_with_bound
+from mla_spec.bounds.layer import bounded_layer, layer_with_bound
 from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.running import Bounded
+from mla_spec.judging.judge import judge_within
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
 from mla_spec.properties.hazards import overwrite
@@ -24,9 +28,12 @@ from mla_spec.subjects.driver import Result, Tensors, tensor_bits
 from mla_spec.subjects.memory import share_memory
 from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.violation import Violation
+from mla_spec.subjects.violation import NotOffered, Violation
 
 LAYER = ("layer",)
+
+Calls = list[tuple[str, slice]]
+"""Methods, and the tokens that each is called on."""
 
 EDGES = (512, 1024, 4096)
 """Positions at which a table may end; tokens are moved to both sides of one of them."""
@@ -57,12 +64,63 @@ def _make(run: Run, inputs: LayerInputs) -> LayerDriver:
     return made
 
 
+def _stages(run: Run, inputs: LayerInputs) -> dict[str, Bounded]:
+    """Every stage of all tokens, the output included."""
+    arguments = inputs.hidden, inputs.positions, inputs.weights, inputs.config, run.profile
+    want, bound = layer_with_bound(*arguments)
+    return {**bounded_layer(*arguments).stages(inputs.config), "o_proj": Bounded(want, bound.total)}
+
+
+def _traced(run: Run, inputs: LayerInputs, calls: Calls) -> Iterator[tuple[Result, Array, ErrorBound]]:
+    """What a new layer hands out of each call, its value and its own bound, in the order of computation."""
+    layer, every = _make(run, inputs), _stages(run, inputs)
+    for method, tokens in calls:
+        stages = {name: x[..., tokens] if name == "lse" else x[:, tokens] for name, x in every.items()}
+        shapes = {name: x.value.shape for name, x in stages.items()}
+        got = layer.trace(method, inputs.hidden[:, tokens], inputs.positions[:, tokens], shapes)
+        for name in [name for name in stages if name in got]:
+            yield got[name], stages[name].value, ErrorBound({f"roundings up to {name}": stages[name].error})
+
+
+def _first_wrong_stage(run: Run, inputs: LayerInputs, calls: Calls) -> str:
+    """The first stage of these calls that leaves its bound, in a sentence; "" of a layer that hands out none."""
+    try:
+        for got, want, bound in _traced(run, inputs, calls):
+            judge_within(got, want, bound, gate=False)
+    except NotOffered:
+        return ""
+    except Violation as violation:
+        return f"the first stage that leaves its own bound: {violation}"
+    return "every stage that the layer hands out is within its own bound"
+
+
+@contextmanager
+def _stage_named(run: Run, inputs: LayerInputs, calls: Calls) -> Iterator[None]:
+    """Add to what is wrong with the outputs of these calls which stage is the first to be."""
+    try:
+        yield
+    except Violation as violation:
+        stage = _first_wrong_stage(run, inputs, calls)
+        raise Violation(f"{violation}\n{stage}" if stage else str(violation)) from None
+
+
+@law(needs=LAYER, cases=narrowed(layer_cases, max_steps=2), cost=2)
+def test_layer_stages_agree_with_reference(run: Run, case: LayerCase) -> None:
+    """Each stage that the layer hands out of a prompt and of decoded tokens, within a bound of its own.
+
+    ``trace`` hands them out. A stage is allowed less error than the output, to which the errors of all stages add.
+    """
+    for got, want, bound in _traced(run, case.build(), _calls(case)):
+        run.within(got, want, bound, gate=False)
+
+
 @law(needs=LAYER, cases=narrowed(layer_cases, max_steps=0), first=every_option)
 def test_layer_prefill_agrees_with_reference(run: Run, case: LayerCase) -> None:
     """Prefill of a prompt, within the worst-case bound of the layer's profile."""
     inputs = case.build()
     want, bound = _expected(run, inputs)
-    run.within(_run(_make(run, inputs), "prefill", inputs, np.s_[:]), want, bound)
+    with _stage_named(run, inputs, _calls(case)):
+        run.within(_run(_make(run, inputs), "prefill", inputs, np.s_[:]), want, bound)
 
 
 @law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1), first=every_option, missing=_needs_cache)
@@ -72,11 +130,12 @@ def test_layer_decode_agrees_with_reference(run: Run, case: LayerCase) -> None:
     want, bound = _expected(run, inputs)
     run.meaningful(want, bound)
     layer = _make(run, inputs)
-    _run(layer, "prefill", inputs, np.s_[: case.prompt])
-    for t in range(case.prompt, case.prompt + case.steps):
-        one = slice(t, t + 1)
-        got = _run(layer, "decode", inputs, one)
-        run.within(got, want[:, one], bound[:, one], gate=False)
+    calls = _calls(case)
+    _run(layer, "prefill", inputs, calls[0][1])
+    with _stage_named(run, inputs, calls):
+        for method, tokens in calls[1:]:
+            got = _run(layer, method, inputs, tokens)
+            run.within(got, want[:, tokens], bound[:, tokens], gate=False)
 
 
 @law(needs=LAYER, cases=long_layers, missing=_needs_cache)
@@ -104,13 +163,15 @@ def test_layer_decodes_several_tokens_at_once(run: Run, case: LayerCase) -> None
     want, bound = _expected(run, inputs)
     run.meaningful(want, bound)
     layer = _make(run, inputs)
-    _run(layer, "prefill", inputs, np.s_[: case.prompt])
-    for method, tokens in _decoded(run, case.prompt, case.prompt + case.steps):
-        got = _run(layer, method, inputs, tokens)
-        run.within(got, want[:, tokens], bound[:, tokens], gate=False)
+    calls = [_calls(case)[0], *_decoded(run, case.prompt, case.prompt + case.steps)]
+    _run(layer, "prefill", inputs, calls[0][1])
+    with _stage_named(run, inputs, calls):
+        for method, tokens in calls[1:]:
+            got = _run(layer, method, inputs, tokens)
+            run.within(got, want[:, tokens], bound[:, tokens], gate=False)
 
 
-def _decoded(run: Run, start: int, end: int) -> list[tuple[str, slice]]:
+def _decoded(run: Run, start: int, end: int) -> Calls:
     """Tokens of as few calls of decode as the subject allows."""
     most = run.supports.layer_max_decode or end - start
     return [("decode", slice(t, min(t + most, end))) for t in range(start, end, most)]
@@ -125,9 +186,10 @@ def test_layer_prefill_in_chunks(run: Run, case: LayerCase) -> None:
     layer = _make(run, inputs)
     cut = 1 + case.seed % (case.prompt - 1)
     chunks = [("prefill", slice(0, cut)), ("prefill", slice(cut, case.prompt)), *_calls(case)[1:]]
-    for method, tokens in chunks:
-        got = _run(layer, method, inputs, tokens)
-        run.within(got, want[:, tokens], bound[:, tokens], gate=False)
+    with _stage_named(run, inputs, chunks):
+        for method, tokens in chunks:
+            got = _run(layer, method, inputs, tokens)
+            run.within(got, want[:, tokens], bound[:, tokens], gate=False)
 
 
 @law(needs=LAYER, cases=narrowed(layer_cases, min_prompt=2, max_steps=0), missing=_needs_cache, cost=2)
@@ -271,7 +333,7 @@ def _excess(
     layer: LayerDriver,
     hidden: Array,
     positions: IntArray,
-    calls: list[tuple[str, slice]],
+    calls: Calls,
     sizes: list[int],
     prompt: int,
 ) -> tuple[int, str, int, int] | None:
@@ -306,7 +368,7 @@ def _excess(
     return None
 
 
-def _calls(case: LayerCase) -> list[tuple[str, slice]]:
+def _calls(case: LayerCase) -> Calls:
     """The prompt, and the tokens after it one by one."""
     steps = [("decode", slice(t, t + 1)) for t in range(case.prompt, case.prompt + case.steps)]
     return [("prefill", slice(0, case.prompt)), *steps]

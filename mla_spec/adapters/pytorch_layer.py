@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mla_spec.adapters.pytorch_steps import TorchAttention, TorchRope, wide
 from mla_spec.reference.config import Llama4Scaling, MLAConfig
+
+TRACED_WEIGHTS = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+"""Weights whose products and norms are stages of a layer under their names."""
 
 
 class TorchLayerSteps(TorchRope, TorchAttention):
@@ -134,6 +139,16 @@ class TorchLayer:
         )
         return self.subject.project_output(out, self.weights, self.config)
 
+    def trace(self, method: str, hidden: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """The stages of ``prefill`` or ``decode``, by name; "o_proj" is what it returns."""
+        own, stages = self.subject, dict[str, Tensor]()
+        self.subject = watched(own, self.weights, stages)
+        try:
+            stages["o_proj"] = getattr(self, method)(hidden, positions)
+            return stages
+        finally:
+            self.subject = own
+
     def append(self, latent: Tensor, k_pe: Tensor) -> None:
         if self.cache is None:
             # What is not rotated is a slice, which would keep the whole projection in memory.
@@ -143,3 +158,31 @@ class TorchLayer:
 
     def cache_bytes(self) -> int:
         return 0 if self.cache is None else sum(x.numel() * x.element_size() for x in self.cache)
+
+
+def watched(subject: TorchLayerSteps, weights: Mapping[str, Tensor], stages: dict[str, Tensor]) -> TorchLayerSteps:
+    """The subject, of which some steps also put what they give into ``stages``: a copy, in which its own methods find these."""
+    watching = copy.copy(subject)
+
+    def keep_named(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+            out = step(x, weight, *options)
+            stages.update({name: out for name in TRACED_WEIGHTS if weights.get(name) is weight})
+            return out
+
+        return run
+
+    def keep_result(step: Callable[..., Any], *names: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            out = step(*arguments)
+            stages.update(zip(names, out if isinstance(out, tuple) else (out,), strict=True))
+            return out
+
+        return run
+
+    steps: Any = watching  # an instance's own attributes stand before its class's methods
+    steps.linear, steps.rms_norm = keep_named(subject.linear), keep_named(subject.rms_norm)
+    steps.project_query = keep_result(watching.project_query, "q_nope", "q_pe")
+    steps.project_latent = keep_result(watching.project_latent, "latent", "k_pe")
+    steps.attend_latent = keep_result(watching.attend_latent, "attention")
+    return watching

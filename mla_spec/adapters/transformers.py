@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from mla_spec.adapters.pytorch_layer import TRACED_WEIGHTS
 from mla_spec.bounds.profile import Profile, RopeProfile
 from mla_spec.reference.config import MLAConfig, RopeConfig
 from mla_spec.subjects.supports import Supports
@@ -77,6 +78,22 @@ class _TransformersLayer:
         return out
 
     prefill = decode = forward
+
+    def trace(self, method: str, hidden: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """What the module's projections and norms give in a call, by name."""
+        stages: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda module, arguments, out: stages.update({name: out})
+
+        found = {name: getattr(self.module, name, None) for name in TRACED_WEIGHTS}
+        hooks = [module.register_forward_hook(keep(name)) for name, module in found.items() if module is not None]
+        try:
+            stages["o_proj"] = getattr(self, method)(hidden, positions)
+            return stages
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def cache_bytes(self) -> int:
         layers: list[Any] = list(self.cache.layers)

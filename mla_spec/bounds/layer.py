@@ -37,26 +37,52 @@ class BoundedLayer:
     """The intermediates of a layer and how far computed ones may be from them.
 
     Attributes:
-        q_down, c_q: the query latent before and after its norm, [..., s, q_lora_rank]; the tokens without compression.
-        q_nope: as it meets the keys, [..., s, h, n].
+        q_down, q_norm, c_q: the query latent before its norm, after it, and as it is projected, [..., s, q_lora_rank]; the tokens
+            without compression.
+        q_nope, q_pe: as they meet the keys, [..., s, h, n] and [..., s, h, r].
         kv_down: latent before its norm and k_pe before it is normalized and rotated, [..., t, c+r].
-        latent: as it is cached, [..., t, c].
+        kv_norm: the latent after its norm, [..., t, c].
+        latent, k_pe: as they are cached, [..., t, c] and [..., t, r].
         q, k, v: the operands of attention, [..., s, h, n+r], [..., t, h, n+r] and [..., t, h, v] in the explicit form,
             [..., s, h, c+r], [..., t, 1, c+r] and [..., t, 1, c] in the absorbed one.
         attended: the result of attention, [..., s, h, v or c].
+        lse: of its scores, [..., h, s].
         out: what o_proj takes, [..., s, h·v].
     """
 
     q_down: Bounded
+    q_norm: Bounded
     c_q: Bounded
     q_nope: Bounded
+    q_pe: Bounded
     kv_down: Bounded
+    kv_norm: Bounded
     latent: Bounded
+    k_pe: Bounded
     q: Bounded
     k: Bounded
     v: Bounded
     attended: Bounded
+    lse: Bounded
     out: Bounded
+
+    def stages(self, config: MLAConfig) -> dict[str, Bounded]:
+        """What a layer may hand out with ``trace``, by name, in the order of computation; see ``mla_spec.operations.layer``.
+
+        A compressed query has the first two. "attention" is [..., s, h, v].
+        """
+        compressed = {} if config.q_lora_rank is None else {"q_a_proj": self.q_down, "q_a_layernorm": self.q_norm}
+        return {
+            **compressed,
+            "q_nope": self.q_nope,
+            "q_pe": self.q_pe,
+            "kv_a_proj_with_mqa": self.kv_down,
+            "kv_a_layernorm": self.kv_norm,
+            "latent": self.latent,
+            "k_pe": self.k_pe,
+            "lse": self.lse,
+            "attention": self.out.reshape(*self.out.value.shape[:-1], config.num_heads, config.v_head_dim),
+        }
 
 
 def layer_with_bound(
@@ -99,43 +125,51 @@ def bounded_layer(
     x = Bounded(hidden, np.zeros_like(hidden))
     first = 0 if last is None else hidden.shape[-2] - last
     own, own_positions = x[..., first:, :], positions[..., first:]
-    q_down, c_q, query = _query(own, weights, config, profile)
+    q_down, q_norm, c_q, query = _query(own, weights, config, profile)
     query = query.reshape(*own.value.shape[:-1], h, config.qk_head_dim)
     parts = query[..., :n], rotated(query[..., n:], own_positions, config.rope, profile)
     q_nope, q_pe = (temperature(part, own_positions, config.llama_4_scaling, profile) for part in parts)
     kv_down = product("oe,...e->...o", weights["kv_a_proj_with_mqa"], x, profile)
-    latent = bounded_rms_norm(kv_down[..., :c], weights["kv_a_layernorm"], config.latent_norm_eps, profile)
-    latent = foldable(latent, config.kv_lora_scale, profile.dtype)
+    kv_norm = bounded_rms_norm(kv_down[..., :c], weights["kv_a_layernorm"], config.latent_norm_eps, profile)
+    latent = foldable(kv_norm, config.kv_lora_scale, profile.dtype)
     latent = scaled_by_config(latent, config.kv_lora_scale, profile)
     k_pe = kv_down[..., c:]
     if config.k_pe_norm:
         k_pe = bounded_rms_norm(k_pe, weights["k_rope_only_layernorm"], config.latent_norm_eps, profile)
-    k_pe = rotated(k_pe, positions, config.rope, profile)[..., None, :]  # [..., t, 1, r]
+    k_pe = rotated(k_pe, positions, config.rope, profile)
+    shared = k_pe[..., None, :]  # [..., t, 1, r]
     w_uk, w_uv = absorb(weights["kv_b_proj"], config)
     if profile.form == "explicit":
         k_nope = product("hnc,...tc->...thn", w_uk, latent, profile)
         value = product("hvc,...tc->...thv", w_uv, latent, profile)
-        q, k = concatenated(q_nope, q_pe), concatenated(k_nope, repeated(k_pe, h))
-        out = attended = _attend(q, k, value, config, profile)
+        q, k = concatenated(q_nope, q_pe), concatenated(k_nope, repeated(shared, h))
+        attended, lse = _attend(q, k, value, config, profile)
+        out = attended
     else:
         q_latent = product("hnc,...shn->...shc", w_uk, q_nope, profile)
         value = latent[..., None, :]  # [..., t, 1, c]
-        q, k = concatenated(q_latent, q_pe), concatenated(value, k_pe)
-        attended = _attend(q, k, value, config, profile)
+        q, k = concatenated(q_latent, q_pe), concatenated(value, shared)
+        attended, lse = _attend(q, k, value, config, profile)
         out = product("hvc,...shc->...shv", w_uv, attended, profile)
     out = out.reshape(*own.value.shape[:-1], h * config.v_head_dim)
-    return BoundedLayer(q_down, c_q, q_nope, kv_down, latent, q, k, value, attended, out)
+    return BoundedLayer(
+        *(q_down, q_norm, c_q, q_nope, q_pe),
+        *(kv_down, kv_norm, latent, k_pe),
+        *(q, k, value, attended, lse, out),
+    )
 
 
-def _query(x: Bounded, weights: Weights, config: MLAConfig, profile: Profile) -> tuple[Bounded, Bounded, Bounded]:
-    """(q_down, c_q, queries [..., s, h·(n+r)] before they are rotated)."""
+def _query(
+    x: Bounded, weights: Weights, config: MLAConfig, profile: Profile
+) -> tuple[Bounded, Bounded, Bounded, Bounded]:
+    """(q_down, q_norm, c_q, queries [..., s, h·(n+r)] before they are rotated)."""
     if config.q_lora_rank is None:
-        return x, x, product("oe,...e->...o", weights["q_proj"], x, profile)
+        return x, x, x, product("oe,...e->...o", weights["q_proj"], x, profile)
     q_down = product("oe,...e->...o", weights["q_a_proj"], x, profile)
-    c_q = bounded_rms_norm(q_down, weights["q_a_layernorm"], config.latent_norm_eps, profile)
-    c_q = foldable(c_q, config.q_lora_scale, profile.dtype)
+    q_norm = bounded_rms_norm(q_down, weights["q_a_layernorm"], config.latent_norm_eps, profile)
+    c_q = foldable(q_norm, config.q_lora_scale, profile.dtype)
     query = product("oe,...e->...o", weights["q_b_proj"], c_q, profile)
-    return q_down, c_q, scaled_by_config(query, config.q_lora_scale, profile)
+    return q_down, q_norm, c_q, scaled_by_config(query, config.q_lora_scale, profile)
 
 
 def repeated(x: Bounded, heads: int) -> Bounded:
@@ -143,7 +177,8 @@ def repeated(x: Bounded, heads: int) -> Bounded:
     return Bounded(*(np.repeat(a, heads, axis=-2) for a in (x.value, x.error)))
 
 
-def _attend(q: Bounded, k: Bounded, v: Bounded, config: MLAConfig, profile: Profile) -> Bounded:
+def _attend(q: Bounded, k: Bounded, v: Bounded, config: MLAConfig, profile: Profile) -> tuple[Bounded, Bounded]:
+    """(out, lse)."""
     bounded = attention_with_bound(
         q.value,
         k.value,
@@ -152,4 +187,4 @@ def _attend(q: Bounded, k: Bounded, v: Bounded, config: MLAConfig, profile: Prof
         profile=replace(profile, cache_dequantised=None),  # a layer's own cache holds the dtype
         inherited=InheritedError(q.error, k.error, v.error),
     )
-    return Bounded(bounded.out, bounded.out_error.total)
+    return Bounded(bounded.out, bounded.out_error.total), Bounded(bounded.lse, bounded.lse_error.total)

@@ -11,6 +11,11 @@ with ``mla_spec.Unsupported``. What a layer is, ``Supports`` says, and then it i
 ``layer_max_decode``, ``layer_chunks``, ``layer_thetas``, ``layer_max_positions``, ``layer_multiples``, ``layer_equal_head_dims``,
 ``layer_min_rope_dim``, ``q_lora_rank``, ``rope_layouts``, ``cache_page``.
 
+A layer may hand out the stages of a call. Its ``trace(method, hidden, positions)`` does what "prefill" or "decode" does, and
+returns those that it has, by name: q_a_proj and q_a_layernorm [b, s, q_lora_rank], q_nope [b, s, h, n] and q_pe [b, s, h, r] as
+they meet the keys, kv_a_proj_with_mqa [b, s, c+r], kv_a_layernorm [b, s, c], latent [b, s, c] and k_pe [b, s, r] as they are
+cached, lse [b, h, s], attention [b, s, h, v], and o_proj, the output. Those named for a weight are what that module gives.
+
 The tensors of weights stay the caller's, who may overwrite what they hold, as an optimizer does, or a trainer that sends its
 weights to an inference engine. After that and a ``reset()`` a layer uses the new ones, unless ``supports.layer_weights`` is
 "copied".
@@ -38,10 +43,12 @@ from mla_spec.reference.formats import round_to
 from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.published import PublishedModel, published_models
 from mla_spec.reference.typing import Array, IntArray
-from mla_spec.subjects.driver import Driver, Result, Tensors
+from mla_spec.subjects.driver import TORCH_DTYPES, Driver, Result, Tensors
 from mla_spec.subjects.extent import require_extent
 from mla_spec.subjects.supports import LAYER_DIMS, Supports
 from mla_spec.subjects.violation import NotOffered, Unsupported, Violation
+
+Shape = tuple[int, ...]
 
 LLAMA_4_SCALING = Llama4Scaling(beta=0.1, original_max_position_embeddings=64)
 """The temperature of cases that have one and are of no published model: seen from position 64 on."""
@@ -299,6 +306,19 @@ class LayerDriver:
         most = supports.layer_max_positions
         if most is not None and int(positions.max()) >= most:
             raise Unsupported(f"layer_max_positions={most}, and a call has position {int(positions.max())}")
+
+    def trace(self, method: str, hidden: Array, positions: IntArray, shapes: dict[str, Shape]) -> dict[str, Result]:
+        """The stages that the layer hands out of a call, by name; Violation where one is none of ``shapes``."""
+        function = self._method("trace")
+        tokens = self.driver.tensor(hidden), self.driver.integers(positions, torch.int64)
+        self._require_declared(method, *tokens)
+        stages = self.driver.guard(lambda: function(method, *tokens))
+        if not isinstance(stages, Mapping) or not stages.keys() <= shapes.keys():
+            told = ", ".join(map(str, stages)) if isinstance(stages, Mapping) else type(stages).__name__
+            raise Violation(f"trace must return a dict of some of {', '.join(shapes)}, got {told}")
+        dtypes = (TORCH_DTYPES[self.driver.dtype], torch.float32, torch.float64)
+        what = {name: f"stage {name} of {method}" for name in stages}
+        return {name: self.driver.result(x, what[name], shapes[name], dtypes) for name, x in stages.items()}
 
     def reset(self) -> None:
         self.tokens = 0

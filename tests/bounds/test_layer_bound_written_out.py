@@ -124,12 +124,18 @@ class Composed:
         return x if self.config.q_lora_rank is None else self.linear(self.weights["q_a_proj"], x)
 
     @cached_property
+    def q_norm(self) -> Bounded:
+        config = self.config
+        if config.q_lora_rank is None:
+            return self.q_down
+        return bounded_rms_norm(self.q_down, self.weights["q_a_layernorm"], config.latent_norm_eps, self.profile)
+
+    @cached_property
     def c_q(self) -> Bounded:
         config = self.config
         if config.q_lora_rank is None:
             return self.q_down
-        normed = bounded_rms_norm(self.q_down, self.weights["q_a_layernorm"], config.latent_norm_eps, self.profile)
-        return foldable(normed, config.q_lora_scale, self.profile.dtype)
+        return foldable(self.q_norm, config.q_lora_scale, self.profile.dtype)
 
     @property
     def up(self) -> Array:
@@ -149,11 +155,15 @@ class Composed:
         return self.linear(self.weights["kv_a_proj_with_mqa"], exact(self.hidden))
 
     @cached_property
-    def latent(self) -> Bounded:
+    def kv_norm(self) -> Bounded:
         config, c = self.config, self.config.kv_lora_rank
         weight = self.weights["kv_a_layernorm"]
-        normed = bounded_rms_norm(self.kv_down[..., :c], weight, config.latent_norm_eps, self.profile)
-        latent = foldable(normed, config.kv_lora_scale, self.profile.dtype)
+        return bounded_rms_norm(self.kv_down[..., :c], weight, config.latent_norm_eps, self.profile)
+
+    @cached_property
+    def latent(self) -> Bounded:
+        config = self.config
+        latent = foldable(self.kv_norm, config.kv_lora_scale, self.profile.dtype)
         return scaled_by_config(latent, config.kv_lora_scale, self.profile)
 
     @cached_property
@@ -180,7 +190,8 @@ class Composed:
         return result
 
     @cached_property
-    def attended(self) -> list[Bounded]:
+    def attention(self) -> list[tuple[Bounded, Bounded]]:
+        """(out [b, s, ·], lse [b, s]) of each head."""
         result = []
         for operands in self.operands:
             q, k, v = (x[..., None, :] for x in operands)
@@ -192,8 +203,13 @@ class Composed:
                 profile=replace(self.profile, cache_dequantised=None),
                 inherited=InheritedError(q.error, k.error, v.error),
             )
-            result.append(Bounded(bound.out, bound.out_error.total)[..., 0, :])
+            out, lse = Bounded(bound.out, bound.out_error.total), Bounded(bound.lse, bound.lse_error.total)
+            result.append((out[..., 0, :], lse[..., 0, :]))
         return result
+
+    @property
+    def attended(self) -> list[Bounded]:
+        return [out for out, _ in self.attention]
 
     @cached_property
     def out(self) -> Bounded:
@@ -206,14 +222,19 @@ class Composed:
         q, k, v = (stacked(list(x)) for x in zip(*self.operands, strict=True))
         return BoundedLayer(
             q_down=self.q_down,
+            q_norm=self.q_norm,
             c_q=self.c_q,
             q_nope=stacked([self.query(head)[0] for head in self.heads]),
+            q_pe=stacked([self.query(head)[1] for head in self.heads]),
             kv_down=self.kv_down,
+            kv_norm=self.kv_norm,
             latent=self.latent,
+            k_pe=self.k_pe,
             q=q,
             k=k[..., :1, :] if shared else k,
             v=v[..., :1, :] if shared else v,
             attended=stacked(self.attended),
+            lse=stacked([lse for _, lse in self.attention]),
             out=self.out,
         )
 

@@ -38,6 +38,12 @@ class ShiftRotatesLatent(TorchAbsorbed):
         return torch.cat([self.rope(latent[..., :width], shift, rope=whole), latent[..., width:]], dim=-1), k_pe
 
 
+class _Relaid(TorchLayer):
+    """Its rope dimensions have another order than the checkpoint's, in which stages are handed out."""
+
+    trace = None
+
+
 class RelaidWeights(TorchAbsorbed):
     """Correct: rope rows of the weights are put in the order of the half layout, which is then used."""
 
@@ -57,7 +63,7 @@ class RelaidWeights(TorchAbsorbed):
         }
         if config.k_pe_norm:
             relaid["k_rope_only_layernorm"] = self.relayout(weights["k_rope_only_layernorm"])
-        return super().layer({**weights, **relaid}, replace(config, rope=replace(config.rope, interleaved=False)))
+        return _Relaid(self, {**weights, **relaid}, replace(config, rope=replace(config.rope, interleaved=False)))
 
     def relayout(self, rows: Tensor) -> Tensor:
         """Rows 0, 2, 4, ... and then 1, 3, 5, ..."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit
@@ -62,3 +63,16 @@ class SplitsByBatchSize(BatchInvariant):
     def weighted_values(self, p: Tensor, v: Tensor) -> Tensor:
         parts = zip(p.tensor_split(self.splits, dim=-1), v.tensor_split(self.splits, dim=-2), strict=True)
         return sum(super(SplitsByBatchSize, self).weighted_values(*part) for part in parts)
+
+
+@planted(
+    "X115",
+    symptom="activations drift from those of training, layer after layer",
+    shows_when="the mean of squares is rounded to a 16-bit dtype; a layer's own error hides it in its output",
+    killed_by=("test_layer_stages_agree_with_reference",),
+)
+class NormInDtype(TorchAbsorbed):
+    """RMSNorm is computed in the dtype of its input."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
