@@ -163,6 +163,14 @@ def _add_dump(parsers: Parsers) -> None:
     )
 
 
+def _add_statement(parsers: Parsers) -> None:
+    parser = parsers.add_parser("statement", help="what records show of an implementation, level by level, and a badge")
+    parser.set_defaults(run=commands.run_statement)
+    parser.add_argument("files", nargs="+", metavar="RECORDS", help="what `mla-spec check --records` wrote")
+    _add_output(parser)
+    parser.add_argument("--badge", metavar="FILE", help="also write a badge to FILE, as SVG")
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where it is written (standard output)")
 
@@ -354,6 +362,7 @@ COMMANDS = (
     _add_explain,
     _add_merge,
     _add_report,
+    _add_statement,
     _add_diff,
     _add_dump,
     _add_campaign,

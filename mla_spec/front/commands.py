@@ -45,6 +45,12 @@ def run_dump(options: argparse.Namespace) -> int:
     return dump(options)
 
 
+def run_statement(options: argparse.Namespace) -> int:
+    from mla_spec.front.statement_command import state
+
+    return state(options)
+
+
 def run_explain(options: argparse.Namespace) -> int:
     from mla_spec.front.explain_command import explain_case
 

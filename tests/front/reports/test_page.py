@@ -36,6 +36,6 @@ def test_every_command_runs(
         expected = int(found[1]) if (found := re.search(r"# exit code (\d)", line)) else 0
         assert main(arguments) == expected, line
         for option, name in pairwise(arguments):
-            if option in ("-o", "--records", "--export"):
+            if option in ("-o", "--records", "--export", "--badge"):
                 assert Path(name).stat().st_size > 0, line
     assert "::notice title=mla-spec%3A Kernel::conforms" in capsys.readouterr().out
