@@ -84,6 +84,7 @@ def _add_check(parsers: Parsers) -> None:
         metavar="S",
         help="seconds in which known faults are tried on what fails (a fifth of the work done, at most 30)",
     )
+    _add_export(parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="also every law, and each failure in full")
     parser.add_argument("--json", metavar="FILE", help="also write a record of each law to FILE")
     _add_records(parser)
@@ -116,7 +117,16 @@ def _add_explain(parsers: Parsers) -> None:
     parser.add_argument("--signature", metavar="OPERATION", help="the operation a bare function implements")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds the case may take (300)")
+    _add_export(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the record with its cause to FILE")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--export",
+        metavar="FILE",
+        help="also write the smallest failing case to FILE, a script that needs torch and the kernel alone",
+    )
 
 
 def _add_merge(parsers: Parsers) -> None:
@@ -150,6 +160,26 @@ def _add_diff(parsers: Parsers) -> None:
         "-v", "--verbose", action="store_true", help="also what is still wrong, and every error that moved"
     )
     parser.add_argument("--json", metavar="FILE", help="also write what changed to FILE")
+
+
+def _add_dump(parsers: Parsers) -> None:
+    parser = parsers.add_parser("dump", help="write the tensors of a case, exactly as a law gives them")
+    parser.set_defaults(run=commands.run_dump)
+    parser.add_argument("case", metavar="CASE", help="id of a case, as a report gives it")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="in the format of safetensors (the case's kind, such as decode.safetensors)",
+    )
+
+
+def _add_statement(parsers: Parsers) -> None:
+    parser = parsers.add_parser("statement", help="what records show of an implementation, level by level, and a badge")
+    parser.set_defaults(run=commands.run_statement)
+    parser.add_argument("files", nargs="+", metavar="RECORDS", help="what `mla-spec check --records` wrote")
+    _add_output(parser)
+    parser.add_argument("--badge", metavar="FILE", help="also write a badge to FILE, as SVG")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -344,7 +374,9 @@ COMMANDS = (
     _add_explain,
     _add_merge,
     _add_report,
+    _add_statement,
     _add_diff,
+    _add_dump,
     _add_campaign,
     _add_soundness,
     _add_sensitivity,

@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 from mla_spec.front.device import require_device
 from mla_spec.front.explanation import explain
+from mla_spec.front.export import export, exported
 from mla_spec.front.overview import overview
 from mla_spec.front.production import production
 from mla_spec.front.report import exit_code, merged, report_of
@@ -164,6 +166,7 @@ class _Check:
             explain(found, self.options.explain)
         self.found[asked.spec] = found
         self.store.explained(asked.spec, found)
+        self._export(asked, found)
         if self.options.verbose or self.options.case is not None:
             print(f"{asked.declared.text}\n{report_of(records, screen)}\n")
         else:
@@ -171,6 +174,20 @@ class _Check:
         part = self.shard.count > 1 or any(cell not in self.store.judged for cell in self.cells_of[asked.spec])
         quick = told(self.count) if self.options.quick else ""
         print(f"{overview(records, screen, found, part=part, quick=quick)}\n", flush=True)
+
+    def _export(self, asked: Asked, found: list[Cause]) -> None:
+        """Write the script of the first cause that has one."""
+        if self.options.export is None:
+            return
+        records = [record for cause in found for record in (*cause.alike, *cause.follows)]
+        device = self.options.device
+        with WorkerPool(1, self.options.timeout) as pool:
+
+            def again(law: str, case: Case) -> Record:
+                options = replace(asked.options, case=case, minimise=False, dtypes=None)
+                return pool.submit(law, asked.declared.name, options, asked.signature).result()
+
+            export(self.options.export, lambda: exported(records, asked.declared, asked.spec, again, device))
 
     def _finish(self, reason: str) -> int:
         if self.store is None:
@@ -272,6 +289,8 @@ def _require_sensible(options: argparse.Namespace) -> None:
             raise UsageError(f"unknown dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
     if options.case is not None and len(options.law) != 1:
         raise UsageError("--case needs exactly one --law")
+    if options.export is not None and len(options.subjects) != 1:
+        raise UsageError(f"--export is of one SUBJECT, got {len(options.subjects)}")
     if options.resume is not None and options.records not in (None, options.resume):
         raise UsageError("--resume FILE goes on in FILE: --records cannot be another one")
     require_device(options.device)

@@ -39,6 +39,18 @@ def run_diff(options: argparse.Namespace) -> int:
     return diff(options)
 
 
+def run_dump(options: argparse.Namespace) -> int:
+    from mla_spec.front.dump_command import dump
+
+    return dump(options)
+
+
+def run_statement(options: argparse.Namespace) -> int:
+    from mla_spec.front.statement_command import state
+
+    return state(options)
+
+
 def run_explain(options: argparse.Namespace) -> int:
     from mla_spec.front.explain_command import explain_case
 

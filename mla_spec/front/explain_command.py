@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mla_spec.front.device import require_device
+from mla_spec.front.export import export, script
 from mla_spec.front.overview import short_replay, suspect_text
 from mla_spec.front.report import exit_code
 from mla_spec.installed import all_laws
@@ -17,6 +18,7 @@ from mla_spec.operations.all import CALLED, parse_case
 from mla_spec.operations.case import Case
 from mla_spec.proof.suspects import named_suspects, room
 from mla_spec.proof.telltale import telltale
+from mla_spec.subjects.description import Description
 from mla_spec.subjects.find import UnknownSubject, resolve_subject
 from mla_spec.text.layout import Screen
 from mla_spec.text.terminal import UsageError, require_output, show_progress, write_json
@@ -33,7 +35,7 @@ def explain_case(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     if not laws:
         raise UsageError(f"name the law that fails on a case of the kind {case.kind} with --law")
-    record = _first_failure(laws, case, options)
+    record, declared = _first_failure(laws, case, options)
     screen = Screen.of()
     head = f"{record.law} [{record.subject}]: {record.verdict}"
     print("\n".join(line for text in (head, *record.message.splitlines()) for line in screen.wrapped(text, rest="  ")))
@@ -48,6 +50,8 @@ def explain_case(options: argparse.Namespace) -> int:
     show_progress("")
     told = [] if cause.suspects else _told(record, options)
     print("\n".join(_said(cause, told, screen)))
+    if options.export is not None:
+        export(options.export, lambda: script(record, declared, spec_of(options), options.device))
     if options.json is not None:
         (whole,) = with_causes([record], [cause])
         write_json(options.json, whole.as_dict() | {"telltale": told})
@@ -61,10 +65,14 @@ def laws_of(case: Case) -> list[str]:
     return [law.name for law in laws if law.name.endswith("_with_reference") and not law.unavailable(Options())]
 
 
-def _first_failure(laws: list[str], case: Case, options: argparse.Namespace) -> Record:
-    """The record of the first law that fails on the case, or of the last."""
-    spec = (options.subject, *(() if options.signature is None else ("--signature", options.signature)))
-    law_options = Options(case=case, minimise=False, device=options.device, spec=spec)
+def spec_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """The arguments by which ``mla-spec check`` finds the subject."""
+    return (options.subject, *(() if options.signature is None else ("--signature", options.signature)))
+
+
+def _first_failure(laws: list[str], case: Case, options: argparse.Namespace) -> tuple[Record, Description]:
+    """The record of the first law that fails on the case, or of the last; and what the subject declares."""
+    law_options = Options(case=case, minimise=False, device=options.device, spec=spec_of(options))
     try:
         with WorkerPool(1, options.timeout) as pool:
             declared = pool.describe(law_options, options.signature).result()
@@ -76,7 +84,7 @@ def _first_failure(laws: list[str], case: Case, options: argparse.Namespace) -> 
                     break
     except UnknownSubject as error:
         raise UsageError(str(error)) from error
-    return record
+    return record, declared
 
 
 def _told(record: Record, options: argparse.Namespace) -> list[str]:

@@ -12,6 +12,8 @@ EXIT_CODES: Mapping[str, str] = {
     "explain": _VERDICT,
     "merge": _VERDICT,
     "diff": "0 nothing got worse, 1 something did, 2 usage",
+    "dump": "0 the file is written, 2 usage",
+    "statement": _VERDICT,
     "report": "0 the report is written, whatever the verdict, 2 usage",
     "campaign": _VERDICT,
     "soundness": "0 no element outside its bound, 1 some are, 2 usage, 3 interrupted before all cases",
@@ -39,6 +41,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec check my_kernels.decode:flash_decode --signature decode",
         "mla-spec check my_kernels.decode:flash_decode --signature flash-mla",
         "mla-spec check my_kernel.py:Kernel --quick",
+        "mla-spec check my_kernel.py:Kernel --law decode --export repro.py",
         "mla-spec check torch-absorbed --examples 10 --json report.json",
     ),
     "explain": (
@@ -52,6 +55,8 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec report run.jsonl --format github",
     ),
     "diff": ("mla-spec diff last.jsonl run.jsonl", "mla-spec diff last.jsonl run.jsonl --json changes.json"),
+    "dump": ("mla-spec dump decode:dtype=bfloat16,seqlens=65,page_size=64 -o case.safetensors",),
+    "statement": ("mla-spec statement run.jsonl -o conformance.md --badge badge.svg",),
     "merge": ("mla-spec merge first.jsonl second.jsonl --json report.json",),
     "campaign": (
         "mla-spec campaign my_kernel.py:Kernel --hours 8",

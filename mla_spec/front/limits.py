@@ -42,7 +42,7 @@ def require_within_limits(options: Mapping[str, Any]) -> None:
 
 def require_outputs(options: Mapping[str, Any]) -> None:
     """Raise UsageError where a file that a command will write cannot be written."""
-    for name in ("json", "records", "corpus", "output"):
+    for name in ("json", "records", "corpus", "output", "export", "badge"):
         require_output(_option(name), options.get(name))
     for path in options.get("markdown") or ():
         require_output("--markdown", path)

@@ -10,6 +10,7 @@ from mla_spec.front.overview import short_replay, suspect_text
 from mla_spec.front.report import outcome
 from mla_spec.front.reports.account import Account, Document, declared_rows, environment_rows
 from mla_spec.front.reports.heat import Heat, Square, operations_by_dtype, queries_by_head, regimes_by_law
+from mla_spec.front.reports.statement import LEVELS, sentence, table, waivers
 from mla_spec.front.reports.style import STYLE
 from mla_spec.judging.causes import Cause
 from mla_spec.judging.verdict import Record
@@ -23,7 +24,7 @@ def html(document: Document) -> str:
     """The page."""
     title = ", ".join(account.subject.name for account in document.accounts)
     body = [
-        *(_subject(account) for account in document.accounts),
+        *(_subject(account, document) for account in document.accounts),
         _section("Environment", _list(environment_rows(document))),
     ]
     faults = "".join(_tag("p", text, "note yellow") for text in document.faults)
@@ -58,7 +59,7 @@ def _list(rows: Iterable[tuple[str, str]]) -> str:
     return f"<dl>\n{items}</dl>\n"
 
 
-def _subject(account: Account) -> str:
+def _subject(account: Account, document: Document) -> str:
     text, color = account.headline
     verdict, _, rest = text.partition(": ")
     parts = [
@@ -70,9 +71,36 @@ def _subject(account: Account) -> str:
         _section("Laws and regimes", "".join(_regimes(heat) for heat in regimes_by_law(account))),
         _section("Laws that do not hold", "".join(map(_failure, account.records))),
         _section("Not judged", _not_judged(account.records)),
+        _section("Statement of conformance", _statement(account, document)),
         _section("What it declares", _list(declared_rows(account.subject))),
     ]
     return "".join(parts)
+
+
+def _statement(account: Account, document: Document) -> str:
+    header, *rows = table(account)
+    head = "".join(_tag("th", name, title=LEVELS.get(name, "")) for name in header)  # type: ignore[call-overload]
+    body = "".join(f"<tr>{_tag('th', row[0])}{''.join(map(_reached, row[1:]))}</tr>\n" for row in rows)
+    waived = waivers(account)
+    return (
+        f'{_tag("p", sentence(account, document))}\n<div class="scroll"><table class="levels">\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody></table></div>\n"
+        + (f"<h3>Waived</h3>\n{_list(waived)}" if waived else "")
+        + _details("What the levels say", _list(LEVELS.items()))
+    )
+
+
+def _reached(dtypes: str) -> str:
+    css = (
+        "wrong"
+        if "VIOLATED" in dtypes
+        else "unclear"
+        if "not judged" in dtypes
+        else "none"
+        if dtypes == "-"
+        else "exact"
+    )
+    return _tag("td", "" if dtypes == "-" else dtypes, css)
 
 
 _LEGEND = (

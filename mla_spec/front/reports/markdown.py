@@ -11,6 +11,7 @@ from mla_spec.front.overview import by_operation, dtypes_of, held, short_replay,
 from mla_spec.front.report import outcome
 from mla_spec.front.reports.account import Account, Document, declared_rows, environment_rows
 from mla_spec.front.reports.heat import excess, ratio_text
+from mla_spec.front.reports.statement import LEVELS, sentence, table, waivers
 from mla_spec.judging.causes import Cause
 from mla_spec.judging.verdict import Record
 from mla_spec.text.terminal import one_line, printable
@@ -23,7 +24,7 @@ LONGEST = 50
 
 def markdown(document: Document) -> str:
     """The text."""
-    parts = [_subject(account) for account in document.accounts]
+    parts = [_subject(account, document) for account in document.accounts]
     parts += [f"⚠️ {md(fault)}" for fault in document.faults]
     parts.append(_details("Environment", _table(("what", "value"), environment_rows(document))))
     return "\n\n".join(parts) + "\n"
@@ -51,7 +52,7 @@ def _details(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>\n\n{content}\n\n</details>"
 
 
-def _subject(account: Account) -> str:
+def _subject(account: Account, document: Document) -> str:
     text, color = account.headline
     verdict, _, rest = text.partition(": ")
     failing = [record for record in account.records if record.verdict not in ("pass", "unsupported")]
@@ -69,7 +70,24 @@ def _subject(account: Account) -> str:
     if reasons:
         rows = [(reason, str(count)) for reason, count in reasons.most_common()]
         parts.append(_details(f"Laws that do not apply ({reasons.total()})", _table(("reason", "laws"), rows)))
-    parts.append(_details("What it declares", _table(("what", "value"), declared_rows(account.subject))))
+    parts.append(_details("Statement of conformance", _statement(account, document, "")))
+    return "\n\n".join(parts)
+
+
+def statement(document: Document) -> str:
+    """The statement of conformance alone."""
+    parts = [_statement(account, document, "# Statement of conformance") for account in document.accounts]
+    parts += [f"⚠️ {md(fault)}" for fault in document.faults]
+    parts.append("## Conditions\n\n" + _table(("what", "value"), environment_rows(document)))
+    parts.append("## Levels\n\n" + _table(("level", "says"), LEVELS.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _statement(account: Account, document: Document, title: str) -> str:
+    rows, waived = table(account), waivers(account)
+    parts = [*([title] if title else []), md(sentence(account, document)), _table(rows[0], rows[1:])]
+    parts += ["Waived:\n\n" + _table(("law", "reason"), waived)] if waived else []
+    parts.append("Declared:\n\n" + _table(("what", "value"), declared_rows(account.subject)))
     return "\n\n".join(parts)
 
 

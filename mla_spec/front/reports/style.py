@@ -10,6 +10,7 @@ STYLE = """\
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 68rem; margin: 0 auto; padding: 1rem; }
+p { overflow-wrap: anywhere; }
 header { border-bottom: 2px solid var(--line); }
 h1 { margin: .5rem 0 0; font-size: 1.7rem; overflow-wrap: anywhere; }
 h2 { margin: 2rem 0 .6rem; font-size: 1.2rem; }
@@ -33,6 +34,7 @@ td small { margin-left: .5em; font-size: 1em; opacity: .85; }
 .regimes tbody th { min-width: 9rem; max-width: 22rem; line-height: 1.2; }
 .regimes thead th:not(:first-child) { height: 8.5rem; }
 .regimes thead span { writing-mode: vertical-rl; transform: rotate(180deg); line-height: 1.1; max-height: 8rem; }
+.levels td { white-space: normal; font-size: .78rem; }
 .dense { border-spacing: 1px; font-size: .7rem; } .dense td { min-width: 1rem; height: 1rem; padding: 0; }
 .dense th { padding: 0 .3rem; white-space: nowrap; }
 .dense thead th:not(:first-child) span { writing-mode: vertical-rl; }

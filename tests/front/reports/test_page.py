@@ -25,7 +25,9 @@ def test_every_command_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (kernel,) = re.findall(r"```python\n(# my_kernel.py.*?)```", README, flags=re.DOTALL)
-    Path("my_kernel.py").write_text(kernel)
+    wrong = kernel.replace("class Kernel:", "class Wrong:").replace("* softmax_scale", "* q.shape[-1] ** -0.5")
+    assert wrong.count("q.shape[-1] ** -0.5") == 1
+    Path("my_kernel.py").write_text(kernel + wrong)
     seen = commands()
     assert len(seen) >= 5
     for line in seen:
@@ -34,6 +36,6 @@ def test_every_command_runs(
         expected = int(found[1]) if (found := re.search(r"# exit code (\d)", line)) else 0
         assert main(arguments) == expected, line
         for option, name in pairwise(arguments):
-            if option in ("-o", "--records"):
+            if option in ("-o", "--records", "--export", "--badge"):
                 assert Path(name).stat().st_size > 0, line
     assert "::notice title=mla-spec%3A Kernel::conforms" in capsys.readouterr().out
