@@ -30,9 +30,16 @@ SHIPPED = {
     "transformers:kimi_linear": "mla_spec.adapters.transformers_layers:KimiLinear",
     "transformers:deepseek_v32": "mla_spec.adapters.transformers_dsa:DeepseekV32",
     "transformers:glm_moe_dsa": "mla_spec.adapters.transformers_dsa:GlmMoeDsa",
+    "torchtitan": "mla_spec.adapters.torchtitan:Torchtitan",
     "vllm-cpu": "mla_spec.adapters.vllm_cpu:VllmCpu",
 }
 """Subjects that ship, by the name a user gives. A class may have ``unavailable()``: why it cannot run here, or ""."""
+
+FROM_FILES = {
+    "deepseek": "mla_spec.adapters.deepseek:absorbed",
+    "deepseek-naive": "mla_spec.adapters.deepseek:naive",
+}
+"""By the word before the colon, what makes a subject of a user's file, such as deepseek:path/to/model.py."""
 
 LAW_MODULES = (
     "test_rope",

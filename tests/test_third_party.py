@@ -120,3 +120,14 @@ def test_vllm_cpu_builds_that_truncate_are_found(build: str) -> None:
         done = subprocess.run([*command, dtype], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stdout + done.stderr
     assert "main term of the bound: rounding of the output to bfloat16" in done.stdout
+
+
+def test_torchtitan_conforms_and_declares_what_it_is() -> None:
+    require("torchtitan")
+    records = by_law("torchtitan", examples=15, seed=3)
+    assert len(records) >= 16
+    assert not [record.text() for record in records.values() if record.verdict != "pass"]
+    subject = resolve_subject("torchtitan")
+    subject.supports = replace(subject.supports, latent_norm_eps=1e-6)
+    law = all_laws()["test_layer_prefill_agrees_with_reference"]
+    assert run_law(law, subject, Options(examples=60, seed=3, dtypes=("float32",))).verdict == "fail"

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from importlib.util import find_spec
 
 from mla_spec.adapters.signatures import SIGNATURES
-from mla_spec.installed import SHIPPED, operation_names
+from mla_spec.installed import FROM_FILES, SHIPPED, operation_names
 from mla_spec.subjects.contract import offers
 from mla_spec.subjects.find import unavailable
 from mla_spec.text.table import format_table
@@ -20,6 +20,7 @@ def adapters() -> str:
     """Every adapter that ships, and every public kernel whose signature is known, each with what it offers."""
     versions = packages_distributions()
     shipped = [_shipped(name, path, versions) for name, path in SHIPPED.items()]
+    shipped += [(f"{name}:FILE.py", "-", "runs on a file of yours", "layer") for name in FROM_FILES]
     known = [_known(name, versions) for name in SIGNATURES]
     return f"{format_table([HEADER, *shipped])}\n\n{format_table([('--signature', *HEADER[1:]), *known])}"
 

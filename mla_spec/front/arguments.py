@@ -18,7 +18,7 @@ def _add_check(parsers: Parsers) -> None:
         "subjects",
         nargs="*",
         metavar="SUBJECT",
-        help="a shipped name, package.module:object or file.py:object; default: all that can run here",
+        help="a shipped name, package.module:object, file.py:object or deepseek:model.py; default: all that can run here",
     )
     parser.add_argument(
         "--signature",

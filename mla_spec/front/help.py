@@ -42,6 +42,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec check my_kernels.decode:flash_decode --signature flash-mla",
         "mla-spec check my_kernel.py:Kernel --quick",
         "mla-spec check my_kernel.py:Kernel --law decode --export repro.py",
+        "mla-spec check deepseek:path/to/model.py",
         "mla-spec check torch-absorbed --examples 10 --json report.json",
     ),
     "explain": (

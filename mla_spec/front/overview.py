@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from mla_spec.front.report import summary
@@ -125,13 +126,28 @@ def _remarks(records: list[Record], screen: Screen) -> list[str]:
         lines.append(screen.cut(f"{_laws(count)} {'do' if count > 1 else 'does'} not apply: {why}"))
     if waived := Counter(record.waived for record in records if record.waived):
         lines += [screen.cut(f"{_laws(count)} waived: {reason}") for reason, count in waived.items()]
+    lines += [line for sentence in _refusals(records) for line in screen.wrapped(sentence, rest="  ")]
     for record in records:
-        lines += [
-            line for note in record.note.splitlines() for line in screen.wrapped(f"{record.law}: {note}", rest="  ")
-        ]
+        notes = (note for note in record.note.splitlines() if _REFUSED.fullmatch(note) is None)
+        lines += [line for note in notes for line in screen.wrapped(f"{record.law}: {note}", rest="  ")]
         if record.verdict == "incomplete" and not record.holds:
             lines += screen.wrapped(f"not judged: {record.law}: {record.message}", rest="  ", most=2)
     return lines
+
+
+_REFUSED = re.compile(r"([0-9]+) of ([0-9]+) cases refused by the subject: (.*)")
+"""A note that some cases of a law were refused."""
+
+
+def _refusals(records: list[Record]) -> list[str]:
+    """How many cases were refused, and for what reasons, in one sentence for all laws."""
+    found = [match for r in records for note in r.note.splitlines() if (match := _REFUSED.fullmatch(note))]
+    if not found:
+        return []
+    laws = sum(any(map(_REFUSED.fullmatch, r.note.splitlines())) for r in records)
+    refused, cases = (sum(int(match[i]) for match in found) for i in (1, 2))
+    reasons = "; ".join(dict.fromkeys(match[3] for match in found))
+    return [f"{refused} of {cases} cases of {_laws(laws)} refused by the subject: {reasons}"]
 
 
 def _laws(count: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mla_spec.installed import SHIPPED, kernel_signatures, operation_names
+from mla_spec.installed import FROM_FILES, SHIPPED, kernel_signatures, operation_names
 from mla_spec.subjects.contract import Unreadable, require_subject
 from mla_spec.subjects.violation import BrokenSubject, UnknownSubject, raised
 
@@ -41,7 +41,7 @@ def available_subjects() -> list[str]:
 def resolve_subject(spec: str, signature: str | None = None) -> Any:
     """The subject called ``spec``: a shipped one, ``package.module:object``, or ``path/to/file.py:object``.
 
-    A class is made into an object without arguments.
+    Or ``deepseek:path/to/model.py``, of a file that an adapter knows how to call. A class is made into an object without arguments.
 
     Args:
         signature: of ``object``: the operation that it implements, where it is a bare function, or the public kernel that it is
@@ -105,6 +105,9 @@ def _require_no_arguments(spec: str, found: type) -> None:
 
 
 def _user_attribute(spec: str) -> Any:
+    adapter, _, path = spec.partition(":")
+    if adapter in FROM_FILES and path.endswith(".py"):
+        return _from_file(spec, adapter, path)
     module, separator, attribute = spec.rpartition(":")
     if not separator or not module or not attribute:
         close = difflib.get_close_matches(spec, SHIPPED, n=2, cutoff=0.4)
@@ -119,6 +122,18 @@ def _user_attribute(spec: str) -> Any:
         raise kind(f"{spec}: importing {module} failed with {raised(error)}") from error
     except BaseException as error:  # SystemExit too: a file that ends the process has not been judged
         raise BrokenSubject(f"{spec}: importing {module} failed with {raised(error)}") from error
+
+
+def _from_file(spec: str, adapter: str, path: str) -> Any:
+    """The subject that an adapter makes of a user's file."""
+    if not Path(path).is_file():
+        raise UnknownSubject(f"no such file: {path}")
+    try:
+        return _attribute(FROM_FILES[adapter])(path)
+    except (UnknownSubject, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise BrokenSubject(f"{spec}: importing {path} failed with {raised(error)}") from error
 
 
 def _attribute(spec: str) -> Any:

@@ -8,7 +8,7 @@ import pytest
 
 from mla_spec.adapters.signatures import SIGNATURES
 from mla_spec.front.cli import main
-from mla_spec.installed import SHIPPED
+from mla_spec.installed import FROM_FILES, SHIPPED
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -17,8 +17,8 @@ def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
 
 
 def test_every_adapter_and_signature_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = lines(capsys)
-    assert set(listed) == {"adapter", "--signature", *SHIPPED, *SIGNATURES}
+    listed, files = lines(capsys), [f"{name}:FILE.py" for name in FROM_FILES]
+    assert set(listed) == {"adapter", "--signature", *SHIPPED, *files, *SIGNATURES}
     want = ["torch-explicit", importlib.metadata.version("torch"), "runs", "all", "operations"]
     assert listed["torch-explicit"].split() == want
 

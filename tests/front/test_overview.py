@@ -126,3 +126,14 @@ def test_colors_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("NO_COLOR", "1")
     assert Screen.of(Terminal()) == Screen(100, False)
     assert Screen.of(io.StringIO()) == Screen(80, False)
+
+
+def test_refused_cases_are_one_sentence() -> None:
+    records = [
+        Record(law, "k", "pass", cases=4, note="1 of 4 cases refused by the subject: no YaRN\nsampled")
+        for law in ("test_rope_agrees_with_reference", "test_rope_preserves_norm")
+    ]
+    text = overview(records, Screen(120))
+    assert "2 of 8 cases of 2 laws refused by the subject: no YaRN" in text
+    assert "test_rope_preserves_norm: sampled" in text
+    assert text.count("refused") == 1
