@@ -10,7 +10,7 @@ Facts, no text: each row names where its parameters and conventions were read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mla_spec.subjects.supports import DTYPES, Supports
@@ -42,7 +42,7 @@ class KernelSignature:
 
     call: str
     source: str
-    operation: Literal["decode", "prefill"] = "decode"
+    operation: Literal["decode", "ragged_decode", "prefill"] = "decode"
     arguments: Mapping[str, Any]
     plan: Mapping[str, Any] = field(default_factory=dict)
     positional: bool = False
@@ -61,7 +61,7 @@ def _same(dtypes: tuple[str, ...], **arithmetic: Any) -> dict[str, Mapping[str, 
 
 MLA = ((512, 64),)
 
-SIGNATURES: Mapping[str, KernelSignature] = {
+_OF_BATCHES: Mapping[str, KernelSignature] = {
     "flash-mla": KernelSignature(
         call="flash_mla:flash_mla_with_kvcache",
         source="deepseek-ai/FlashMLA flash_mla/flash_mla_interface.py 02fe0d0",
@@ -386,4 +386,18 @@ SIGNATURES: Mapping[str, KernelSignature] = {
         hardware="",
     ),
 }
-"""By the name that ``--signature`` takes."""
+
+_FLASH_ATTN_3 = _OF_BATCHES["flash-attn-3-mla"]
+
+SIGNATURES: Mapping[str, KernelSignature] = {
+    **_OF_BATCHES,
+    "flashinfer-mla-ragged": replace(_OF_BATCHES["flashinfer-mla"], operation="ragged_decode"),
+    "sglang-extend-ragged": replace(_OF_BATCHES["sglang-extend"], operation="ragged_decode"),
+    "flash-attn-3-mla-ragged": replace(
+        _FLASH_ATTN_3,
+        operation="ragged_decode",
+        arguments={**_FLASH_ATTN_3.arguments, "cu_seqlens_q": "query_indptr", "max_seqlen_q": "queries"},
+        returns=("out[t,h,c]", "lse[h,t]"),
+    ),
+}
+"""By the name that ``--signature`` takes. A kernel that takes offsets of queries has a second one, for packed queries."""

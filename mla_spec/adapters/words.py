@@ -18,39 +18,52 @@ from torch import Tensor
 
 from mla_spec.subjects.violation import Violation
 
+_DECODE: Mapping[str, str] = {
+    "q": "q",
+    "q_latent": "q[..., :c]",
+    "q_pe": "q[..., c:]",
+    "kv": "kv_cache",
+    "latent": "kv_cache[..., :c]",
+    "k_pe": "kv_cache[..., c:]",
+    "block_table": "block_table",
+    "seqlens": "cache_seqlens",
+    "longest": "int(cache_seqlens.max())",
+    "query_indptr": "query_indptr(q)",
+    "page_indptr": "indptr(page_counts(cache_seqlens, n))",
+    "page_indices": "page_indices(block_table, cache_seqlens, n)",
+    "last_page_len": "last_page_len(cache_seqlens, n)",
+    "slot_indptr": "indptr(cache_seqlens)",
+    "slot_indices": "slot_indices(block_table, cache_seqlens, n)",
+    "prefix_indptr": "indptr(cache_seqlens - s)",
+    "prefix_indices": "slot_indices(block_table, cache_seqlens - s, n)",
+    "new_kv": "new_rows(kv_cache, block_table, cache_seqlens, query_indptr(q))",
+    "new_latent": "new_rows(kv_cache, block_table, cache_seqlens, query_indptr(q))[..., :c]",
+    "metadata": "scheduler_metadata(kernel)",
+    "workspace": "workspace(q.device)",
+    "four_splits": "torch.full((b,), 4, dtype=torch.int32, device=q.device)",
+    "scale": "softmax_scale",
+    "causal": "causal",
+    "heads": "h",
+    "queries": "s",
+    "page_size": "n",
+    "kv_lora_rank": "c",
+    "qk_rope_head_dim": "r",
+    "dtype": "q.dtype",
+}
+
+_PACKED: Mapping[str, str] = {
+    "query_indptr": "cu_seqlens_q",
+    "prefix_indptr": "indptr(cache_seqlens - cu_seqlens_q.diff())",
+    "prefix_indices": "slot_indices(block_table, cache_seqlens - cu_seqlens_q.diff(), n)",
+    "new_kv": "new_rows(kv_cache, block_table, cache_seqlens, cu_seqlens_q)",
+    "new_latent": "new_rows(kv_cache, block_table, cache_seqlens, cu_seqlens_q)[..., :c]",
+    "queries": "int(cu_seqlens_q.diff().max())",
+}
+"""Of packed queries, what differs from a batch in which every sequence has as many."""
+
 WORDS: Mapping[str, Mapping[str, str]] = {
-    "decode": {
-        "q": "q",
-        "q_latent": "q[..., :c]",
-        "q_pe": "q[..., c:]",
-        "kv": "kv_cache",
-        "latent": "kv_cache[..., :c]",
-        "k_pe": "kv_cache[..., c:]",
-        "block_table": "block_table",
-        "seqlens": "cache_seqlens",
-        "longest": "int(cache_seqlens.max())",
-        "query_indptr": "query_indptr(q)",
-        "page_indptr": "indptr(page_counts(cache_seqlens, n))",
-        "page_indices": "page_indices(block_table, cache_seqlens, n)",
-        "last_page_len": "last_page_len(cache_seqlens, n)",
-        "slot_indptr": "indptr(cache_seqlens)",
-        "slot_indices": "slot_indices(block_table, cache_seqlens, n)",
-        "prefix_indptr": "indptr(cache_seqlens - s)",
-        "prefix_indices": "slot_indices(block_table, cache_seqlens - s, n)",
-        "new_kv": "new_rows(kv_cache, block_table, cache_seqlens, s)",
-        "new_latent": "new_rows(kv_cache, block_table, cache_seqlens, s)[..., :c]",
-        "metadata": "scheduler_metadata(kernel)",
-        "workspace": "workspace(q.device)",
-        "four_splits": "torch.full((b,), 4, dtype=torch.int32, device=q.device)",
-        "scale": "softmax_scale",
-        "causal": "causal",
-        "heads": "h",
-        "queries": "s",
-        "page_size": "n",
-        "kv_lora_rank": "c",
-        "qk_rope_head_dim": "r",
-        "dtype": "q.dtype",
-    },
+    "decode": _DECODE,
+    "ragged_decode": {**_DECODE, **_PACKED},
     "prefill": {
         "q": "q",
         "k": "k",
@@ -122,11 +135,13 @@ def slot_indices(block_table: Tensor, lengths: Tensor, page_size: int) -> Tensor
     return slots[token < lengths[:, None]]
 
 
-def new_rows(kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, s: int) -> Tensor:
-    """The rows of each sequence's last s tokens, [b·s, 1, c+r]."""
-    page_size = kv_cache.shape[1]
-    token = cache_seqlens[:, None].long() - s + torch.arange(s, device=kv_cache.device)  # [b, s]
-    return kv_cache[block_table.long().gather(1, token // page_size), token % page_size].flatten(0, 1)
+def new_rows(kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, cu_seqlens_q: Tensor) -> Tensor:
+    """The rows of each sequence's last tokens, as many as it has queries, [tokens, 1, c+r]."""
+    page_size, queries = kv_cache.shape[1], cu_seqlens_q.diff()
+    sequence = torch.arange(len(queries), device=queries.device).repeat_interleave(queries)  # [tokens]
+    first = cache_seqlens.long() - queries - cu_seqlens_q[:-1]  # [b]: from the number of a token to its place
+    token = torch.arange(len(sequence), device=queries.device) + first[sequence]
+    return kv_cache[block_table[sequence, token // page_size].long(), token % page_size]
 
 
 def scheduler_metadata(kernel: object) -> Any:

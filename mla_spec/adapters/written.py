@@ -18,6 +18,15 @@ HEADERS = {
         c, r = head_dim_v, d - head_dim_v
         t, m = b * s, p * n
 """,
+    "ragged_decode": """\
+    def ragged_decode(
+        self, q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, *, head_dim_v, softmax_scale, causal
+    ):
+        t, h, d = q.shape
+        p, n = kv_cache.shape[:2]
+        c, r = head_dim_v, d - head_dim_v
+        b, m = len(cache_seqlens), p * n
+""",
     "prefill": """\
     def prefill(self, q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal):
         t, h, d = q.shape
@@ -26,28 +35,27 @@ HEADERS = {
 
 AXES: Mapping[str, Mapping[str, str]] = {
     "decode": {},
+    "ragged_decode": {},
     "prefill": {"b": "len(cu_seqlens_q) - 1", "s": "max(1, int(cu_seqlens_q.diff().max()))", "v": "v.shape[-1]"},
 }
 """By operation, what an axis is where it is no local variable of that name."""
 
-OUT = {
-    "t,h,c": "out.view(b, s, h, c)",
-    "b,s,h,c": "out",
-    "t,h,v": "out",
-    "b,h,s,v": "unpadded(out, cu_seqlens_q)",
+OUT: Mapping[str, Mapping[str, str]] = {
+    "decode": {"t,h,c": "out.view(b, s, h, c)", "b,s,h,c": "out"},
+    "ragged_decode": {"t,h,c": "out"},
+    "prefill": {"t,h,v": "out", "b,h,s,v": "unpadded(out, cu_seqlens_q)"},
 }
-LSE = {
-    "b,h,s": "lse",
-    "b,s,h": "lse.transpose(1, 2)",
-    "t,h": "lse.reshape(b, s, h).transpose(1, 2)",
-    "h,t": "lse",
+LSE: Mapping[str, Mapping[str, str]] = {
+    "decode": {"b,h,s": "lse", "b,s,h": "lse.transpose(1, 2)", "t,h": "lse.reshape(b, s, h).transpose(1, 2)"},
+    "ragged_decode": {"h,t": "lse", "t,h": "lse.T"},
+    "prefill": {"h,t": "lse"},
 }
-"""From the axes in which a result comes, the contract's."""
+"""By operation, from the axes in which a result comes, the contract's."""
 
 CONVENTIONS = {
     "q_latent": "q is passed in two parts: latent and rope",
     "k_pe": "the cache is passed in two parts: latent and rope",
-    "new_kv": "the last s tokens are passed apart from the cache",
+    "new_kv": "new tokens are passed apart from the cache",
     "slot_indices": "tokens are named by a list of slots, made from the block table",
     "prefix_indices": "cached tokens are named by a list of slots, made from the block table",
     "page_indices": "pages are named by a list, made from the block table",
@@ -65,7 +73,7 @@ def conventions(row: KernelSignature) -> tuple[str, ...]:
     axes = _made(row).get("lse") or _returned(row).get("lse")
     if row.lse_base == "2":
         said.append("the LSE comes in base 2: converted")
-    if axes is not None and LSE[axes] != "lse":
+    if axes is not None and LSE[row.operation][axes] != "lse":
         said.append(f"the LSE comes as [{axes}]: laid out as the contract has it")
     default = f"the default is {row.default_scale}" if row.default_scale else "there is no default"
     said.append(f"softmax_scale is passed: {default}")
@@ -170,9 +178,9 @@ def _method(row: KernelSignature) -> str:
     everything = made | returned
     lse = "None"
     if "lse" in everything:
-        lse = LSE[everything["lse"]]
+        lse = LSE[row.operation][everything["lse"]]
         lse = f"natural({lse})" if row.lse_base == "2" else lse
-    lines.append(f"return {OUT[everything['out']]}, {lse}")
+    lines.append(f"return {OUT[row.operation][everything['out']]}, {lse}")
     return HEADERS[row.operation] + "".join(f"        {line}\n" for line in lines)
 
 

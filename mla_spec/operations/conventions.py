@@ -150,6 +150,10 @@ PREFILL_CONVENTIONS = (
 RAGGED_CONVENTIONS = (
     *_SHARED,
     _BY_TOKEN,
+    Convention(
+        "the LSE is laid out [h, tokens] where [tokens, h] was expected",
+        _with_lse(lambda _, lse: lse.T.reshape(lse.shape)),
+    ),
     Convention("the values are the last elements of a row, as if the rope part came first", _rope_first),
     Convention("the mask is top-left: query i sees keys 0 .. i", _top_left_ragged),
 )

@@ -143,6 +143,18 @@ def flash_attn_3(q, k_cache, v_cache, qv, page_table, cache_seqlens, softmax_sca
     return out, lse.transpose(1, 2), "more"
 
 
+def flash_attn_3_ragged(q, k_cache, v_cache, qv, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q,
+                        softmax_scale=None, causal=False, return_softmax_lse=False):  # fmt: skip
+    assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+    cache, whole = torch.cat([v_cache, k_cache], -1), torch.cat([qv, q], -1)
+    out, lse = torch.empty_like(qv), torch.empty(q.shape[1], len(q))
+    for i in range(len(cache_seqlens)):
+        mine, rows = slice(*cu_seqlens_q[i : i + 2].tolist()), paged(page_table[i], int(cache_seqlens[i]), cache)
+        out[mine], logsum = attend(whole[mine], rows, rows[:, : v_cache.shape[-1]], softmax_scale, causal)
+        lse[:, mine] = logsum.T
+    return out, lse
+
+
 def flash_attn_4(q, k, v, qv, seqused_k, page_table, softmax_scale=None, causal=False, return_lse=False):
     out, lse, _ = flash_attn_3(q, k, v, qv, page_table, seqused_k, softmax_scale, causal, True)
     return out, lse.transpose(1, 2)
@@ -178,5 +190,8 @@ KERNELS = {
     "flash-attn-4": flash_attn_4,
     "flash-attn-varlen": flash_attn_varlen,
     "lmdeploy": lmdeploy,
+    "flashinfer-mla-ragged": FlashInferMLA(),
+    "sglang-extend-ragged": sglang_extend,
+    "flash-attn-3-mla-ragged": flash_attn_3_ragged,
     "torch-sdpa": torch.nn.functional.scaled_dot_product_attention,
 }

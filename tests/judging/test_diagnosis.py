@@ -10,11 +10,15 @@ import pytest
 from mla_spec.adapters.pytorch import TorchExplicit
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.diagnosis import diagnosis
-from mla_spec.operations.conventions import DECODE_CONVENTIONS, PREFILL_CONVENTIONS
+from mla_spec.operations.case import Case
+from mla_spec.operations.conventions import DECODE_CONVENTIONS, PREFILL_CONVENTIONS, RAGGED_CONVENTIONS
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.operation import Operation
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase
+from mla_spec.operations.ragged import OPERATION as RAGGED
+from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.supports import Supports
 
@@ -24,6 +28,22 @@ DECODED = DecodeCase(
 PREFILLED = PrefillCase(
     dtype="float32", seed=1, seqlens_q=(2, 1), seqlens_k=(6, 4), num_heads=3, qk_head_dim=6, v_head_dim=3
 )
+
+PACKED = RaggedDecodeCase(
+    dtype="float32",
+    seed=1,
+    seqlens_q=(3, 1, 2),
+    seqlens_k=(5, 9, 1),
+    num_heads=4,
+    kv_lora_rank=8,
+    qk_rope_head_dim=4,
+    page_size=2,
+)
+CASES: dict[str, tuple[Operation, Case]] = {
+    "decode": (DECODE, DECODED),
+    "prefill": (PREFILL, PREFILLED),
+    "ragged_decode": (RAGGED, PACKED),
+}
 
 
 class Of(TorchExplicit):
@@ -42,8 +62,16 @@ class Of(TorchExplicit):
         out, lse = super().prefill(q, *args, **self.options(options, q))
         return out, self.lse(lse)
 
+    def ragged_decode(self, q: Any, *args: Any, **options: Any) -> Any:
+        out, lse = super().ragged_decode(q, *args, **self.options(options, q))
+        return out, self.lse(lse)
+
 
 class RopeFirst(TorchExplicit):
+    def ragged_decode(self, q: Any, kv_cache: Any, *args: Any, head_dim_v: int, **options: Any) -> Any:
+        q, kv_cache = (x.roll(head_dim_v - x.shape[-1], -1) for x in (q, kv_cache))
+        return super().ragged_decode(q, kv_cache, *args, head_dim_v=head_dim_v, **options)
+
     def decode(self, q: Any, kv_cache: Any, *args: Any, head_dim_v: int, **options: Any) -> Any:
         q, kv_cache = (x.roll(head_dim_v - x.shape[-1], -1) for x in (q, kv_cache))
         return super().decode(q, kv_cache, *args, head_dim_v=head_dim_v, **options)
@@ -55,9 +83,9 @@ class TopLeft(TorchExplicit):
         return mask.tril() if causal else mask
 
 
-def told(subject: Any, *, supports: Supports = Supports(), prefill: bool = False) -> str:
-    operation, case = (PREFILL, PREFILLED) if prefill else (DECODE, DECODED)
-    inputs = case.build()
+def told(subject: Any, *, supports: Supports = Supports(), name: str = "decode") -> str:
+    operation, case = CASES[name]
+    inputs = operation.build(case)
     got = Driver(subject, "float32").call(operation, inputs)
     return diagnosis(operation, inputs, got, Profile.default("float32"), supports)
 
@@ -71,45 +99,55 @@ def scaled(factor: Any) -> Any:
 
 
 WRONG = [
-    ("the LSE is a logarithm of base 2", Of(unchanged, lambda lse: lse / np.log(2)), False),
-    ("converted as one of base 2", Of(unchanged, lambda lse: lse * np.log(2)), False),
-    ("softmax_scale is left out: it is 1", Of(scaled(lambda scale, q: 1.0)), False),
-    ("the root of the head dim", Of(scaled(lambda scale, q: q.shape[-1] ** -0.5)), False),
-    ("powers of 2, not of e", Of(scaled(lambda scale, q: scale * np.log(2))), False),
-    ("causal is not honored", Of(lambda options, q: options | {"causal": False}), False),
-    ("an LSE of the other sign", Of(unchanged, lambda lse: lse.masked_fill(lse == -np.inf, np.inf)), False),
-    ("laid out [b, s, h], not [b, h, s]", Of(unchanged, lambda x: x.transpose(1, 2).reshape(x.shape)), False),
+    ("the LSE is a logarithm of base 2", Of(unchanged, lambda lse: lse / np.log(2)), "decode"),
+    ("converted as one of base 2", Of(unchanged, lambda lse: lse * np.log(2)), "decode"),
+    ("softmax_scale is left out: it is 1", Of(scaled(lambda scale, q: 1.0)), "decode"),
+    ("the root of the head dim", Of(scaled(lambda scale, q: q.shape[-1] ** -0.5)), "decode"),
+    ("powers of 2, not of e", Of(scaled(lambda scale, q: scale * np.log(2))), "decode"),
+    ("causal is not honored", Of(lambda options, q: options | {"causal": False}), "decode"),
+    ("an LSE of the other sign", Of(unchanged, lambda lse: lse.masked_fill(lse == -np.inf, np.inf)), "decode"),
+    ("laid out [b, s, h], not [b, h, s]", Of(unchanged, lambda x: x.transpose(1, 2).reshape(x.shape)), "decode"),
     (
         "laid out [h, b·s] where [b·s, h] was expected",
         Of(unchanged, lambda x: x.transpose(0, 1).reshape(3, 3, 3).transpose(1, 2)),
-        False,
+        "decode",
     ),
-    ("as if the rope part came first", RopeFirst(), False),
-    ("the mask is top-left", TopLeft(), False),
-    ("laid out [tokens, h], not [h, tokens]", Of(unchanged, lambda x: x.T.reshape(x.shape)), True),
-    ("the mask is top-left", TopLeft(), True),
-    ("the LSE is a logarithm of base 2", Of(unchanged, lambda lse: lse / np.log(2)), True),
-    ("softmax_scale is left out: it is 1", Of(scaled(lambda scale, q: 1.0)), True),
+    ("as if the rope part came first", RopeFirst(), "decode"),
+    ("the mask is top-left", TopLeft(), "decode"),
+    ("laid out [tokens, h], not [h, tokens]", Of(unchanged, lambda x: x.T.reshape(x.shape)), "prefill"),
+    ("the mask is top-left", TopLeft(), "prefill"),
+    ("the LSE is a logarithm of base 2", Of(unchanged, lambda lse: lse / np.log(2)), "prefill"),
+    ("softmax_scale is left out: it is 1", Of(scaled(lambda scale, q: 1.0)), "prefill"),
+    ("the LSE is a logarithm of base 2", Of(unchanged, lambda lse: lse / np.log(2)), "ragged_decode"),
+    ("softmax_scale is left out: it is 1", Of(scaled(lambda scale, q: 1.0)), "ragged_decode"),
+    ("laid out [tokens, h], not [h, tokens]", Of(unchanged, lambda x: x.T.reshape(x.shape)), "ragged_decode"),
+    (
+        "laid out [h, tokens] where [tokens, h] was expected",
+        Of(unchanged, lambda x: x.reshape(x.T.shape).T),
+        "ragged_decode",
+    ),
+    ("as if the rope part came first", RopeFirst(), "ragged_decode"),
+    ("the mask is top-left", TopLeft(), "ragged_decode"),
 ]
 
 
-@pytest.mark.parametrize(("sentence", "subject", "prefill"), WRONG)
-def test_each_convention_is_recognized(sentence: str, subject: Any, prefill: bool) -> None:
-    obeyed = told(subject, prefill=prefill)
+@pytest.mark.parametrize(("sentence", "subject", "name"), WRONG)
+def test_each_convention_is_recognized(sentence: str, subject: Any, name: str) -> None:
+    obeyed = told(subject, name=name)
     assert obeyed.startswith("all would be right if ")
     assert sentence in obeyed
     assert ", or " not in obeyed
 
 
 def test_every_convention_is_tested() -> None:
-    known = {convention.what for convention in (*DECODE_CONVENTIONS, *PREFILL_CONVENTIONS)}
+    known = {convention.what for convention in (*DECODE_CONVENTIONS, *PREFILL_CONVENTIONS, *RAGGED_CONVENTIONS)}
     assert {what for what in known if not any(sentence in what for sentence, *_ in WRONG)} == set()
 
 
-@pytest.mark.parametrize("prefill", [False, True])
-def test_right_results_and_unrecognized_ones_are_told_nothing(prefill: bool) -> None:
-    assert told(TorchExplicit(), prefill=prefill) == ""
-    assert told(Of(scaled(lambda scale, q: 1.1 * scale)), prefill=prefill) == ""
+@pytest.mark.parametrize("name", CASES)
+def test_right_results_and_unrecognized_ones_are_told_nothing(name: str) -> None:
+    assert told(TorchExplicit(), name=name) == ""
+    assert told(Of(scaled(lambda scale, q: 1.1 * scale)), name=name) == ""
 
 
 def test_a_declared_convention_is_none() -> None:
