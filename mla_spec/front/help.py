@@ -10,6 +10,9 @@ _VERDICT = "0 conforms, 1 violates, 2 usage, 3 incomplete, 130 interrupted"
 EXIT_CODES: Mapping[str, str] = {
     "check": _VERDICT,
     "explain": _VERDICT,
+    "export": "0 the calls are written, 2 usage, 130 interrupted",
+    "answer": "0 the answers are written, 2 usage, 130 interrupted",
+    "judge": _VERDICT,
     "merge": _VERDICT,
     "diff": "0 nothing got worse, 1 something did, 2 usage",
     "report": "0 the report is written, whatever the verdict, 2 usage",
@@ -52,6 +55,13 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec report run.jsonl --format github",
     ),
     "diff": ("mla-spec diff last.jsonl run.jsonl", "mla-spec diff last.jsonl run.jsonl --json changes.json"),
+    "export": (
+        "mla-spec export calls --operation decode --examples 20",
+        "mla-spec export calls --subject 'command:./my_program' --seed 0",
+        "mla-spec export calls",
+    ),
+    "answer": ("mla-spec answer calls torch-absorbed",),
+    "judge": ("mla-spec judge calls", "mla-spec judge calls --law decode -v"),
     "merge": ("mla-spec merge first.jsonl second.jsonl --json report.json",),
     "campaign": (
         "mla-spec campaign my_kernel.py:Kernel --hours 8",

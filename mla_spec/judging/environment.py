@@ -15,6 +15,7 @@ import torch
 
 import mla_spec
 from mla_spec.installed import SHIPPED
+from mla_spec.subjects.find import elsewhere
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def code_of(spec: str) -> dict[str, Any]:
     """The state of a subject's code, which is not imported: its file's digest, its repository's commit, whether it differs."""
-    path = None if spec in SHIPPED else _source(spec.rpartition(":")[0])
+    path = None if spec in SHIPPED or elsewhere(spec) else _source(spec.rpartition(":")[0])
     if path is None:
         return {"source": None, "revision": None, "modified": None}
     folder = path.parent if path.is_file() else path
