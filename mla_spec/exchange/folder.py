@@ -29,7 +29,7 @@ LONGEST_LINE = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class HeaderLine:
-    """The first line of the index: what the calls were made from."""
+    """The first line of the index: what the calls were made from, or that they were ``recorded`` in some process."""
 
     type: Literal["exchange"] = "exchange"
     schema: Literal["mla-spec-exchange"] = "mla-spec-exchange"
@@ -40,6 +40,7 @@ class HeaderLine:
     laws: tuple[str, ...]
     dtypes: tuple[str, ...] | None
     subject: dict[str, Any]
+    recorded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

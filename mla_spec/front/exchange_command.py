@@ -14,17 +14,21 @@ from mla_spec.exchange.declared import read_declared
 from mla_spec.exchange.folder import INDEX, Folder, HeaderLine, read_calls
 from mla_spec.exchange.tensor_file import ExchangeError
 from mla_spec.front.check_command import check
+from mla_spec.front.report import exit_code
 from mla_spec.installed import operation_named
 from mla_spec.judging.check import find_laws
 from mla_spec.judging.export import export as export_calls
 from mla_spec.judging.law import Options, new_seed
+from mla_spec.judging.recorded import Sights, judge_recorded, what_was_not_seen
+from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import CALLED
 from mla_spec.subjects.description import Description, describe
 from mla_spec.subjects.find import UnknownSubject, resolve_subject
 from mla_spec.subjects.signature import Signature
 from mla_spec.subjects.supports import DTYPES
 from mla_spec.text.files import read_text
-from mla_spec.text.terminal import UsageError, show_progress, shown
+from mla_spec.text.table import format_table
+from mla_spec.text.terminal import UsageError, show_progress, shown, write_json
 
 _MIB = 2**20
 
@@ -134,13 +138,42 @@ def answer(options: argparse.Namespace) -> int:
 
 
 def judge(options: argparse.Namespace) -> int:
-    """Run the laws on the answers of a folder, as ``check`` runs them on a subject."""
+    """Run the laws on the answers of a folder, as ``check`` runs them on a subject; judge recorded calls one by one."""
     try:
-        header = Folder.opened(options.folder).header
+        folder = Folder.opened(options.folder)
+        if folder.header.recorded:
+            return _judge_recorded(options, folder)
     except ExchangeError as error:
         raise UsageError(str(error)) from error
+    header = folder.header
     options.subjects = [f"files:{options.folder}"]
     options.law = options.law or list(header.laws)
     options.seed, options.examples = header.seed, header.examples
     options.dtype = None if header.dtypes is None else list(header.dtypes)
     return check(options)
+
+
+def _judge_recorded(options: argparse.Namespace, folder: Folder) -> int:
+    """Print verdict and worst element of each recorded call, and what could not be seen."""
+    for name in ("law", "records", "waivers"):
+        if getattr(options, name):
+            raise UsageError(
+                f"--{name} is of laws; {shown(options.folder)} holds recorded calls, which are judged one by one"
+            )
+    sights: Sights = {}
+    records: list[Record] = []
+    rows = [("call", "operation", "dtype", "verdict", "error/bound", "")]
+    for record in judge_recorded(folder, sights):
+        show_progress(f"{len(records)} calls")
+        records.append(record)
+        operation, _, name = record.case.partition(":")
+        worst = "" if record.worst is None else f"{record.worst:.3f}"
+        first = (record.message or record.note).partition("\n")[0]
+        rows.append((name[:12], operation, record.dtype, record.verdict, worst, first))
+    show_progress("")
+    print(format_table(rows))
+    for sentence in what_was_not_seen(sights):
+        print(sentence)
+    if options.json is not None:
+        write_json(options.json, [record.as_dict() for record in records])
+    return exit_code(records)
