@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mla_spec.bounds.profile import Accumulator as Accumulator
     from mla_spec.bounds.profile import Profile as Profile
     from mla_spec.bounds.profile import RopeProfile as RopeProfile
+    from mla_spec.exchange.record import record as record
     from mla_spec.front.parametrize import parametrize_with_checks as parametrize_with_checks
     from mla_spec.judging.check import check_subject as check_subject
     from mla_spec.judging.law import Options as Options
@@ -30,6 +31,7 @@ _EXPORTS = {
     "Profile": "mla_spec.bounds.profile",
     "RopeProfile": "mla_spec.bounds.profile",
     "presets": "mla_spec.bounds.kernel_presets",
+    "record": "mla_spec.exchange.record",
     "parametrize_with_checks": "mla_spec.front.parametrize",
     "check_subject": "mla_spec.judging.check",
     "Options": "mla_spec.judging.law",

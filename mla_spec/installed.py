@@ -90,6 +90,11 @@ def operation_named(name: str) -> Any:
     return import_module("mla_spec.operations.all").OPERATIONS.get(name)
 
 
+def subject_elsewhere(spec: str) -> Any:
+    """The subject that answers through a pipe or by files; see ``mla_spec.exchange.named``."""
+    return import_module("mla_spec.exchange.named").subject_elsewhere(spec)
+
+
 def kernel_signatures() -> Any:
     """The module that makes adapters of kernels with public signatures."""
     return import_module("mla_spec.adapters.written")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from mla_spec.judging.law import CaseSource, Law, Run
+from mla_spec.judging.law import CaseSource, Law, Live, Run
 from mla_spec.operations.all import CALLED
 from mla_spec.operations.gradients import Branched, Gradients
 from mla_spec.operations.operation import Operation
@@ -197,25 +197,27 @@ class Hazard:
         name: what the names of its laws end with, after the operation.
         check: (operation, run, case) -> None; raises Violation. Its docstring is the statement.
         cost: as of a law.
+        live: as of a law.
         several: whether cases should have two sequences or more, so that lengths can be permuted.
     """
 
     name: str
     check: Callable[[Operation, Run, Any], None]
     cost: int
+    live: Live
     several: bool = False
 
 
 HAZARDS = (
-    Hazard("does_not_modify_its_inputs", leaves_its_arguments_alone, 2),
-    Hazard("output_is_not_aliased", owns_its_outputs, 4),
-    Hazard("calls_are_independent", starts_anew, 4, several=True),
-    Hazard("reads_its_tensors_anew", reads_its_tensors_anew, 4, several=True),
-    Hazard("reads_strides", reads_strides, 4),
-    Hazard("reaches_beyond_2_31_elements", reaches_far, 8),
-    Hazard("writes_all_of_its_outputs", writes_all_of_its_outputs, 4),
-    Hazard("gives_the_same_bits_again", gives_the_same_bits_again, 4),
-    Hazard("stays_within_memory", stays_within_memory, 4),
+    Hazard("does_not_modify_its_inputs", leaves_its_arguments_alone, 2, "tensors"),
+    Hazard("output_is_not_aliased", owns_its_outputs, 4, "tensors"),
+    Hazard("calls_are_independent", starts_anew, 4, "calls", several=True),
+    Hazard("reads_its_tensors_anew", reads_its_tensors_anew, 4, "tensors", several=True),
+    Hazard("reads_strides", reads_strides, 4, "tensors"),
+    Hazard("reaches_beyond_2_31_elements", reaches_far, 8, "tensors"),
+    Hazard("writes_all_of_its_outputs", writes_all_of_its_outputs, 4, "tensors"),
+    Hazard("gives_the_same_bits_again", gives_the_same_bits_again, 4, "calls"),
+    Hazard("stays_within_memory", stays_within_memory, 4, "tensors"),
 )
 
 SEVERAL: dict[str, dict[str, Any]] = {
@@ -252,7 +254,14 @@ def hazard_law(operation: Operation, hazard: Hazard) -> Law:
     )
     name = f"test_{operation.name}_{hazard.name}"
     return Law(
-        name, (operation.name,), cases, check, operation.missing, cost=hazard.cost, first=ORDINARY[operation.name]
+        name,
+        (operation.name,),
+        cases,
+        check,
+        operation.missing,
+        cost=hazard.cost,
+        first=ORDINARY[operation.name],
+        live=hazard.live,
     )
 
 

@@ -27,7 +27,7 @@ def _rope_cases(supports: Supports, profile: Profile) -> list[RopeCase]:
     ]
 
 
-@law(needs=DECODE, cases=ordinary.decode, unavailable=needs_compiler)
+@law(needs=DECODE, cases=ordinary.decode, unavailable=needs_compiler, live="tensors")
 def test_compiled_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     """Compiled once, decode is within the bound of its profile for longer and for shorter sequences."""
     driver, inputs = compiled(run, "decode"), case.build()
@@ -36,7 +36,7 @@ def test_compiled_decode_agrees_with_reference(run: Run, case: DecodeCase) -> No
         run.agrees(DECODE, this, driver.call(DECODE, this))
 
 
-@law(needs=PREFILL, cases=ordinary.prefill, unavailable=needs_compiler)
+@law(needs=PREFILL, cases=ordinary.prefill, unavailable=needs_compiler, live="tensors")
 def test_compiled_prefill_agrees_with_reference(run: Run, case: PrefillCase) -> None:
     """Compiled once, prefill is within the bound of its profile for longer and for shorter sequences."""
     driver = compiled(run, "prefill")
@@ -46,7 +46,7 @@ def test_compiled_prefill_agrees_with_reference(run: Run, case: PrefillCase) -> 
         run.agrees(PREFILL, inputs, driver.call(PREFILL, inputs))
 
 
-@law(needs=ROPE, cases=_rope_cases, unavailable=needs_compiler)
+@law(needs=ROPE, cases=_rope_cases, unavailable=needs_compiler, live="tensors")
 def test_compiled_rope_agrees_with_reference(run: Run, case: RopeCase) -> None:
     """Compiled, rope is within the bound of its profile, at the positions of a long context too."""
     inputs = case.build()

@@ -21,7 +21,7 @@ def _needs_graphs(supports: Supports) -> str:
     return "" if supports.cuda_graphs else "does not declare cuda_graphs"
 
 
-@law(needs=DECODE, cases=decode_cases, missing=_needs_graphs, unavailable=needs_cuda)
+@law(needs=DECODE, cases=decode_cases, missing=_needs_graphs, unavailable=needs_cuda, live="tensors")
 def test_decode_is_replayed_in_a_cuda_graph(run: Run, case: DecodeCase) -> None:
     """Captured for short sequences, decode gives what it should for longer ones, other tables, pages and queries."""
     judge_replays(run, case, captured)

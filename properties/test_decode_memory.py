@@ -54,7 +54,7 @@ def _peak(driver: Driver, inputs: Any, tensors: Tensors) -> int:
     return peak
 
 
-@law(needs=("decode",), cases=_cases)
+@law(needs=("decode",), cases=_cases, live="tensors")
 def test_decode_memory_grows_with_the_batch(run: Run, case: DecodeCase) -> None:
     """The most of torch's memory in use, the only one seen, grows no faster than the batch: it does not always more than double.
 

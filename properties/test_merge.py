@@ -79,7 +79,7 @@ def test_merge_ignores_outputs_of_empty_parts(run: Run, case: MergeCase) -> None
             run.same_bits(a, b, f"outputs of parts with LSE -inf were set to {left_over:g}")
 
 
-@law(needs=MERGE, cases=narrowed(merge_cases, min_parts=2), cost=2)
+@law(needs=MERGE, cases=narrowed(merge_cases, min_parts=2), cost=2, live="calls")
 def test_merge_calls_are_independent(run: Run, case: MergeCase) -> None:
     """Nothing of a call (LSEs, outputs) lives on in the next one with the same shapes, or with fewer parts."""
     inputs, other = case.build(), replace(case, seed=case.seed + 1).build()

@@ -142,7 +142,7 @@ def _tokens(tensors: dict[str, Tensor], which: IntArray | slice) -> dict[str, Te
     return chosen | {"kv_cache": tensors["kv_cache"].clone()}
 
 
-@law(needs=WRITE, cases=narrowed(write_cases, min_tokens=3))
+@law(needs=WRITE, cases=narrowed(write_cases, min_tokens=3), live="calls")
 def test_write_cache_calls_are_independent(run: Run, case: WriteCase) -> None:
     """A longer write and then a shorter one into the same pool do what each should."""
     tensors = run.driver.tensors(WRITE, case.build())
@@ -151,7 +151,7 @@ def test_write_cache_calls_are_independent(run: Run, case: WriteCase) -> None:
         _Write(run, _tokens(tensors, part) | {"kv_cache": tensors["kv_cache"]}).require_all()
 
 
-@law(needs=WRITE, cases=write_cases)
+@law(needs=WRITE, cases=write_cases, live="tensors")
 def test_write_cache_reads_strides(run: Run, case: WriteCase) -> None:
     """Views of larger tensors and pools are read and written by their strides, and nothing between their rows changes."""
     for name, view in WRITE.all_views.items():
@@ -161,7 +161,7 @@ def test_write_cache_reads_strides(run: Run, case: WriteCase) -> None:
             raise Violation(f"with {name}:\n{violation}") from None
 
 
-@law(needs=WRITE, cases=narrowed(write_cases, min_tokens=2))
+@law(needs=WRITE, cases=narrowed(write_cases, min_tokens=2), live="tensors")
 def test_write_cache_reaches_beyond_2_31_elements(run: Run, case: WriteCase) -> None:
     """Pages, and tokens, so far apart that offsets exceed 2^31 elements are written as any other."""
     pages, page_size = 3, case.page_size

@@ -176,4 +176,5 @@ def test_every_example_is_run() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "__pycache__"} == {
         "adoption",
         "ci",
+        "exchange",
     }

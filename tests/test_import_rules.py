@@ -18,6 +18,7 @@ ROOMS = (
     "golden",
     "judging",
     "operations",
+    "exchange",
     "adapters",
     "subjects",
     "bounds",

@@ -21,6 +21,14 @@ def _add_check(parsers: Parsers) -> None:
         help="a shipped name, package.module:object, file.py:object or deepseek:model.py; default: all that can run here",
     )
     parser.add_argument(
+        "--command",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="a program that answers calls through a pipe (docs/exchange.md), e.g. './my_program' or 'ssh host ./my_program'; "
+        "repeatable",
+    )
+    parser.add_argument(
         "--signature",
         metavar="NAME",
         help="the operation a bare function implements, or the public kernel it is called like, e.g. flash-mla "
@@ -84,7 +92,54 @@ def _add_check(parsers: Parsers) -> None:
         metavar="S",
         help="seconds in which known faults are tried on what fails (a fifth of the work done, at most 30)",
     )
-    _add_export(parser)
+    _add_script(parser)
+    parser.add_argument("-v", "--verbose", action="store_true", help="also every law, and each failure in full")
+    parser.add_argument("--json", metavar="FILE", help="also write a record of each law to FILE")
+    _add_records(parser)
+
+
+def _add_export(parsers: Parsers) -> None:
+    parser = parsers.add_parser(
+        "export", help="write the calls that laws make into a folder, for any program to answer"
+    )
+    parser.set_defaults(run=commands.run_export)
+    parser.add_argument("folder", metavar="DIR", help="a new folder, or one whose answers allow another round of calls")
+    parser.add_argument(
+        "--subject",
+        metavar="SUBJECT",
+        help="what will answer, as for check, or a .json file of what it declares (default: all operations, all they take)",
+    )
+    parser.add_argument("--operation", action="append", default=[], metavar="NAME", help="only its laws; repeatable")
+    parser.add_argument("--law", action="append", default=[], metavar="NAME", help="as for check")
+    parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
+    parser.add_argument("--examples", type=int, metavar="N", help="generated cases per law (10)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the generation (another each time, and printed)")
+    parser.add_argument(
+        "--most", type=float, default=1024, metavar="MIB", help="MiB of all calls in DIR, at most (1024)"
+    )
+
+
+def _add_answer(parsers: Parsers) -> None:
+    parser = parsers.add_parser("answer", help="have a Python subject answer the calls of a folder")
+    parser.set_defaults(run=commands.run_answer)
+    parser.add_argument("folder", metavar="DIR", help="what `mla-spec export` wrote")
+    parser.add_argument("subject", metavar="SUBJECT", help="as for check")
+
+
+def _add_judge(parsers: Parsers) -> None:
+    parser = parsers.add_parser("judge", help="run the laws on the answers that a folder holds")
+    parser.set_defaults(run=commands.run_judge)
+    parser.set_defaults(
+        case=None, compile=None, config=None, device="cpu", in_process=False, minimise=False, production=False, signature=None,
+        threads=1, under="", command=(), workload=None, budget=None, shard=None, begin=None, resume=None, time_limit=None,
+        quick=False, minimise_seconds=None,
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="DIR", help="what `mla-spec export` wrote, with answers")
+    parser.add_argument("--law", action="append", default=[], metavar="NAME", help="only this law, as for check")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that judge (2)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a call may take (300)")
+    parser.add_argument("--waivers", metavar="FILE", help="as for check")
+    parser.add_argument("--explain", type=float, metavar="S", help="as for check")
     parser.add_argument("-v", "--verbose", action="store_true", help="also every law, and each failure in full")
     parser.add_argument("--json", metavar="FILE", help="also write a record of each law to FILE")
     _add_records(parser)
@@ -117,11 +172,11 @@ def _add_explain(parsers: Parsers) -> None:
     parser.add_argument("--signature", metavar="OPERATION", help="the operation a bare function implements")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds the case may take (300)")
-    _add_export(parser)
+    _add_script(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the record with its cause to FILE")
 
 
-def _add_export(parser: argparse.ArgumentParser) -> None:
+def _add_script(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export",
         metavar="FILE",
@@ -372,6 +427,9 @@ def _add_book(parsers: Parsers) -> None:
 COMMANDS = (
     _add_check,
     _add_explain,
+    _add_export,
+    _add_answer,
+    _add_judge,
     _add_merge,
     _add_report,
     _add_statement,

@@ -49,7 +49,7 @@ def check(options: argparse.Namespace) -> int:
     try:
         laws = [law.name for law in find_laws(options.law, quick=options.quick)]
         common = _law_options(options)
-        specs = options.subjects or available_subjects()
+        specs = [*options.subjects, *(f"command:{each}" for each in options.command)] or available_subjects()
         shard = Shard() if options.shard is None else parse_shard(options.shard)
         waivers = Waivers() if options.waivers is None else read_waivers(options.waivers)
         hard = () if options.begin is None else read_hard_cases(options.begin)

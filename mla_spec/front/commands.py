@@ -15,6 +15,24 @@ def run_check(options: argparse.Namespace) -> int:
     return check(options)
 
 
+def run_export(options: argparse.Namespace) -> int:
+    from mla_spec.front.exchange_command import export
+
+    return export(options)
+
+
+def run_answer(options: argparse.Namespace) -> int:
+    from mla_spec.front.exchange_command import answer
+
+    return answer(options)
+
+
+def run_judge(options: argparse.Namespace) -> int:
+    from mla_spec.front.exchange_command import judge
+
+    return judge(options)
+
+
 def run_campaign(options: argparse.Namespace) -> int:
     from mla_spec.front.campaign_command import campaign
 

@@ -10,6 +10,9 @@ _VERDICT = "0 conforms, 1 violates, 2 usage, 3 incomplete, 130 interrupted"
 EXIT_CODES: Mapping[str, str] = {
     "check": _VERDICT,
     "explain": _VERDICT,
+    "export": "0 the calls are written, 2 usage, 130 interrupted",
+    "answer": "0 the answers are written, 2 usage, 130 interrupted",
+    "judge": _VERDICT,
     "merge": _VERDICT,
     "diff": "0 nothing got worse, 1 something did, 2 usage",
     "dump": "0 the file is written, 2 usage",
@@ -58,6 +61,13 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "diff": ("mla-spec diff last.jsonl run.jsonl", "mla-spec diff last.jsonl run.jsonl --json changes.json"),
     "dump": ("mla-spec dump decode:dtype=bfloat16,seqlens=65,page_size=64 -o case.safetensors",),
     "statement": ("mla-spec statement run.jsonl -o conformance.md --badge badge.svg",),
+    "export": (
+        "mla-spec export calls --operation decode --examples 20",
+        "mla-spec export calls --subject 'command:./my_program' --seed 0",
+        "mla-spec export calls",
+    ),
+    "answer": ("mla-spec answer calls torch-absorbed",),
+    "judge": ("mla-spec judge calls", "mla-spec judge calls --law decode -v"),
     "merge": ("mla-spec merge first.jsonl second.jsonl --json report.json",),
     "campaign": (
         "mla-spec campaign my_kernel.py:Kernel --hours 8",

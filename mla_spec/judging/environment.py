@@ -15,6 +15,7 @@ import torch
 
 import mla_spec
 from mla_spec.installed import FROM_FILES, SHIPPED
+from mla_spec.subjects.find import elsewhere
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def code_of(spec: str) -> dict[str, Any]:
     """The state of a subject's code, which is not imported: its file's digest, its repository's commit, whether it differs."""
     kind, _, rest = spec.partition(":")
     module = rest if kind in FROM_FILES else spec.rpartition(":")[0]
-    path = None if spec in SHIPPED else _source(module)
+    path = None if spec in SHIPPED or elsewhere(spec) else _source(module)
     if path is None:
         return {"source": None, "revision": None, "modified": None}
     folder = path.parent if path.is_file() else path

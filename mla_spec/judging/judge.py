@@ -29,11 +29,7 @@ def judge_within(got: Result, want: Array, bound: ErrorBound, *, gate: bool = Tr
     total = np.broadcast_to(bound.total, want.shape)
     if gate:
         require_meaningful(want, total)
-    same = (got.value == want) | (np.isnan(got.value) & np.isnan(want))
-    finite = np.isfinite(want) & np.isfinite(got.value)
-    with np.errstate(all="ignore"):  # a subject may return anything
-        ratio = np.where(finite, np.abs(got.value - want) / total, np.inf)
-    ratio = np.where(same, 0.0, np.where(np.isnan(ratio), np.inf, ratio))
+    ratio = ratios(got, want, total)
     if ratio.size == 0:
         return 0.0
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
@@ -41,6 +37,15 @@ def judge_within(got: Result, want: Array, bound: ErrorBound, *, gate: bool = Tr
         raise Violation(_describe(got, want, total, bound, index, int((ratio > 1).sum())))
     require_bounded(want, total)
     return float(ratio[index])
+
+
+def ratios(got: Result, want: Array, total: Array) -> Array:
+    """|got − want| / bound of each element; infinite where only one of them is a finite number."""
+    same = (got.value == want) | (np.isnan(got.value) & np.isnan(want))
+    finite = np.isfinite(want) & np.isfinite(got.value)
+    with np.errstate(all="ignore"):  # a subject may return anything
+        ratio = np.where(finite, np.abs(got.value - want) / total, np.inf)
+    return np.where(same, 0.0, np.where(np.isnan(ratio), np.inf, ratio))
 
 
 def require_meaningful(want: Array, total: Array) -> None:

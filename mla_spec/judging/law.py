@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
@@ -218,6 +218,9 @@ def _names(needs: Needed) -> tuple[str, ...]:
     return tuple(operation if isinstance(operation, str) else operation.name for operation in each)
 
 
+Live = Literal["", "calls", "tensors"]
+"""What a law looks at beside answers."""
+
 CaseSource = Callable[[Supports, Profile], "SearchStrategy[Any] | list[Any]"]
 
 
@@ -235,6 +238,8 @@ class Law:
         cost: one case of it runs for every so many examples that were asked for.
         first: from the same as ``cases``, cases that run before any of them, whatever number of examples is asked for.
         grown: from a run, cases in place of ``cases``, each chosen after the one before it has been judged.
+        live: what it looks at beside answers: "calls", that one process answers them one after the other, or "tensors", the
+            tensors that a subject itself gets and returns.
     """
 
     name: str
@@ -246,6 +251,15 @@ class Law:
     cost: int = 1
     first: Callable[[Supports, Profile], list[Any]] = field(default=lambda *_: [], repr=False)
     grown: Callable[[Run], Iterable[Any]] | None = field(default=None, repr=False)
+    live: Live = ""
+
+    def out_of_reach(self, elsewhere: str) -> str:
+        """Why it cannot be judged by answers that come from ``elsewhere``, "pipe" or "files"; or ""."""
+        if elsewhere == "files" and self.live:
+            return "outputs come from files: this law needs a live subject"
+        if elsewhere == "pipe" and self.live == "tensors":
+            return "answers come through a pipe: this law needs the subject's own tensors"
+        return ""
 
     @property
     def statement(self) -> str:
@@ -265,11 +279,12 @@ def law(
     unavailable: Callable[[Options], str] = lambda _: "",
     cost: int = 1,
     first: Callable[[Supports, Profile], list[Any]] = lambda *_: [],
+    live: Live = "",
 ) -> Callable[[Callable[[Run, Any], None]], Callable[[Any], None]]:
     """Make a law of a function (run, case); what remains is a pytest test that takes the fixture ``mla_check``."""
 
     def decorate(check: Callable[[Run, Any], None]) -> Callable[[Any], None]:
-        made = Law(check.__name__, _names(needs), cases, check, missing, unavailable, cost, first)
+        made = Law(check.__name__, _names(needs), cases, check, missing, unavailable, cost, first, live=live)
         return as_test(made, check.__module__)
 
     return decorate

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import hypothesis
 import torch
@@ -38,11 +38,14 @@ from mla_spec.operations.case import Case
 from mla_spec.operations.extent import Most, beyond
 from mla_spec.subjects.description import Description, declared_by
 from mla_spec.subjects.driver import Driver
+from mla_spec.subjects.find import elsewhere
 from mla_spec.subjects.memory import filled_memory, give_back_memory
 from mla_spec.subjects.near import Handle, gone, there
 from mla_spec.subjects.process import HANGS, SubjectDied, SubjectHung
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import (
+    NoAnswer,
+    NotExported,
     NotOffered,
     SubjectCrashed,
     UnknownSubject,
@@ -82,17 +85,13 @@ def run_dtypes(law: Law, subject: object, options: Options = Options()) -> Itera
         yield Record(law.name, type(subject).__name__, "crashed", message=message)
         return
     supports, name = declared.supports, declared.name
-    absent = [operation for operation in law.needs if operation not in declared.operations]
-    reason = f"does not offer {', '.join(absent)}" if absent else ""
-    reason = reason or law.unavailable(options) or supports.nothing_to_judge(law.needs) or law.missing(supports)
     dtypes = asked_dtypes(supports, options)
-    if not reason and not dtypes:
-        reason = f"supports none of the dtypes {', '.join(options.dtypes or ())}"
+    reason = why_not(law, declared, options)
     if reason:
         yield Record(law.name, name, "unsupported", message=reason)
         return
     spread = options.spread or len(dtypes)
-    share = max(1, -(-options.count // (spread * law.cost)))
+    share = share_of(law, spread, options)
     if options.production is not None:
         options = replace(options, production=replace(options.production, budget=options.production.budget / spread))
     with _as_laws_want_it(subject, options):
@@ -102,6 +101,28 @@ def run_dtypes(law: Law, subject: object, options: Options = Options()) -> Itera
             yield record
             if options.until_failure and record.verdict in ("fail", "crashed"):
                 break
+
+
+def why_not(law: Law, declared: Description, options: Options) -> str:
+    """Why a law does not run on a subject, or ""."""
+    supports = declared.supports
+    absent = [operation for operation in law.needs if operation not in declared.operations]
+    reason = f"does not offer {', '.join(absent)}" if absent else ""
+    reason = reason or law.unavailable(options) or supports.nothing_to_judge(law.needs) or law.missing(supports)
+    reason = reason or law.out_of_reach(answers_from(options))
+    if not reason and not asked_dtypes(supports, options):
+        reason = f"supports none of the dtypes {', '.join(options.dtypes or ())}"
+    return reason
+
+
+def answers_from(options: Options) -> str:
+    """Where the subject's answers come from: "pipe", "files", or "" of a Python object."""
+    return "" if options.spec is None else elsewhere(options.spec[0])
+
+
+def share_of(law: Law, spread: int, options: Options) -> int:
+    """How many cases of a law are generated in a dtype, where examples are spread over so many."""
+    return max(1, -(-options.count // (spread * law.cost)))
 
 
 @contextmanager
@@ -144,10 +165,10 @@ def replay_command(law: str, case: Case, options: Options) -> str:
 def _verdict_of(error: Exception) -> Verdict:
     if isinstance(error, SubjectCrashed):
         return "crashed"
-    return "incomplete" if isinstance(error, VacuousCase | InvalidBound) else "fail"
+    return "incomplete" if isinstance(error, VacuousCase | InvalidBound | NoAnswer) else "fail"
 
 
-_FAILURES = (Violation, SubjectCrashed, VacuousCase, InvalidBound, NotOffered)
+_FAILURES = (Violation, SubjectCrashed, VacuousCase, InvalidBound, NotOffered, NoAnswer)
 
 REPETITIONS = 5
 """How often the case of a failure that did not come back is run again, to say how often it does."""
@@ -159,6 +180,18 @@ SHRINKING = 30.0
 
 class TimeIsUp(BaseException):
     """No smaller failing case is looked for any more. Hypothesis lets it pass, as it does Ctrl-C."""
+
+
+class Attempt(Protocol):
+    """What becomes of the cases of a law."""
+
+    smallest: Case | None
+
+    def __call__(self, case: Case) -> None:
+        """Run a case."""
+
+    def require_time(self) -> None:
+        """Raise TimeIsUp where a smaller failing case has been looked for long enough."""
 
 
 class _Attempts:
@@ -240,6 +273,10 @@ class _Attempts:
             self.law.check(self.run, case)
             if isinstance(self.run.driver, Handle):
                 self.run.driver.process.require_silence()
+        except (NotExported, NoAnswer) as error:
+            if answers_from(self.options) == "files":
+                raise
+            raise SubjectCrashed(raised(error)) from error  # of a subject's own making
         except SystemExit as error:  # no law asks for it: it comes of what a subject computes when it is read
             raise SubjectCrashed(raised(error)) from error
 
@@ -352,7 +389,7 @@ def _run_dtype(
         if options.case is not None:
             attempt.given(options.case)
         else:
-            _generate(law, run, examples, options, attempt)
+            generate(law, run, examples, options, attempt)
     except NotOffered as error:
         return record("unsupported", str(error))
     except Flaky:
@@ -397,7 +434,7 @@ def _run_dtype(
     )
 
 
-def _generate(law: Law, run: Run, examples: int, options: Options, attempt: _Attempts) -> None:
+def generate(law: Law, run: Run, examples: int, options: Options, attempt: Attempt) -> None:
     """Run the law's first cases, and then what Hypothesis draws; the last call of ``attempt`` is the smallest failure.
 
     Where a first case fails, Hypothesis looks for a smaller one; where it finds none, the first one fails again, or the
@@ -406,15 +443,16 @@ def _generate(law: Law, run: Run, examples: int, options: Options, attempt: _Att
     supports = small(run.supports, run.profile) if options.quick else run.supports
     cut = partial(Most.of(supports).cut, topk_multiple=supports.topk_multiple)
     cases = law.cases(supports, run.profile)
+    minimise = options.minimise and answers_from(options) != "files"  # which hold no answers to smaller cases
     listed, drawn = (cases, None) if isinstance(cases, list) else ([], cases.map(cut))
     grown = () if law.grown is None else law.grown(run)
     begin = [case for case in options.begin if case.dtype == run.driver.dtype]
     begins = quick_laws().get(law.name, law.first) if options.quick else law.first
     first = map(cut, begins(supports, run.profile))
     failing = _first_failure(chain(begin, first, listed, grown), attempt)
-    if drawn is not None and (failing is None or options.minimise):
+    if drawn is not None and (failing is None or minimise):
         try:
-            _draw(law, run, drawn, examples, options, attempt)
+            _draw(law, run, drawn, examples, replace(options, minimise=minimise), attempt)
         except TimeIsUp:
             failing = attempt.smallest
         except (VacuousCase, InvalidBound, NotOffered):
@@ -437,7 +475,7 @@ def _first_failure(cases: Iterable[Case], attempt: Callable[[Case], None]) -> Ca
     return None
 
 
-def _draw(law: Law, run: Run, cases: Any, examples: int, options: Options, attempt: _Attempts) -> None:
+def _draw(law: Law, run: Run, cases: Any, examples: int, options: Options, attempt: Attempt) -> None:
     """Run what Hypothesis draws from the strategy ``cases``."""
 
     @hypothesis.seed(zlib.crc32(f"{options.seed} {law.name} {run.profile.dtype}".encode()))

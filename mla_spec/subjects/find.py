@@ -11,11 +11,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mla_spec.installed import FROM_FILES, SHIPPED, kernel_signatures, operation_names
+from mla_spec.installed import FROM_FILES, SHIPPED, kernel_signatures, operation_names, subject_elsewhere
 from mla_spec.subjects.contract import Unreadable, require_subject
 from mla_spec.subjects.violation import BrokenSubject, UnknownSubject, raised
 
 __all__ = ["BrokenSubject", "UnknownSubject", "available_subjects", "resolve_subject", "unavailable"]
+
+
+ELSEWHERE = {"command": "pipe", "files": "files"}
+"""Where the answers of a subject come from that is no Python object, by what its name begins with."""
 
 
 class FunctionSubject:
@@ -24,6 +28,12 @@ class FunctionSubject:
     def __init__(self, function: Any, signature: str) -> None:
         self.name = getattr(function, "__name__", type(function).__name__)
         setattr(self, signature, function)
+
+
+def elsewhere(spec: str) -> str:
+    """Where the answers of the subject called ``spec`` come from: "pipe", "files", or "" of a Python object."""
+    kind, _, rest = spec.partition(":")
+    return ELSEWHERE.get(kind, "") if rest else ""
 
 
 def unavailable(name: str) -> str:
@@ -41,7 +51,8 @@ def available_subjects() -> list[str]:
 def resolve_subject(spec: str, signature: str | None = None) -> Any:
     """The subject called ``spec``: a shipped one, ``package.module:object``, or ``path/to/file.py:object``.
 
-    Or ``deepseek:path/to/model.py``, of a file that an adapter knows how to call. A class is made into an object without arguments.
+    Or ``deepseek:path/to/model.py``, of a file that an adapter knows how to call; "command:PROGRAM ..." answers through a pipe,
+    "files:FOLDER" by files. A class is made into an object without arguments.
 
     Args:
         signature: of ``object``: the operation that it implements, where it is a bare function, or the public kernel that it is
@@ -51,6 +62,10 @@ def resolve_subject(spec: str, signature: str | None = None) -> Any:
         UnknownSubject: it does not exist, or is no subject.
         BrokenSubject: its code did not let it be made.
     """
+    if elsewhere(spec):
+        if signature is not None:
+            raise UnknownSubject(f"{spec} says itself what it offers; --signature is of Python objects")
+        return subject_elsewhere(spec)
     if spec in SHIPPED:
         reason = unavailable(spec)
         if reason:

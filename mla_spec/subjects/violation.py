@@ -32,6 +32,14 @@ class NotOffered(Exception):
     """The subject turned out to have no such thing, and never said that it has; the text says how that showed."""
 
 
+class NotExported(NotOffered):
+    """Outputs come from files, and the call is not among those that were written; the text says why."""
+
+
+class NoAnswer(Exception):
+    """Outputs come from files, and a call that was written has no answer yet."""
+
+
 class DoesNotFit(Exception):
     """The device has no memory for distant tensors; the text says how much they need, and how much is free."""
 
@@ -46,7 +54,17 @@ class BrokenSubject(UnknownSubject):
 
 TOLD = {
     c.__name__: c
-    for c in (Violation, SubjectCrashed, Unsupported, NotOffered, DoesNotFit, UnknownSubject, BrokenSubject)
+    for c in (
+        Violation,
+        SubjectCrashed,
+        Unsupported,
+        NotOffered,
+        NotExported,
+        NoAnswer,
+        DoesNotFit,
+        UnknownSubject,
+        BrokenSubject,
+    )
 }
 """What code beside a subject may raise, by name."""
 
@@ -55,11 +73,12 @@ TOLD = {
 def subject_code() -> Iterator[None]:
     """Code of the subject runs here: whatever it raises, SystemExit included, is ``SubjectCrashed``.
 
-    Ctrl-C is not its own, a ``Violation`` is an adapter's verdict on the kernel that it called, and ``Unsupported`` is no crash.
+    Ctrl-C is not its own, a ``Violation`` is an adapter's verdict on the kernel that it called, and ``Unsupported`` is no crash; nor
+    is an answer that is not among the files which hold a subject's.
     """
     try:
         yield
-    except (KeyboardInterrupt, SubjectCrashed, Violation, Unsupported):
+    except (KeyboardInterrupt, SubjectCrashed, Violation, Unsupported, NotExported, NoAnswer):
         raise
     except BaseException as error:
         crash = SubjectCrashed(raised(error))

@@ -1,0 +1,1 @@
+"""Calls outside this process: as files, and through a pipe."""

@@ -1,0 +1,158 @@
+"""mla_spec.record: a sample of real calls, judged; it never changes or ends a call."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mla_spec
+from mla_spec.adapters.pytorch import TorchAbsorbed
+from mla_spec.exchange import record as recorder
+from mla_spec.exchange.folder import ANSWERS, CALLS
+from mla_spec.front.cli import main
+
+
+def arguments(b: int = 2, keys: int = 640) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """A decode of sequences in pages of 64, whose latents have no mean, as real ones."""
+    drawn = torch.Generator().manual_seed(0)
+    pages = keys // 64
+    q = torch.randn(b, 1, 4, 72, generator=drawn).bfloat16()
+    cache = torch.randn(b * pages, 64, 1, 72, generator=drawn).bfloat16()
+    table = torch.randperm(b * pages, generator=drawn).int().reshape(b, pages)
+    lengths = torch.full((b,), keys, dtype=torch.int32)
+    return (q, cache, table, lengths), {"head_dim_v": 64, "softmax_scale": 72**-0.5, "causal": True}
+
+
+class LosesPage(TorchAbsorbed):
+    """Reads one page twice, in place of the next."""
+
+    def decode(self, q: Tensor, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, **options: Any) -> Any:
+        table = block_table.clone()
+        table[:, 5] = table[:, 4]
+        return super().decode(q, kv_cache, table, cache_seqlens, **options)
+
+
+def judged(folder: Path) -> tuple[int, list[dict[str, Any]]]:
+    out = folder.parent / "judged.json"
+    code = main(["judge", str(folder), "--json", str(out)])
+    return code, json.loads(out.read_text(encoding="utf-8"))
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for name in (CALLS, ANSWERS) for path in (folder / name).iterdir())
+
+
+def test_calls_are_the_kernels_own_and_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kernel, folder = TorchAbsorbed(), tmp_path / "calls"
+    recorded = mla_spec.record(kernel, str(folder), rate=1)
+    places, options = arguments()
+    got, want = recorded.decode(*places, **options), kernel.decode(*places, **options)
+    assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+    assert recorded.profile is kernel.profile
+    assert (recorded.recording.taken, recorded.recording.full) == (1, "")
+    code, (record,) = judged(folder)
+    assert (code, record["verdict"]) == (0, "pass")
+    assert record["worst"] > 0
+    out = capsys.readouterr().out
+    assert "is the worst element" in out
+    assert "decode: an error of lse up to" in out
+
+
+def test_arguments_are_those_before_the_call(tmp_path: Path) -> None:
+    folder, pool = tmp_path / "calls", torch.zeros(2, 2, 1, 5)
+    recorded = mla_spec.record(TorchAbsorbed(), str(folder), rate=1)
+    recorded.write_cache(torch.ones(2, 3), k_pe=torch.ones(2, 2), kv_cache=pool, slot_mapping=torch.tensor([3, -1]))
+    assert pool[1, 1].eq(1).all()
+    assert judged(folder)[0] == 0
+    pool.zero_()
+    lost = mla_spec.record(
+        lambda latent, k_pe, kv_cache, slot_mapping: None, str(tmp_path / "lost"), rate=1, operation="write_cache"
+    )
+    lost(torch.ones(2, 3), torch.ones(2, 2), pool, torch.tensor([3, -1]))
+    code, (record,) = judged(tmp_path / "lost")
+    assert (code, record["verdict"]) == (1, "fail")
+    assert "5 of 20 elements are not exactly what they must be" in record["message"]
+
+
+def test_a_lost_page_is_seen_by_the_lse(tmp_path: Path) -> None:
+    recorded = mla_spec.record(LosesPage(), str(tmp_path / "calls"), rate=1)
+    places, options = arguments()
+    recorded.decode(*places, **options)
+    code, (record,) = judged(tmp_path / "calls")
+    assert (code, record["verdict"]) == (1, "fail")
+    assert record["message"].startswith("lse[")
+
+
+@pytest.mark.parametrize(("kernel", "code"), [(TorchAbsorbed(), 0), (LosesPage(), 1)], ids=["honest", "loses a page"])
+def test_of_a_large_decode_one_sequence_is_kept(
+    kernel: TorchAbsorbed, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places, options = arguments(b=4)
+    whole = sum(x.numel() * x.element_size() for x in places)
+    monkeypatch.setattr(recorder, "LARGEST", whole // 3)
+    recorded = mla_spec.record(kernel, str(tmp_path / "calls"), rate=1, seed=0)
+    recorded.decode(*places, **options)
+    recorded.merge(torch.zeros(2, 100, 100, 30), torch.zeros(2, 100, 100))
+    assert (recorded.recording.taken, recorded.recording.too_large) == (1, 1)
+    assert size(tmp_path / "calls") < whole / 3
+    assert judged(tmp_path / "calls")[0] == code
+
+
+def test_the_sample_has_the_rate_and_the_bytes_that_are_asked_for(tmp_path: Path) -> None:
+    half = mla_spec.record(TorchAbsorbed(), str(tmp_path / "half"), rate=0.5, seed=0)
+    none = mla_spec.record(TorchAbsorbed(), str(tmp_path / "none"), rate=0)
+    few = mla_spec.record(TorchAbsorbed(), str(tmp_path / "few"), rate=1, most=2000)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for i in range(100):
+            for each in (half, none, few):
+                each.merge(torch.full((1, 1, 1, 1), float(i)), torch.zeros(1, 1, 1))
+    assert 30 <= half.recording.taken <= 70
+    assert none.recording.taken == 0
+    assert 0 < size(tmp_path / "few") <= 2000
+    assert [str(each.message) for each in told] == [
+        f"mla_spec.record: nothing more is recorded in {tmp_path / 'few'}: its files would exceed 2000 bytes"
+    ]
+
+
+def test_what_goes_wrong_with_files_is_not_the_calls(tmp_path: Path) -> None:
+    recorded = mla_spec.record(TorchAbsorbed(), str(tmp_path / "calls"), rate=1)
+    shutil.rmtree(tmp_path / "calls")
+    with pytest.warns(UserWarning, match="nothing more is recorded"):
+        out, _ = recorded.merge(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1))
+    assert out.item() == 1
+    assert recorded.recording.full
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options", "says"),
+    [
+        (TorchAbsorbed(), {"rate": 2}, "rate is 2; expected a share"),
+        (object(), {}, "object offers no operation"),
+        (max, {}, "name that of a function"),
+    ],
+)
+def test_what_cannot_be_recorded_is_said(kernel: Any, options: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=says):
+        mla_spec.record(kernel, str(tmp_path / "calls"), **options)
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_folder_is_recorded_into_once(tmp_path: Path) -> None:
+    mla_spec.record(TorchAbsorbed(), str(tmp_path / "calls"))
+    with pytest.raises(ValueError, match="expected a new folder"):
+        mla_spec.record(TorchAbsorbed(), str(tmp_path / "calls"))
+
+
+def test_options_of_laws_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mla_spec.record(TorchAbsorbed(), str(tmp_path / "calls"))
+    assert main(["judge", str(tmp_path / "calls"), "--law", "decode"]) == 2
+    assert "--law is of laws" in capsys.readouterr().err
+    assert main(["judge", str(tmp_path / "calls")]) == 3
