@@ -6,7 +6,7 @@ import numpy as np
 
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.judging.verdict import VacuousCase
-from mla_spec.reference.typing import Array
+from mla_spec.reference.typing import Array, BoolArray
 from mla_spec.subjects.driver import Result
 from mla_spec.subjects.violation import Violation
 
@@ -71,13 +71,19 @@ def require_bounded(want: Array, total: Array) -> None:
         )
 
 
+def changed(got: Result, want: Result) -> BoolArray:
+    """Which elements have other bits, the sign of zeros aside; of the results' shape."""
+    found: BoolArray = (got.bits != want.bits) & ~((got.value == 0) & (want.value == 0))
+    return found
+
+
 def judge_same_bits(got: Result, want: Result, why: str) -> None:
     """Raise Violation unless all bit patterns agree, the sign of zeros aside.
 
     A masked weight 0 times a negative value is -0, which is no dependence on that value. ``why`` says what must not have
     changed the bits.
     """
-    different = (got.bits != want.bits) & ~((got.value == 0) & (want.value == 0))
+    different = changed(got, want)
     if not different.any():
         return
     index = tuple(int(i) for i in np.argwhere(different)[0])

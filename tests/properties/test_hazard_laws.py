@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -117,3 +118,25 @@ def test_memory_is_shared_where_storages_overlap() -> None:
     assert not share_memory(x, behind)
     assert not share_memory(behind, x)
     assert share_memory(overlapping, behind)
+
+
+class EveryFourthCall(TorchAbsorbed):
+    """Every fourth result is one unit in the last place larger."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def rope(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        out = super().rope(x, *arguments, **options)
+        self.calls += 1
+        return out if self.calls % 4 else torch.nextafter(out, torch.full_like(out, torch.inf))
+
+
+def test_a_result_that_changes_is_told_with_how_often_and_how_far() -> None:
+    law = all_laws()["test_rope_gives_the_same_bits_again"]
+    record = run_law(law, EveryFourthCall(), Options(examples=4, seed=0, dtypes=("float32",)))
+    assert record.verdict == "fail"
+    told = re.search(r"(\d+) of 31 repetitions differ from the first, by up to (\S+) in \S+", record.message)
+    assert told is not None, record.message
+    assert int(told[1]) in (7, 8)
+    assert 0 < float(told[2]) < 1e-3
