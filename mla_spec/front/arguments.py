@@ -237,6 +237,19 @@ def _add_statement(parsers: Parsers) -> None:
     parser.add_argument("--badge", metavar="FILE", help="also write a badge to FILE, as SVG")
 
 
+def _add_map(parsers: Parsers) -> None:
+    parser = parsers.add_parser("map", help="for which sizes a decode is right, refuses, or is silently wrong")
+    parser.set_defaults(run=commands.run_map)
+    parser.add_argument("subject", metavar="SUBJECT", help="as for check")
+    parser.add_argument("--signature", metavar="NAME", help="as for check")
+    parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
+    parser.add_argument("--device", default="cpu", help="torch device (cpu)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a call may take (300)")
+    _add_output(parser)
+    parser.add_argument("--json", metavar="FILE", help="also write every cell to FILE, one a line")
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where it is written (standard output)")
 
@@ -430,6 +443,7 @@ COMMANDS = (
     _add_export,
     _add_answer,
     _add_judge,
+    _add_map,
     _add_merge,
     _add_report,
     _add_statement,

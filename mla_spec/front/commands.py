@@ -69,6 +69,12 @@ def run_statement(options: argparse.Namespace) -> int:
     return state(options)
 
 
+def run_map(options: argparse.Namespace) -> int:
+    from mla_spec.front.map_command import chart
+
+    return chart(options)
+
+
 def run_explain(options: argparse.Namespace) -> int:
     from mla_spec.front.explain_command import explain_case
 

@@ -17,6 +17,7 @@ EXIT_CODES: Mapping[str, str] = {
     "diff": "0 nothing got worse, 1 something did, 2 usage",
     "dump": "0 the file is written, 2 usage",
     "statement": _VERDICT,
+    "map": "0 right or refused everywhere, 1 silently wrong somewhere, 2 usage, 3 nothing was judged, 130 interrupted",
     "report": "0 the report is written, whatever the verdict, 2 usage",
     "campaign": _VERDICT,
     "soundness": "0 no element outside its bound, 1 some are, 2 usage, 3 interrupted before all cases",
@@ -68,6 +69,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "answer": ("mla-spec answer calls torch-absorbed",),
     "judge": ("mla-spec judge calls", "mla-spec judge calls --law decode -v"),
+    "map": (
+        "mla-spec map my_kernel.py:Kernel --dtype bfloat16 -o envelope.html --json envelope.json",
+        "mla-spec map torch-absorbed --dtype float32",
+    ),
     "merge": ("mla-spec merge first.jsonl second.jsonl --json report.json",),
     "campaign": (
         "mla-spec campaign my_kernel.py:Kernel --hours 8",

@@ -15,7 +15,7 @@ from mla_spec.judging.error_text import axis_names, place_text
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import REGIMES, parse_case
 
-Kind = Literal["none", "exact", "within", "wrong", "unclear"]
+Kind = Literal["none", "exact", "within", "wrong", "unclear", "refuses"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Square:
         kind: "none" where nothing was judged, "exact" where all bits are right, "within" a bound, "wrong", or "unclear".
         ratio: the largest error / bound; None where there is none, or it is not finite.
         text, more: shown in the field.
+        pale: whether it was not measured itself.
         title: the same in words.
     """
 
@@ -34,6 +35,7 @@ class Square:
     text: str = ""
     title: str = "not judged"
     more: str = ""
+    pale: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from mla_spec.front.overview import short_replay, suspect_text
 from mla_spec.front.report import outcome
 from mla_spec.front.reports.account import Account, Document, declared_rows, environment_rows
 from mla_spec.front.reports.heat import Heat, Square, operations_by_dtype, queries_by_head, regimes_by_law
-from mla_spec.front.reports.statement import LEVELS, sentence, table, waivers
+from mla_spec.front.reports.statement import LEVELS, sentence, waivers
+from mla_spec.front.reports.statement import table as levels_of
 from mla_spec.front.reports.style import STYLE
 from mla_spec.judging.causes import Cause
 from mla_spec.judging.verdict import Record
@@ -23,20 +24,21 @@ MAPS, OPEN = 6, 2
 def html(document: Document) -> str:
     """The page."""
     title = ", ".join(account.subject.name for account in document.accounts)
-    body = [
-        *(_subject(account, document) for account in document.accounts),
-        _section("Environment", _list(environment_rows(document))),
-    ]
-    faults = "".join(_tag("p", text, "note yellow") for text in document.faults)
+    faults = "".join(tag("p", text, "note yellow") for text in document.faults)
+    subjects = "".join(_subject(account, document) for account in document.accounts)
+    return page(f"mla-spec: {title}", faults + subjects + section("Environment", listed(environment_rows(document))))
+
+
+def page(title: str, body: str) -> str:
+    """A whole page."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{_tag('title', f'mla-spec: {title}')}\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"{faults}{''.join(body)}</main>\n</body>\n</html>\n"
+        f"{tag('title', title)}\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
     )
 
 
-def _tag(name: str, text: str, css: str = "", title: str = "") -> str:
+def tag(name: str, text: str, css: str = "", title: str = "") -> str:
     """An element that holds text."""
     return f"<{name}{_attributes(css, title)}>{escape(printable(text, 10_000))}</{name}>"
 
@@ -46,16 +48,19 @@ def _attributes(css: str = "", title: str = "") -> str:
     return "".join(f' {name}="{escape(printable(value))}"' for name, value in given.items() if value)
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section>\n{_tag('h2', title)}\n{content}</section>\n" if content else ""
+def section(title: str, content: str) -> str:
+    """A part with a title; nothing where it has no content."""
+    return f"<section>\n{tag('h2', title)}\n{content}</section>\n" if content else ""
 
 
-def _details(summary: str, content: str, *, opened: bool = False) -> str:
-    return f"<details{' open' * opened}>{_tag('summary', summary)}\n{content}</details>\n"
+def details(summary: str, content: str, *, opened: bool = False) -> str:
+    """What is seen when its summary is opened."""
+    return f"<details{' open' * opened}>{tag('summary', summary)}\n{content}</details>\n"
 
 
-def _list(rows: Iterable[tuple[str, str]]) -> str:
-    items = "".join(f"{_tag('dt', name)}{_tag('dd', value)}\n" for name, value in rows)
+def listed(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values."""
+    items = "".join(f"{tag('dt', name)}{tag('dd', value)}\n" for name, value in rows)
     return f"<dl>\n{items}</dl>\n"
 
 
@@ -63,30 +68,30 @@ def _subject(account: Account, document: Document) -> str:
     text, color = account.headline
     verdict, _, rest = text.partition(": ")
     parts = [
-        f"<header>\n{_tag('h1', account.subject.name)}\n",
-        f"<p>{_tag('strong', verdict, f'badge {color}')} {escape(rest)} ({account.seconds:.0f} s of work)</p>\n</header>\n",
-        _section("Causes", "".join(_cause(n, cause) for n, cause in enumerate(account.causes, 1))),
-        _section("Operations and dtypes", _table(operations_by_dtype(account)) + _LEGEND),
-        _section("Where results are wrong", _places(account.causes)),
-        _section("Laws and regimes", "".join(_regimes(heat) for heat in regimes_by_law(account))),
-        _section("Laws that do not hold", "".join(map(_failure, account.records))),
-        _section("Not judged", _not_judged(account.records)),
-        _section("Statement of conformance", _statement(account, document)),
-        _section("What it declares", _list(declared_rows(account.subject))),
+        f"<header>\n{tag('h1', account.subject.name)}\n",
+        f"<p>{tag('strong', verdict, f'badge {color}')} {escape(rest)} ({account.seconds:.0f} s of work)</p>\n</header>\n",
+        section("Causes", "".join(_cause(n, cause) for n, cause in enumerate(account.causes, 1))),
+        section("Operations and dtypes", drawn(operations_by_dtype(account)) + _LEGEND),
+        section("Where results are wrong", _places(account.causes)),
+        section("Laws and regimes", "".join(_regimes(heat) for heat in regimes_by_law(account))),
+        section("Laws that do not hold", "".join(map(_failure, account.records))),
+        section("Not judged", _not_judged(account.records)),
+        section("Statement of conformance", _statement(account, document)),
+        section("What it declares", listed(declared_rows(account.subject))),
     ]
     return "".join(parts)
 
 
 def _statement(account: Account, document: Document) -> str:
-    header, *rows = table(account)
-    head = "".join(_tag("th", name, title=LEVELS.get(name, "")) for name in header)  # type: ignore[call-overload]
-    body = "".join(f"<tr>{_tag('th', row[0])}{''.join(map(_reached, row[1:]))}</tr>\n" for row in rows)
+    header, *rows = levels_of(account)
+    head = "".join(tag("th", name, title=LEVELS.get(name, "")) for name in header)  # type: ignore[call-overload]
+    body = "".join(f"<tr>{tag('th', row[0])}{''.join(map(_reached, row[1:]))}</tr>\n" for row in rows)
     waived = waivers(account)
     return (
-        f'{_tag("p", sentence(account, document))}\n<div class="scroll"><table class="levels">\n<thead><tr>{head}</tr></thead>\n'
+        f'{tag("p", sentence(account, document))}\n<div class="scroll"><table class="levels">\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}</tbody></table></div>\n"
-        + (f"<h3>Waived</h3>\n{_list(waived)}" if waived else "")
-        + _details("What the levels say", _list(LEVELS.items()))
+        + (f"<h3>Waived</h3>\n{listed(waived)}" if waived else "")
+        + details("What the levels say", listed(LEVELS.items()))
     )
 
 
@@ -100,7 +105,7 @@ def _reached(dtypes: str) -> str:
         if dtypes == "-"
         else "exact"
     )
-    return _tag("td", "" if dtypes == "-" else dtypes, css)
+    return tag("td", "" if dtypes == "-" else dtypes, css)
 
 
 _LEGEND = (
@@ -111,13 +116,13 @@ _LEGEND = (
 
 
 def _cause(number: int, cause: Cause) -> str:
-    got = "".join(_tag("p", line.strip(), "code") for line in cause.lead.message.splitlines() if "got" in line)
-    suspects = "".join(f"{_tag('li', suspect_text(suspect))}\n" for suspect in cause.suspects)
+    got = "".join(tag("p", line.strip(), "code") for line in cause.lead.message.splitlines() if "got" in line)
+    suspects = "".join(f"{tag('li', suspect_text(suspect))}\n" for suspect in cause.suspects)
     replay = short_replay(cause.lead)
     return (
-        f"<article>\n{_tag('h3', f'{number}. {cause.statement}')}\n{got}"
+        f"<article>\n{tag('h3', f'{number}. {cause.statement}')}\n{got}"
         + (f"<ul>\n{suspects}</ul>\n" if suspects else "")
-        + (f"{_tag('pre', replay)}\n" if replay else "")
+        + (f"{tag('pre', replay)}\n" if replay else "")
         + "</article>\n"
     )
 
@@ -127,19 +132,20 @@ def _places(causes: Iterable[Cause]) -> str:
     found = list({heat.note: heat for heat in heats if heat is not None}.values())
     found.sort(key=lambda heat: (len(heat.kinds) == 1, -len(heat.rows) * len(heat.columns)))
     return "".join(
-        _details(_spaced(heat.title), _tag("p", heat.note, "code") + _table(heat, "dense"), opened=n < OPEN)
+        details(_spaced(heat.title), tag("p", heat.note, "code") + drawn(heat, "dense"), opened=n < OPEN)
         for n, heat in enumerate(found[:MAPS])
     )
 
 
 def _regimes(heat: Heat) -> str:
-    return _details(f"{heat.title}: {len(heat.rows)} laws", _table(heat, "regimes"), opened="wrong" in heat.kinds)
+    return details(f"{heat.title}: {len(heat.rows)} laws", drawn(heat, "regimes"), opened="wrong" in heat.kinds)
 
 
-def _table(heat: Heat, css: str = "") -> str:
-    head = _tag("th", heat.corner) + "".join(f"<th><span>{escape(name)}</span></th>" for name in heat.columns)
+def drawn(heat: Heat, css: str = "") -> str:
+    """A map as a table, which scrolls where it is wider than the page."""
+    head = tag("th", heat.corner) + "".join(f"<th><span>{escape(name)}</span></th>" for name in heat.columns)
     rows = "".join(
-        f"<tr>{_tag('th', _spaced(name))}{''.join(map(_square, squares))}</tr>\n" for name, squares in heat.rows
+        f"<tr>{tag('th', _spaced(name))}{''.join(map(_square, squares))}</tr>\n" for name, squares in heat.rows
     )
     return f'<div class="scroll"><table class="heat {css}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
 
@@ -152,8 +158,10 @@ def _spaced(name: str) -> str:
 
 def _square(square: Square) -> str:
     shade = f" r{min(4, int(square.ratio * 5))}" if square.kind == "within" and square.ratio is not None else ""
-    more = _tag("small", square.more) if square.more else ""
-    return f"<td{_attributes(square.kind + shade, square.title)}>{escape(square.text)}{more}</td>"
+    more = tag("small", square.more) if square.more else ""
+    return (
+        f"<td{_attributes(square.kind + shade + ' pale' * square.pale, square.title)}>{escape(square.text)}{more}</td>"
+    )
 
 
 def _failure(record: Record) -> str:
@@ -162,13 +170,13 @@ def _failure(record: Record) -> str:
     dtypes = ", ".join(f"{dtype} {verdict}" for dtype, verdict in record.dtypes.items())
     rows = [("waived", record.waived), ("dtypes", dtypes), ("smallest case", record.case)]
     content = (
-        _tag("pre", record.message)
-        + _list((name, value) for name, value in rows if value)
-        + (_tag("pre", short_replay(record)) if record.replay else "")
+        tag("pre", record.message)
+        + listed((name, value) for name, value in rows if value)
+        + (tag("pre", short_replay(record)) if record.replay else "")
     )
-    return _details(f"{record.law}: {outcome(record)}", content)
+    return details(f"{record.law}: {outcome(record)}", content)
 
 
 def _not_judged(records: Iterable[Record]) -> str:
     reasons = Counter(record.message for record in records if record.verdict == "unsupported")
-    return _list((reason, f"{count} law{'s' * (count > 1)}") for reason, count in reasons.most_common())
+    return listed((reason, f"{count} law{'s' * (count > 1)}") for reason, count in reasons.most_common())

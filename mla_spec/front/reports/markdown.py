@@ -26,7 +26,7 @@ def markdown(document: Document) -> str:
     """The text."""
     parts = [_subject(account, document) for account in document.accounts]
     parts += [f"⚠️ {md(fault)}" for fault in document.faults]
-    parts.append(_details("Environment", _table(("what", "value"), environment_rows(document))))
+    parts.append(_details("Environment", table_of(("what", "value"), environment_rows(document))))
     return "\n\n".join(parts) + "\n"
 
 
@@ -43,7 +43,8 @@ def code(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table_of(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, whatever its cells hold."""
     lines = ["| " + " | ".join(map(md, row)) + " |" for row in (header, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
@@ -69,7 +70,7 @@ def _subject(account: Account, document: Document) -> str:
     reasons = Counter(record.message for record in account.records if record.verdict == "unsupported")
     if reasons:
         rows = [(reason, str(count)) for reason, count in reasons.most_common()]
-        parts.append(_details(f"Laws that do not apply ({reasons.total()})", _table(("reason", "laws"), rows)))
+        parts.append(_details(f"Laws that do not apply ({reasons.total()})", table_of(("reason", "laws"), rows)))
     parts.append(_details("Statement of conformance", _statement(account, document, "")))
     return "\n\n".join(parts)
 
@@ -78,16 +79,16 @@ def statement(document: Document) -> str:
     """The statement of conformance alone."""
     parts = [_statement(account, document, "# Statement of conformance") for account in document.accounts]
     parts += [f"⚠️ {md(fault)}" for fault in document.faults]
-    parts.append("## Conditions\n\n" + _table(("what", "value"), environment_rows(document)))
-    parts.append("## Levels\n\n" + _table(("level", "says"), LEVELS.items()))
+    parts.append("## Conditions\n\n" + table_of(("what", "value"), environment_rows(document)))
+    parts.append("## Levels\n\n" + table_of(("level", "says"), LEVELS.items()))
     return "\n\n".join(parts) + "\n"
 
 
 def _statement(account: Account, document: Document, title: str) -> str:
     rows, waived = table(account), waivers(account)
-    parts = [*([title] if title else []), md(sentence(account, document)), _table(rows[0], rows[1:])]
-    parts += ["Waived:\n\n" + _table(("law", "reason"), waived)] if waived else []
-    parts.append("Declared:\n\n" + _table(("what", "value"), declared_rows(account.subject)))
+    parts = [*([title] if title else []), md(sentence(account, document)), table_of(rows[0], rows[1:])]
+    parts += ["Waived:\n\n" + table_of(("law", "reason"), waived)] if waived else []
+    parts.append("Declared:\n\n" + table_of(("what", "value"), declared_rows(account.subject)))
     return "\n\n".join(parts)
 
 
@@ -103,7 +104,7 @@ def _operations(account: Account) -> str:
         )
         for name, group in by_operation(records).items()
     ]
-    return _table(("laws that hold", *dtypes, "error/bound"), rows) if rows else "No law applies."
+    return table_of(("laws that hold", *dtypes, "error/bound"), rows) if rows else "No law applies."
 
 
 def _cause(number: int, cause: Cause) -> str:

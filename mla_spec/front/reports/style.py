@@ -18,6 +18,7 @@ h3 { margin: 0 0 .4rem; font-size: 1rem; overflow-wrap: anywhere; }
 .badge { padding: .15rem .6rem; border-radius: 1rem; color: #fff; }
 .badge.green { background: var(--green); } .badge.red { background: var(--wrong); } .badge.yellow { background: var(--yellow); }
 article { margin: 0 0 .8rem; padding: .8rem 1rem; background: var(--card); border-left: 4px solid var(--wrong); border-radius: 4px; }
+article p { margin: .1rem 0; }
 article ul { margin: .4rem 0; padding-left: 1.2rem; overflow-wrap: anywhere; }
 .code, pre { font-family: ui-monospace, monospace; font-size: .82rem; }
 .code { margin: .2rem 0; overflow-wrap: anywhere; }
@@ -40,6 +41,7 @@ td small { margin-left: .5em; font-size: 1em; opacity: .85; }
 .dense thead th:not(:first-child) span { writing-mode: vertical-rl; }
 .none { color: var(--soft); } .none::before { content: "·"; }
 .exact { background: var(--exact); } .unclear { background: var(--unclear); }
+.refuses { background: var(--line); } .pale { opacity: .45; } td.within { background: var(--r1); }
 .wrong { background: var(--wrong); color: #fff; }
 .r0 { background: var(--r0); } .r1 { background: var(--r1); } .r2 { background: var(--r2); }
 .r3 { background: var(--r3); } .r4 { background: var(--r4); color: var(--deep); }
