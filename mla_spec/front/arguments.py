@@ -122,8 +122,9 @@ def _add_export(parsers: Parsers) -> None:
 def _add_answer(parsers: Parsers) -> None:
     parser = parsers.add_parser("answer", help="have a Python subject answer the calls of a folder")
     parser.set_defaults(run=commands.run_answer)
-    parser.add_argument("folder", metavar="DIR", help="what `mla-spec export` wrote")
+    parser.add_argument("folder", metavar="DIR", help="what `mla-spec export` or `mla_spec.record` wrote")
     parser.add_argument("subject", metavar="SUBJECT", help="as for check")
+    parser.add_argument("--into", metavar="NEW", help="answer all calls again, in a new folder")
 
 
 def _add_judge(parsers: Parsers) -> None:
