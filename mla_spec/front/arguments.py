@@ -122,21 +122,23 @@ def _add_export(parsers: Parsers) -> None:
 def _add_answer(parsers: Parsers) -> None:
     parser = parsers.add_parser("answer", help="have a Python subject answer the calls of a folder")
     parser.set_defaults(run=commands.run_answer)
-    parser.add_argument("folder", metavar="DIR", help="what `mla-spec export` wrote")
+    parser.add_argument("folder", metavar="DIR", help="what `mla-spec export` or `mla_spec.record` wrote")
     parser.add_argument("subject", metavar="SUBJECT", help="as for check")
+    parser.add_argument("--into", metavar="NEW", help="answer all calls again, in a new folder")
 
 
 def _add_judge(parsers: Parsers) -> None:
     parser = parsers.add_parser("judge", help="run the laws on the answers that a folder holds")
     parser.set_defaults(run=commands.run_judge)
     parser.set_defaults(
-        case=None, compile=None, config=None, device="cpu", in_process=False, minimise=False, production=False, signature=None,
+        case=None, compile=None, config=None, device="cpu", minimise=False, production=False, signature=None,
         threads=1, under="", command=(), workload=None, budget=None, shard=None, begin=None, resume=None, time_limit=None,
         quick=False, minimise_seconds=None,
     )  # fmt: skip
     parser.add_argument("folder", metavar="DIR", help="what `mla-spec export` wrote, with answers")
     parser.add_argument("--law", action="append", default=[], metavar="NAME", help="only this law, as for check")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that judge (2)")
+    parser.add_argument("--in-process", action="store_true", help="no worker processes, for a few calls")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a call may take (300)")
     parser.add_argument("--waivers", metavar="FILE", help="as for check")
     parser.add_argument("--explain", type=float, metavar="S", help="as for check")

@@ -119,21 +119,23 @@ def _as_declared(found: Description, subject: str) -> dict[str, Any]:
 
 
 def answer(options: argparse.Namespace) -> int:
-    """Have a subject answer the calls of a folder that have no answer."""
+    """Have a subject answer the calls of a folder that have no answer, or all of them into another folder."""
     try:
         subject = resolve_subject(options.subject)
         folder = Folder.opened(options.folder)
+        into = folder if options.into is None else Folder.made(options.into, folder.header)
         count = 0
         for name, call in read_calls(folder):
-            if folder.has_answer(name):
+            if into.has_answer(name):
                 continue
             show_progress(f"{count} answers")
-            folder.put_answer(name, answer_by(subject, call))
+            into.add(call, "", "", folder.size)
+            into.put_answer(name, answer_by(subject, call))
             count += 1
     except (ExchangeError, UnknownSubject) as error:
         raise UsageError(str(error)) from error
     show_progress("")
-    print(f"{options.folder}: {count} new answers; {folder.answered} of {len(folder.known)} calls have one")
+    print(f"{into.path}: {count} new answers; {into.answered} of {len(into.known)} calls have one")
     return 0
 
 

@@ -67,7 +67,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec export calls --subject 'command:./my_program' --seed 0",
         "mla-spec export calls",
     ),
-    "answer": ("mla-spec answer calls torch-absorbed",),
+    "answer": ("mla-spec answer calls torch-absorbed", "mla-spec answer recorded my_kernel.py:Kernel --into again"),
     "judge": ("mla-spec judge calls", "mla-spec judge calls --law decode -v"),
     "map": (
         "mla-spec map my_kernel.py:Kernel --dtype bfloat16 -o envelope.html --json envelope.json",

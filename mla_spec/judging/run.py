@@ -162,13 +162,15 @@ def replay_command(law: str, case: Case, options: Options) -> str:
     return shlex.join(["mla-spec", "check", *options.spec, "--law", law, "--case", case.id, *device])
 
 
-def _verdict_of(error: Exception) -> Verdict:
+def _verdict_of(error: Exception, options: Options) -> Verdict:
+    if answers_from(options) == "files" and isinstance(error, NotExported | NoAnswer):  # else a subject made it up
+        return "unsupported" if isinstance(error, NotExported) else "incomplete"
     if isinstance(error, SubjectCrashed):
         return "crashed"
-    return "incomplete" if isinstance(error, VacuousCase | InvalidBound | NoAnswer) else "fail"
+    return "incomplete" if isinstance(error, VacuousCase | InvalidBound) else "fail"
 
 
-_FAILURES = (Violation, SubjectCrashed, VacuousCase, InvalidBound, NotOffered, NoAnswer)
+_FAILURES = (Violation, SubjectCrashed, VacuousCase, InvalidBound, NotOffered)
 
 REPETITIONS = 5
 """How often the case of a failure that did not come back is run again, to say how often it does."""
@@ -273,10 +275,6 @@ class _Attempts:
             self.law.check(self.run, case)
             if isinstance(self.run.driver, Handle):
                 self.run.driver.process.require_silence()
-        except (NotExported, NoAnswer) as error:
-            if answers_from(self.options) == "files":
-                raise
-            raise SubjectCrashed(raised(error)) from error  # of a subject's own making
         except SystemExit as error:  # no law asks for it: it comes of what a subject computes when it is read
             raise SubjectCrashed(raised(error)) from error
 
@@ -394,13 +392,13 @@ def _run_dtype(
         return record("unsupported", str(error))
     except Flaky:
         first, case, message = attempt.flaky()
-        return record(_verdict_of(first), message, attempt.cases, case)
+        return record(_verdict_of(first, options), message, attempt.cases, case)
     except _FAILURES as error:
         convention = run.diagnosis() if isinstance(error, Violation) else ""
         help = narrowing(attempt.history) if isinstance(error, SubjectCrashed) else ""
         declare = f"{NOT_MADE_FOR} Supports({help})" if help else ""
         message = "\n".join(filter(None, (str(error), convention, declare)))
-        return record(_verdict_of(error), message, attempt.cases, attempt.last)
+        return record(_verdict_of(error, options), message, attempt.cases, attempt.last)
     try:
         if isinstance(run.driver, Handle):
             run.driver.process.finish()

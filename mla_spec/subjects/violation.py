@@ -32,11 +32,11 @@ class NotOffered(Exception):
     """The subject turned out to have no such thing, and never said that it has; the text says how that showed."""
 
 
-class NotExported(NotOffered):
+class NotExported(SubjectCrashed):
     """Outputs come from files, and the call is not among those that were written; the text says why."""
 
 
-class NoAnswer(Exception):
+class NoAnswer(SubjectCrashed):
     """Outputs come from files, and a call that was written has no answer yet."""
 
 
@@ -73,12 +73,11 @@ TOLD = {
 def subject_code() -> Iterator[None]:
     """Code of the subject runs here: whatever it raises, SystemExit included, is ``SubjectCrashed``.
 
-    Ctrl-C is not its own, a ``Violation`` is an adapter's verdict on the kernel that it called, and ``Unsupported`` is no crash; nor
-    is an answer that is not among the files which hold a subject's.
+    Ctrl-C is not its own, a ``Violation`` is an adapter's verdict on the kernel that it called, and ``Unsupported`` is no crash.
     """
     try:
         yield
-    except (KeyboardInterrupt, SubjectCrashed, Violation, Unsupported, NotExported, NoAnswer):
+    except (KeyboardInterrupt, SubjectCrashed, Violation, Unsupported):
         raise
     except BaseException as error:
         crash = SubjectCrashed(raised(error))

@@ -17,6 +17,7 @@ import torch
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.exchange.call import OBJECTS, Call, address, call_of, read_call
+from mla_spec.exchange.contents import read_answer
 from mla_spec.exchange.folder import INDEX, CallLine, Folder, HeaderLine
 from mla_spec.exchange.tensor_file import DTYPES, ExchangeError, decode, encode
 from mla_spec.operations.all import CALLED
@@ -24,6 +25,7 @@ from mla_spec.operations.operation import Operation
 from mla_spec.properties.strategies.ordinary import ORDINARY
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.supports import Supports
+from mla_spec.subjects.violation import SubjectCrashed, Unsupported
 
 COUNT = int(os.environ.get("MLA_SPEC_FUZZ", "200"))
 SLOWEST = 60
@@ -164,6 +166,16 @@ def test_a_damaged_call_is_one_sentence_or_another_call() -> None:
         start, spoiled = time.monotonic(), damaged(data, drawn)
         refused += told(lambda spoiled=spoiled: read_call(spoiled, "call").arguments())
         assert time.monotonic() - start < SLOWEST
+    assert refused > COUNT / 2
+
+
+def test_a_damaged_answer_is_one_sentence_or_another_answer() -> None:
+    data, drawn, refused = encode({"out": torch.ones(3, 5), "lse": torch.ones(3)}, {}), random.Random(0), 0
+    for _ in range(COUNT):
+        try:
+            read_answer(damaged(data, drawn), "answer")
+        except (SubjectCrashed, Unsupported) as error:
+            refused += "\n" not in str(error)
     assert refused > COUNT / 2
 
 

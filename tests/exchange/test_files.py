@@ -42,13 +42,13 @@ def answered(folder: Path, subject: str, *options: str) -> None:
 
 def judged(folder: Path, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
     out = folder.parent / "judged.json"
-    code = main(["judge", str(folder), "--json", str(out), "--jobs", "1", "--explain", "0", *options])
+    code = main(["judge", str(folder), "--json", str(out), "--in-process", *options])
     return code, records(out)
 
 
 def checked(folder: Path, subject: str, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
     out = folder.parent / "checked.json"
-    line = ["check", subject, "--seed", "0", "--no-minimise", "--jobs", "1", "--explain", "0", "--json", str(out)]
+    line = ["check", subject, "--seed", "0", "--no-minimise", "--in-process", "--json", str(out)]
     code = main([*line, *options])
     return code, records(out)
 
@@ -84,7 +84,7 @@ def test_files_give_the_verdicts_of_a_live_subject(tmp_path: Path) -> None:
             assert {name: by_files[law][name] for name in COMPARED} == {name: record[name] for name in COMPARED}
         elif record["verdict"] == "pass":
             assert "does not offer" in by_files[law]["message"] or "not differentiable" in by_files[law]["message"]
-    assert passed >= 25
+    assert passed >= 18
 
 
 def test_files_give_the_failures_of_a_live_subject(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def by_files(command: str, folder: Path, *options: str) -> tuple[int, dict[str, 
         subprocess.run([*shlex.split(command), str(folder)], check=True)
         assert main(["export", str(folder)]) == 0
     out = folder.parent / "judged.json"
-    code = main(["judge", str(folder), "--jobs", "1", "--explain", "0", "--json", str(out)])
+    code = main(["judge", str(folder), "--in-process", "--json", str(out)])
     return code, {record["law"]: record for record in json.loads(out.read_text(encoding="utf-8"))}
 
 
@@ -237,3 +237,27 @@ def test_a_law_of_views_is_seen() -> None:
 def test_a_subject_elsewhere_has_no_gradients() -> None:
     subject = ContentsSubject(Declared("mine", ("decode",), Supports(), {}), "files", lambda call: {})
     assert subject.supports.backward == ()
+
+
+def test_the_commands_of_the_page_do_what_it_says(client: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "exchange.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "client").symlink_to(client)
+    (block,) = re.findall(r"```sh\n(mla-spec check.*?)```", page, flags=re.DOTALL)
+    for line in filter(None, block.splitlines()):
+        words = shlex.split(line.partition(" #")[0])
+        if words[0] == "./client":
+            assert subprocess.run(words, check=False).returncode == 0
+        elif "ssh" not in line:
+            few = [] if words[1] == "judge" else ["--law", "merge", "--examples", "2"]
+            assert main([*words[1:], *few]) == 0
+
+
+def test_the_record_of_the_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "exchange.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"kernel": resolve_subject("torch-absorbed"), "decode": resolve_subject("torch-absorbed").decode}
+    exec(block, names)
+    assert names["kernel"].recording.rate == names["decode"].recording.rate == 0.001
+    assert (tmp_path / "recorded").is_dir()

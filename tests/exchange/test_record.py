@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -156,3 +157,23 @@ def test_options_of_laws_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["judge", str(tmp_path / "calls"), "--law", "decode"]) == 2
     assert "--law is of laws" in capsys.readouterr().err
     assert main(["judge", str(tmp_path / "calls")]) == 3
+
+
+def test_recorded_calls_are_answered_again_by_another_kernel(tmp_path: Path) -> None:
+    recorded = mla_spec.record(LosesPage(), str(tmp_path / "recorded"), rate=1)
+    places, options = arguments()
+    recorded.decode(*places, **options)
+    assert main(["answer", str(tmp_path / "recorded"), "torch-absorbed", "--into", str(tmp_path / "again")]) == 0
+    assert judged(tmp_path / "again")[0] == 0
+    assert judged(tmp_path / "recorded")[0] == 1
+    assert main(["answer", str(tmp_path / "recorded"), "torch-absorbed", "--into", str(tmp_path / "again")]) == 2
+
+
+def test_the_commands_of_the_page_do_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "exchange.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```sh\n(mla-spec judge recorded.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    places, options = arguments()
+    mla_spec.record(TorchAbsorbed(), "recorded", rate=1).decode(*places, **options)
+    for line in block.splitlines():
+        assert main(line.partition(" #")[0].split()[1:]) == 0

@@ -299,6 +299,8 @@ RAISED = {
     "Exception('a\\nb')": "Exception: a",
     "type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})()": "Mute: it cannot be printed",
     "__import__('mla_spec.subjects.violation', fromlist=['x']).NotOffered('no')": "NotOffered: no",
+    "__import__('mla_spec.subjects.violation', fromlist=['x']).NotExported('no')": "no",
+    "__import__('mla_spec.subjects.violation', fromlist=['x']).NoAnswer('no')": "no",
     "__import__('mla_spec.judging.verdict', fromlist=['x']).TrivialCase('no')": "TrivialCase: no",
     "__import__('hypothesis').errors.UnsatisfiedAssumption()": "UnsatisfiedAssumption",
     "__import__('pytest').skip.Exception('no')": "Skipped: no",
