@@ -32,6 +32,7 @@ SHIPPED = {
     "transformers:glm_moe_dsa": "mla_spec.adapters.transformers_dsa:GlmMoeDsa",
     "torchtitan": "mla_spec.adapters.torchtitan:Torchtitan",
     "vllm-cpu": "mla_spec.adapters.vllm_cpu:VllmCpu",
+    "vllm-triton": "mla_spec.adapters.vllm_triton:VllmTriton",
 }
 """Subjects that ship, by the name a user gives. A class may have ``unavailable()``: why it cannot run here, or ""."""
 

@@ -17,6 +17,7 @@ from mla_spec.operations.layer import LayerCase, layer_models
 from mla_spec.operations.merge import MergeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.quantised_cache import PagesCase, QuantiseCase, QuantisedDecodeCase, latent_formats
+from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.properties.hazards import EXCEPTIONS, STATED_ELSEWHERE
@@ -85,6 +86,29 @@ def causal_prefill(supports: Supports, profile: Profile) -> list[PrefillCase]:
     """Self-attention of two sequences."""
     (base,) = ordinary.prefill(supports, profile)
     return [replace(base, seqlens_q=(2, 17), seqlens_k=(2, 17), causal=True)]
+
+
+def ragged_decode(supports: Supports, profile: Profile) -> list[RaggedDecodeCase]:
+    """One query and key; a prompt beside decoded tokens; ends of pages; sequences without queries or keys."""
+    (base,) = ordinary.ragged_decode(supports, profile)
+    if profile.coarse:
+        return [base]
+    size = base.page_size
+    alone = replace(base, seqlens_q=(1,), seqlens_k=(1,), num_heads=nearest(supports.num_heads, 1))
+    none = [replace(alone, seqlens_q=(2, 0, 1), seqlens_k=(0, 3, 2))] if _empty(supports) else []
+    return [
+        alone,
+        replace(alone, seqlens_q=(2, 1), seqlens_k=(2, 2)),
+        replace(alone, seqlens_q=(1, 3, 1), seqlens_k=(size, size + 3, 2 * size + 1)),
+        *none,
+        base,
+    ]
+
+
+def several_packed_queries(supports: Supports, profile: Profile) -> list[RaggedDecodeCase]:
+    """Prompts of several tokens, causal."""
+    (base,) = ordinary.ragged_decode(supports, profile)
+    return [replace(base, causal=True)]
 
 
 def merge(supports: Supports, profile: Profile) -> list[MergeCase]:
@@ -189,10 +213,11 @@ _ELEMENTARY: dict[str, Cases] = {
     "test_decode_ignores_unused_cache_slots": decode,
     "test_decode_ignores_unused_table_entries": decode,
     "test_decode_ignores_future_keys": several_queries,
-    "test_ragged_decode_agrees_with_reference": ordinary.ragged_decode,
-    "test_ragged_decode_lse_agrees_with_reference": ordinary.ragged_decode,
-    "test_ragged_decode_ignores_unused_cache_slots": ordinary.ragged_decode,
-    "test_ragged_decode_ignores_future_keys": ordinary.ragged_decode,
+    "test_ragged_decode_agrees_with_reference": ragged_decode,
+    "test_ragged_decode_lse_agrees_with_reference": ragged_decode,
+    "test_ragged_decode_ignores_future_keys": several_packed_queries,
+    "test_ragged_decode_ignores_unused_cache_slots": ragged_decode,
+    "test_ragged_decode_ignores_unused_table_entries": ragged_decode,
     "test_merge_agrees_with_reference": merge,
     "test_merge_lse_agrees_with_reference": merge,
     "test_merge_ignores_outputs_of_empty_parts": empty_parts,

@@ -14,6 +14,7 @@ from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, declared_lse, decode_expected
 from mla_spec.operations.ragged import OPERATION as RAGGED
 from mla_spec.operations.ragged import RaggedDecodeCase, RaggedDecodeInputs, ragged_decode_expected
+from mla_spec.properties.attention import needs_several_sequences
 from mla_spec.properties.pages import relabelled, unused_slots, used_entries, with_other_last_keys
 from mla_spec.properties.strategies import ordinary, rare
 from mla_spec.properties.strategies.decode import decode_cases
@@ -119,7 +120,7 @@ def test_ragged_decode_equals_decode(run: Run, case: DecodeCase) -> None:
         run.same_function(lse, decoded_lse.arranged(by_head), want.lse_error.map(by_head), why)
 
 
-@law(needs=RAGGED, cases=narrowed(ragged_decode_cases, min_batch=2), cost=2)
+@law(needs=RAGGED, cases=narrowed(ragged_decode_cases, min_batch=2), missing=needs_several_sequences, cost=2)
 def test_ragged_decode_sequences_are_independent(run: Run, case: RaggedDecodeCase) -> None:
     """A sequence gives the same packed with others as in a call of its own: the same bits where the profile claims it."""
     inputs = case.build()
@@ -136,7 +137,12 @@ ALONE = 8
 """Sequences that have a call of their own, about."""
 
 
-@law(needs=RAGGED, cases=narrowed(ragged_decode_cases, min_batch=2), first=ordinary.ragged_decode)
+@law(
+    needs=RAGGED,
+    cases=narrowed(ragged_decode_cases, min_batch=2),
+    first=ordinary.ragged_decode,
+    missing=needs_several_sequences,
+)
 def test_ragged_decode_follows_the_order_of_sequences(run: Run, case: RaggedDecodeCase) -> None:
     """Sequences that come in another order, prompts before decoded tokens or behind them, give the same rows there."""
     inputs = case.build()

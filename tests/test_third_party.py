@@ -131,3 +131,32 @@ def test_torchtitan_conforms_and_declares_what_it_is() -> None:
     subject.supports = replace(subject.supports, latent_norm_eps=1e-6)
     law = all_laws()["test_layer_prefill_agrees_with_reference"]
     assert run_law(law, subject, Options(examples=60, seed=3, dtypes=("float32",))).verdict == "fail"
+
+
+def test_vllm_triton_is_interpreted_and_reads_lengths_by_no_stride() -> None:
+    """In a process of its own: Triton's interpreter is settled when triton is first imported."""
+    require("vllm-triton")
+    laws = ["--law", "test_decode_agrees_with_reference", "--law", "test_decode_reads_strides", "--dtype", "float32"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mla_spec",
+            "check",
+            "vllm-triton",
+            "--quick",
+            *laws,
+            "--seed",
+            "0",
+            "-v",
+            "--jobs",
+            "1",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "interpreted: run by Triton's interpreter on a CPU" in done.stdout
+    assert "1 fail, 1 pass" in done.stdout
+    assert "with cache_seqlens as every other element" in done.stdout

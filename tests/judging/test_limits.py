@@ -25,7 +25,7 @@ BATCH, KEYS = 3, 64
 LAWS = [
     name
     for name, law in all_laws().items()
-    if law.needs[0] in ("decode", "prefill", "sparse_decode", "indexer") and "beyond_2_31" not in name
+    if law.needs[0] in ("decode", "ragged_decode", "prefill", "sparse_decode", "indexer") and "beyond_2_31" not in name
 ]
 
 
@@ -40,6 +40,12 @@ class Unlimited(TorchAbsorbed):
     def decode(self, q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, **options: Any) -> Any:
         require(len(cache_seqlens), cache_seqlens)
         return super().decode(q, kv_cache, block_table, cache_seqlens, **options)
+
+    def ragged_decode(
+        self, q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, cu_seqlens_q: Any, **options: Any
+    ) -> Any:
+        require(len(cache_seqlens), cache_seqlens)
+        return super().ragged_decode(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, **options)
 
     def prefill(self, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any) -> Any:
         require(len(cu_seqlens_k) - 1, cu_seqlens_k.diff())
@@ -72,7 +78,7 @@ def test_who_declares_limits_is_not_given_more(law: str) -> None:
     assert got.verdict in ("pass", "unsupported"), got.text()
 
 
-@pytest.mark.parametrize("operation", ["decode", "prefill", "sparse_decode", "indexer"])
+@pytest.mark.parametrize("operation", ["decode", "ragged_decode", "prefill", "sparse_decode", "indexer"])
 def test_who_does_not_crashes(operation: str) -> None:
     assert record(Unlimited(), f"test_{operation}_at_production_counts").verdict == "crashed"
 
@@ -95,7 +101,8 @@ def test_refused_cases_are_counted() -> None:
 
 
 def test_one_sequence_is_not_compared_with_itself() -> None:
-    for law in ("test_decode_sequences_are_independent", "test_sparse_decode_sequences_are_independent"):
+    for operation in ("decode", "ragged_decode", "sparse_decode", "prefill"):
+        law = f"test_{operation}_sequences_are_independent"
         assert record(OneSequence(), law).message == "a call takes one sequence"
     assert record(OneSequence(), "test_sparse_prefill_queries_are_independent").verdict == "pass"
 

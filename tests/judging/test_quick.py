@@ -24,7 +24,7 @@ from mla_spec.properties.quick import HAZARDS
 from mla_spec.subjects.supports import DTYPES, Supports
 
 DOC = Path(__file__).parents[2] / "docs" / "quick_check.md"
-ATTENTION = ("decode", "prefill", "merge", "quantised-decode", "sparse_prefill", "sparse_decode")
+ATTENTION = ("decode", "ragged_decode", "prefill", "merge", "quantised-decode", "sparse_prefill", "sparse_decode")
 AGREES = "test_decode_agrees_with_reference"
 
 
