@@ -26,7 +26,7 @@ from mla_spec.operations.case import Case
 from mla_spec.operations.operation import Exactly, Within
 from mla_spec.reference.formats import FORMATS, round_to
 from mla_spec.reference.typing import Array
-from mla_spec.subjects.contract import subject_name, supports_of
+from mla_spec.subjects.description import declared_by
 from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 
@@ -187,20 +187,20 @@ def _cases(name: str) -> Callable[[Any, Any], list[Any]]:
 def check_golden(
     subject: object, directory: str | os.PathLike[str] | None = None, options: Options = Options()
 ) -> list[Record]:
-    """One record for every golden case that a subject can be asked.
+    """One record for every golden case that a subject can be asked; it may be in a process of its own.
 
     Raises:
         CorpusError: as ``load``.
     """
     records = []
-    supported = supports_of(subject).dtypes
+    declared = declared_by(subject)
     for law, case in golden_laws(directory).values():
-        dtypes = dtypes_of(case, supported)
+        dtypes = dtypes_of(case, declared.supports.dtypes)
         if dtypes:
             records.append(run_law(law, subject, replace(options, dtypes=dtypes)))
         else:
             message = "no dtype of the subject holds the inputs of the case"
-            records.append(Record(law.name, subject_name(subject), "unsupported", message=message))
+            records.append(Record(law.name, declared.name, "unsupported", message=message))
     return records
 
 

@@ -278,13 +278,14 @@ def run_golden(options: argparse.Namespace) -> int:
 def _golden_check(options: argparse.Namespace, corpus_error: type[Exception]) -> int:
     from mla_spec.front.report import exit_code, report_of
     from mla_spec.judging.law import Options
-    from mla_spec.subjects.find import UnknownSubject, resolve_subject
+    from mla_spec.subjects.process import apart
+    from mla_spec.subjects.violation import BrokenSubject, UnknownSubject
 
     laws = installed.golden_laws()
     try:
-        subject = resolve_subject(options.subject)
-        records = laws.check_golden(subject, options.dir, Options(device=options.device))
-    except UnknownSubject as error:
+        with apart(options.subject, options.device) as subject:
+            records = laws.check_golden(subject, options.dir, Options(device=options.device, isolated=True))
+    except (UnknownSubject, BrokenSubject) as error:
         raise UsageError(str(error)) from error
     except corpus_error as error:
         print(f"mla-spec: {error}", file=sys.stderr)

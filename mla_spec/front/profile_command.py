@@ -25,17 +25,18 @@ def profiles() -> str:
 def propose(options: argparse.Namespace) -> int:
     """Print what ``proof.propose`` finds; 0 where every dtype satisfies a preset, else 1."""
     from mla_spec.proof.propose import proposal
-    from mla_spec.subjects.contract import supports_of
-    from mla_spec.subjects.find import UnknownSubject, resolve_subject
+    from mla_spec.subjects.description import declared_by
+    from mla_spec.subjects.process import apart
+    from mla_spec.subjects.violation import BrokenSubject, SubjectCrashed, UnknownSubject, Violation
 
     require_device(options.device)
     unsatisfied = False
     try:
-        subject = resolve_subject(options.subject)
-        for dtype in options.dtype or supports_of(subject).dtypes:
-            for line in proposal(subject, dtype, count=options.cases, seed=options.seed, device=options.device):
-                print(line)
-                unsatisfied |= "no preset is satisfied" in line
-    except (ValueError, UnknownSubject) as error:
+        with apart(options.subject, options.device) as subject:
+            for dtype in options.dtype or declared_by(subject).supports.dtypes:
+                for line in proposal(subject, dtype, count=options.cases, seed=options.seed, device=options.device):
+                    print(line)
+                    unsatisfied |= "no preset is satisfied" in line
+    except (ValueError, UnknownSubject, BrokenSubject, SubjectCrashed, Violation) as error:
         raise UsageError(str(error)) from error
     return int(unsatisfied)

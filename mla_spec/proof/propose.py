@@ -14,8 +14,9 @@ from mla_spec.installed import all_laws
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs, decode_expected
 from mla_spec.proof.sensitivity import draw_cases
-from mla_spec.subjects.contract import offers, subject_name, supports_of
+from mla_spec.subjects.description import declared_by
 from mla_spec.subjects.driver import Driver, Results
+from mla_spec.subjects.near import there
 from mla_spec.text.table import format_table
 
 
@@ -43,22 +44,23 @@ def fits(subject: Any, dtype: str, *, count: int = 40, seed: int = 0, device: st
     """Every preset of ``dtype``, the strictest first.
 
     Args:
-        subject: offers ``decode``.
+        subject: offers ``decode``; it may be in a process of its own.
         count: cases, those of ``test_decode_agrees_with_reference``.
 
     Raises:
         ValueError: the subject has no ``decode``, or does not support the dtype.
     """
-    if not offers(subject, "decode"):
-        raise ValueError(f"{subject_name(subject)} does not offer decode, by which a profile is proposed")
-    supports = supports_of(subject)
+    declared = declared_by(subject)
+    if "decode" not in declared.operations:
+        raise ValueError(f"{declared.name} does not offer decode, by which a profile is proposed")
+    supports = declared.supports
     if dtype not in supports.dtypes:
-        raise ValueError(f"{subject_name(subject)} does not support {dtype}; it supports {', '.join(supports.dtypes)}")
+        raise ValueError(f"{declared.name} does not support {dtype}; it supports {', '.join(supports.dtypes)}")
     default = Profile.default(dtype)
     candidates = {f"{dtype} default": default} | {n: p for n, p in all_presets().items() if p.dtype == dtype}
     unlike = {profile: name for name, profile in reversed(candidates.items())}  # one name for each profile
     law = all_laws()["test_decode_agrees_with_reference"]
-    driver = Driver(subject, dtype, device)
+    driver = there(Driver, subject, dtype, device)
     calls = []
     for case in draw_cases(law, supports, default, count, seed):
         assert isinstance(case, DecodeCase)

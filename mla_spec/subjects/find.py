@@ -127,7 +127,7 @@ def _user_attribute(spec: str) -> Any:
     if not separator or not module or not attribute:
         close = difflib.get_close_matches(spec, SHIPPED, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(SHIPPED)}"
-        raise UnknownSubject(f"unknown subject {spec!r}; {hint} Own ones are package.module:object or file.py:object")
+        raise UnknownSubject(f"unknown subject {spec!r}; {hint}; own ones are package.module:object or file.py:object")
     try:
         return _attribute(spec)
     except (UnknownSubject, KeyboardInterrupt):

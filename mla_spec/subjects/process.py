@@ -9,8 +9,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from os import getpid
 from typing import Any, NoReturn
 
@@ -380,3 +380,16 @@ class SubjectProcess:
 def _attribute(of: Any, name: str) -> tuple[bool, Any]:
     value = getattr(of, name)
     return (True, None) if callable(value) else (False, value)
+
+
+@contextmanager
+def apart(spec: str, device: str = "cpu", limit: float | None = None) -> Iterator[Handle]:
+    """The subject that ``spec`` names, in a process of its own that ends with the block.
+
+    The first request raises UnknownSubject where there is none, and BrokenSubject where it cannot be made.
+    """
+    process = SubjectProcess(spec, device=device, limit=limit)
+    try:
+        yield process.subject
+    finally:
+        process.end()

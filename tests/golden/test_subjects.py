@@ -69,6 +69,29 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "golden:decode-paged catches: " in capsys.readouterr().out
 
 
+def test_a_subject_that_ends_its_process_is_told_case_by_case(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = tmp_path / "kernel.py"
+    kernel.write_text(
+        "import os\n"
+        "from mla_spec.adapters.pytorch import TorchAbsorbed\n"
+        "class Kernel(TorchAbsorbed):\n"
+        "    def decode(self, *arguments, **options):\n"
+        "        os._exit(0)\n"
+    )
+    records = tmp_path / "records.json"
+    assert main(["golden", "check", f"{kernel}:Kernel", "--json", str(records)]) == 1
+    verdicts = {record["law"]: record["verdict"] for record in json.loads(records.read_text())}
+    asked = {name: CASES[name.removeprefix("golden:")].operation for name in verdicts}
+    assert {name for name, verdict in verdicts.items() if verdict == "crashed"} == {
+        name for name, operation in asked.items() if operation.startswith("decode")
+    }
+    assert verdicts["golden:rope-interleaved"] == "pass"
+    assert main(["profile", f"{kernel}:Kernel", "--dtype", "float32", "--cases", "1"]) == 2
+    assert "the process ended with exit code 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
