@@ -185,7 +185,7 @@ DECODING = (
 KINDS = [
     Kind(OneTokenADecode, {"layer_max_decode": 1}, ("test_layer_decodes_several_tokens_at_once",)),
     Kind(NoChunks, {"layer_chunks": False}, ("test_layer_prefill_in_chunks",)),
-    Kind(Cacheless, {"layer_cache": "none"}, DECODING),
+    Kind(Cacheless, {"layer_cache": "none"}, (*DECODING, "test_layer_stages_agree_with_reference")),  # it has no trace
     Kind(ExpandedCache, {"layer_cache": "expanded"}, ("test_cache_bytes_are_those_of_published_models",)),
     Kind(PagedCache, {"cache_page": 4}),
     Kind(FixedTheta, {"layer_thetas": (10000.0, 50000.0)}),
