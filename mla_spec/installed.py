@@ -52,6 +52,7 @@ LAW_MODULES = (
     "test_decode_memory",
     "test_decode_tables",
     "test_ragged",
+    "test_rank_decode",
     "test_statistics",
     "test_prefill",
     "test_backward",

@@ -31,14 +31,21 @@ DECODE: tuple[Reason, ...] = (
     Reason(
         ("test_decode_roundings_do_not_add_up",), LARGE, "few keys would have all the weight, and roundings not spread"
     ),
-    Reason(("test_decode_ignores_future_keys",), ("one query",), "all keys are visible to a single query"),
+    Reason(
+        ("test_decode_ignores_future_keys", "test_rank_decode_ignores_future_keys"),
+        ("one query",),
+        "all keys are visible to a single query",
+    ),
     Reason(
         ("test_decode_lse_recombines_*", "test_merge_of_decoded_*"), ("several queries",), "parts have no causal mask"
     ),
     Reason(("test_decode_lse_recombines_*", "test_merge_of_decoded_*"), ("no keys",), "there must be keys to divide"),
     Reason(("test_absorbed_equals_explicit",), LARGE, "rounding the folded query moves large scores by more than 1"),
     Reason(
-        ("test_merge_of_decoded_*", "test_chunked_prefill_*", "test_context_parallel_*", "test_ring_attention_*"),
+        (
+            *("test_merge_of_decoded_*", "test_merge_of_rank_*", "test_chunked_prefill_*"),
+            *("test_context_parallel_*", "test_ring_attention_*"),
+        ),
         ("huge scores",),
         "the weight exp(lse_part - lse) of a part has the error of LSEs of that size, and no bound means anything",
     ),
@@ -190,7 +197,13 @@ AT_SIZE: tuple[Reason, ...] = (
         (
             *(*CHOSEN, *OF_SELECTIONS, "yarn", "longrope", "far positions"),
             *("one part", "LSEs far apart", "LSEs beyond exp", "empty parts", "only empty parts", "packed"),
-            *("every token has a slot", "no token has a slot", "pages of one token"),
+            *(
+                "every token has a slot",
+                "no token has a slot",
+                "pages of one token",
+                "one rank",
+                "no keys on this rank",
+            ),
         ),
         "the few cases are fixed, and differ in counts; other laws of the operation see other numbers and options",
     ),

@@ -253,6 +253,7 @@ SEVERAL: dict[str, dict[str, Any]] = {
     "prefill": {"min_batch": 2},
     "decode": {"min_batch": 2},
     "ragged_decode": {"min_batch": 2},
+    "rank_decode": {"min_batch": 2},
     "decode_quantized": {"min_batch": 2},
     "indexer": {"min_batch": 2},
 }

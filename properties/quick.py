@@ -222,6 +222,8 @@ _ELEMENTARY: dict[str, Cases] = {
     "test_merge_lse_agrees_with_reference": merge,
     "test_merge_ignores_outputs_of_empty_parts": empty_parts,
     "test_merge_calls_are_independent": none,
+    "test_rank_decode_agrees_with_reference": ordinary.rank_decode,
+    "test_rank_decode_lse_agrees_with_reference": ordinary.rank_decode,
     "test_write_cache_stores_latent_then_rope": ordinary.write_cache,
     "test_write_cache_changes_named_slots_only": ordinary.write_cache,
     "test_write_cache_skips_slot_minus_one": ordinary.write_cache,

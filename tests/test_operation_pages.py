@@ -49,7 +49,7 @@ def test_links_lead_to_headings(written: dict[str, str]) -> None:
 
 def test_the_command_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["book", str(tmp_path / "new" / "pages")]) == 0
-    assert "19 pages in " in capsys.readouterr().out
+    assert "20 pages in " in capsys.readouterr().out
     assert (tmp_path / "new" / "pages" / "decode.md").read_text(encoding="utf-8").startswith("# decode\n")
 
 

@@ -10,7 +10,7 @@ from mla_spec.golden.cases.indexer import indexer_cases, partial_rope_cases
 from mla_spec.golden.cases.layer import layer_cases, small_cases, variant_cases
 from mla_spec.golden.cases.number import number_cases
 from mla_spec.golden.cases.prefill import kernel_prefill_cases, merge_cases, prefill_cases
-from mla_spec.golden.cases.ragged import ragged_cases
+from mla_spec.golden.cases.ragged import ragged_cases, rank_cases
 from mla_spec.golden.cases.rope import longrope_cases, rope_cases
 from mla_spec.golden.cases.sparse import sparse_cases
 from mla_spec.golden.cases.weight import weight_cases
@@ -30,6 +30,7 @@ def cases() -> list[Case]:
         *decode_cases(),
         *kernel_cases(),
         *ragged_cases(),
+        *rank_cases(),
         *merge_cases(),
         *sparse_cases(),
         *indexer_cases(),

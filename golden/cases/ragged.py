@@ -1,4 +1,4 @@
-"""Cases of packed queries over a paged cache."""
+"""Cases of packed queries over a paged cache, and of the keys of one rank."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from mla_spec.golden.cases.case import Case, Numbers, on_github
 from mla_spec.golden.cases.decode import latent_rows, paged
+from mla_spec.reference.context_parallel import own_tokens
 
 
 def _ragged_case(
@@ -80,6 +81,48 @@ def ragged_cases() -> Iterator[Case]:
         page_size=2,
         dtype="bfloat16",
         scale=192**-0.5,
+    )
+
+
+def rank_cases() -> Iterator[Case]:
+    """Of context parallelism: the keys of one rank, of which a case holds no others."""
+    yield _rank_case(
+        "rank-blocks",
+        "the second of three ranks, tokens dealt in blocks of 2, three queries: blocks that a query sees in part, and no keys",
+        "the mask of decode, whose last keys are the newest; whole blocks masked; tokens taken to be dealt singly",
+        seqlens=(9, 2, 16, 4),
+        s=3,
+        ranks=3,
+        rank=1,
+        interleave=2,
+    )
+    yield _rank_case(
+        "rank-singles",
+        "the first of two ranks, tokens dealt singly, an odd length and an even one, two queries",
+        "lengths rounded down; the other rank's tokens; an LSE of the whole",
+        seqlens=(7, 8),
+        s=2,
+        ranks=2,
+        rank=0,
+        interleave=1,
+    )
+
+
+def _rank_case(name: str, purpose: str, catches: str, *, seqlens: tuple[int, ...], s: int, **dealt: int) -> Case:
+    numbers, c, r = Numbers(name), 4, 2
+    own = own_tokens(np.array(seqlens), **dealt)
+    rows = [latent_rows(numbers, int(n), c, r) for n in own]
+    return Case(
+        name=name,
+        operation="rank_decode",
+        purpose=purpose,
+        catches=catches,
+        parameters={"softmax_scale": 0.4, "head_dim_v": c, "causal": True, **dealt},
+        inputs={
+            "q": numbers.array(len(seqlens), s, 2, c + r, size=2.0),
+            **paged(numbers, rows, page_size=2),
+            "cache_seqlens": np.array(seqlens, dtype=np.int32),
+        },
     )
 
 

@@ -21,6 +21,7 @@ from mla_spec.operations import (
     project_indexer,
     quantised_cache,
     ragged,
+    rank_decode,
     rope,
     sparse,
     write_cache,
@@ -48,6 +49,11 @@ def _decode(case: StoredCase) -> Any:
 def _ragged_decode(case: StoredCase) -> Any:
     names = ("q", "kv_cache", "block_table", "cache_seqlens", "cu_seqlens_q", "head_dim_v", "softmax_scale", "causal")
     return ragged.RaggedDecodeInputs(**_arguments(case, *names))
+
+
+def _rank_decode(case: StoredCase) -> Any:
+    names = ("q", "kv_cache", "block_table", "cache_seqlens", "head_dim_v", "softmax_scale", "causal")
+    return rank_decode.RankDecodeInputs(**_arguments(case, *names, "ranks", "rank", "interleave"))
 
 
 def _sparse(case: StoredCase, rows: str) -> Any:
@@ -106,6 +112,7 @@ CALLS: dict[str, tuple[Operation, Callable[[StoredCase], Any]]] = {
     "prefill": (prefill.OPERATION, lambda case: prefill.PrefillInputs(**_arguments(case, *PREFILL))),
     "decode": (decode.OPERATION, _decode),
     "ragged_decode": (ragged.OPERATION, _ragged_decode),
+    "rank_decode": (rank_decode.OPERATION, _rank_decode),
     "merge": (merge.OPERATION, lambda case: merge.MergeInputs(**_arguments(case, "outs", "lses"))),
     "write_cache": (write_cache.OPERATION, lambda case: write_cache.WriteInputs(**_arguments(case, *WRITE))),
     "dequantize_weight": (dequantize_weight.OPERATION, _weight),

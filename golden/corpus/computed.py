@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mla_spec.bounds.attention import attention_with_bound
+from mla_spec.bounds.context_parallel import rank_decode_with_bound
 from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.bounds.ragged import ragged_decode_with_bound
@@ -21,6 +22,7 @@ from mla_spec.golden.cases.case import (
 )
 from mla_spec.reference.cache import gather_rows, paged_decode
 from mla_spec.reference.cache_layout import QuantisedRows, layout_of, pack, unpack
+from mla_spec.reference.context_parallel import rank_decode
 from mla_spec.reference.formats import decode_bits, format_of, round_to
 from mla_spec.reference.merge import merge
 from mla_spec.reference.mla import absorb, absorbed, explicit, layer, rms_norm
@@ -135,6 +137,13 @@ def _ragged_decode(x: Values, parameters: Parameters) -> Iterator[Computed]:
     yield Computed("lse", lse, bounded.lse_error.terms[OWN])
 
 
+def _rank_decode(x: Values, parameters: Parameters) -> Iterator[Computed]:
+    bounded = rank_decode_with_bound(**x, **parameters, profile=PROFILE)
+    out, lse = rank_decode(**x, **parameters)
+    yield Computed("out", out, bounded.out_error.terms[OWN])
+    yield Computed("lse", lse, bounded.lse_error.terms[OWN])
+
+
 def merge_as_attention(outs: Array, lses: Array) -> tuple[Array, Array, Array, IntArray]:
     """Operands (q, k, v, cache_seqlens) of the attention that a merge is: its keys are the parts, their scores the LSEs.
 
@@ -198,6 +207,7 @@ COMPUTED: dict[str, Callable[[Values, Parameters], Iterator[Computed]]] = {
     "prefill": _prefill,
     "decode": _decode,
     "ragged_decode": _ragged_decode,
+    "rank_decode": _rank_decode,
     "merge": _merge,
     "bits": _bits,
     "round": _round,

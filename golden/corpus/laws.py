@@ -99,7 +99,7 @@ def refused(case: StoredCase, supports: Supports) -> str:
         ("page_sizes", x["kv_cache"].shape[1] if "kv_cache" in x else p.get("page_size"), supports.page_sizes),
         ("cache_formats", p.get("layout"), supports.cache_formats if "layout" in p else None),
     ]
-    if case.operation in ("decode", "ragged_decode", "sparse_prefill", "sparse_decode"):
+    if case.operation in ("decode", "ragged_decode", "rank_decode", "sparse_prefill", "sparse_decode"):
         c = p["head_dim_v"]
         wanted.append(("latent_dims", (c, x["q"].shape[-1] - c), supports.latent_dims))
     if case.operation == "prefill":
@@ -116,7 +116,9 @@ def refused(case: StoredCase, supports: Supports) -> str:
         return "takes no topk_length"
     if "indices" in x and x["indices"].shape[-1] % supports.topk_multiple:
         return f"takes multiples of {supports.topk_multiple} indices"
-    if case.operation in ("decode", "decode_quantized") and x["q"].shape[1] > (supports.max_s or x["q"].shape[1]):
+    if case.operation in ("decode", "rank_decode", "decode_quantized") and x["q"].shape[1] > (
+        supports.max_s or x["q"].shape[1]
+    ):
         return f"takes {supports.max_s} queries per sequence"
     if "outs" in x and len(x["outs"]) > (supports.max_parts or len(x["outs"])):
         return f"merges {supports.max_parts} parts"

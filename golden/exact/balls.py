@@ -277,6 +277,32 @@ def ragged_decode(
     return np.concatenate(outs), np.concatenate(lses, axis=1)
 
 
+def rank_decode(
+    q: Balls,
+    kv_cache: Balls,
+    block_table: IntArray,
+    cache_seqlens: IntArray,
+    *,
+    head_dim_v: int,
+    scale: Ball,
+    causal: bool,
+    ranks: int,
+    rank: int,
+    interleave: int,
+) -> tuple[Balls, Balls]:
+    """``decode`` of each query alone, over as many of the rank's tokens as there are before the end of what it sees."""
+    s, outs, lses = q.shape[1], [], []
+    for i in range(s):
+        ends = [int(n) - s + i + 1 if causal else int(n) for n in cache_seqlens]
+        seen = [sum(t // interleave % ranks == rank for t in range(end)) for end in ends]
+        out, lse = decode(
+            q[:, i : i + 1], kv_cache, block_table, np.array(seen), head_dim_v=head_dim_v, scale=scale, causal=False
+        )
+        outs.append(out)
+        lses.append(lse)
+    return np.concatenate(outs, axis=1), np.concatenate(lses, axis=2)
+
+
 def merge(outs: Balls, lses: Balls) -> tuple[Balls, Balls]:
     """Parts of one attention over disjoint keys: weights e^lse.
 

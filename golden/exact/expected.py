@@ -101,6 +101,12 @@ def _ragged_decode(x: Values, parameters: Parameters) -> dict[str, Balls]:
     return {"out": out, "lse": lse}
 
 
+def _rank_decode(x: Values, parameters: Parameters) -> dict[str, Balls]:
+    others = {name: value for name, value in parameters.items() if name != "softmax_scale"}
+    out, lse = certified.rank_decode(**x, scale=certified.arb(parameters["softmax_scale"]), **others)
+    return {"out": out, "lse": lse}
+
+
 def _merge(x: Values, parameters: Parameters) -> dict[str, Balls]:
     out, lse = certified.merge(x["outs"], x["lses"])
     return {"out": out, "lse": lse}
@@ -184,6 +190,7 @@ ENCLOSURES: dict[str, Callable[[Values, Parameters], dict[str, Balls]]] = {
     "prefill": _prefill,
     "decode": _decode,
     "ragged_decode": _ragged_decode,
+    "rank_decode": _rank_decode,
     "merge": _merge,
     "partial_rope": _partial_rope,
     "decode_quantized": _decode_quantized,

@@ -122,6 +122,47 @@ class TorchExplicit(
         """The tokens of each sequence."""
         return [slice(*span) for span in pairwise(cu_seqlens.tolist())]
 
+    def rank_decode(
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        *,
+        head_dim_v: int,
+        softmax_scale: float,
+        causal: bool,
+        ranks: int,
+        rank: int,
+        interleave: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of q [b, s, h, c+r] to the rows of one rank, under a mask by the tokens' places in the whole."""
+        own = self.own_tokens(cache_seqlens, ranks, rank, interleave)  # [b]
+        rows = self.gather_rank(kv_cache, block_table, own)[:, None]  # [b, 1, t, c+r]
+        place = self.places_in_the_whole(rows.shape[2], ranks, rank, interleave, q.device)  # [t]
+        last = cache_seqlens[:, None] - 1  # [b, 1]
+        if causal:
+            last = last - q.shape[1] + 1 + torch.arange(q.shape[1], device=q.device)  # [b, s]
+        visible = (place <= last[..., None])[:, None].expand(-1, -1, q.shape[1], -1)  # [b, 1, s, t]
+        out, lse = self.attend(q.transpose(1, 2), rows, rows[..., :head_dim_v], visible, softmax_scale)
+        return out.transpose(1, 2), lse
+
+    def own_tokens(self, cache_seqlens: Tensor, ranks: int, rank: int, interleave: int) -> Tensor:
+        """How many tokens of each sequence a rank holds, [b]."""
+        rounds = cache_seqlens // (ranks * interleave)
+        rest = cache_seqlens - rounds * ranks * interleave - rank * interleave
+        return rounds * interleave + rest.clamp(0, interleave)
+
+    def places_in_the_whole(self, t: int, ranks: int, rank: int, interleave: int, device: torch.device) -> Tensor:
+        """Where the first t tokens of a rank stand in their sequence, [t]."""
+        token = torch.arange(t, device=device)
+        return token // interleave * ranks * interleave + rank * interleave + token % interleave
+
+    def gather_rank(self, kv_cache: Tensor, block_table: Tensor, own: Tensor) -> Tensor:
+        """The rows of every sequence, padded with zeros to the longest; [b, t, c+r]."""
+        rows = [self.gather(kv_cache, table, n) for table, n in zip(block_table, own.tolist(), strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
     def decode_quantized(
         self,
         q: Tensor,
@@ -238,6 +279,10 @@ class TorchAbsorbed(TorchSparseByQuery, TorchBlockWeightsByBlock, TorchExplicit)
         used = token < cache_seqlens[:, None]  # [b, t]
         pages = block_table[:, token // page_size][used].long()
         return kv_cache[pages, (token % page_size).expand_as(used)[used], 0]
+
+    def gather_rank(self, kv_cache: Tensor, block_table: Tensor, own: Tensor) -> Tensor:
+        """The rows of every sequence at once."""
+        return self.gather_batch(kv_cache, block_table, own)
 
     def key_count(self, block_table: Tensor, cache_seqlens: Tensor, page_size: int) -> int:
         """How many keys of each sequence are gathered."""

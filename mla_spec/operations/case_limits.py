@@ -22,6 +22,7 @@ _NONE_ALLOWED = frozenset(
         "batch",
         "heads",
         "qk_rope_head_dim",
+        "rank",
         "rope_dim",
         "shared_pages",
         "start",
@@ -44,6 +45,7 @@ _ATTENTION = ("typical", "outlier", "ties", "negative")
 _REGIMES: Final[dict[str, tuple[str, ...]]] = {
     "decode": (*_ATTENTION, "offset", "sink", "cancelling", "sunken"),
     "prefill": _ATTENTION,
+    "rank_decode": _ATTENTION,
     "ragged_decode": (*_ATTENTION, "sunken"),
     "quantise": ("typical", "outlier", "edges", "huge", "rope", "tiny", "zeros"),
     "quantised-decode": (*_ATTENTION, "offset", "sink", "rope", "zeros"),

@@ -26,6 +26,7 @@ def _packed(tensors: Mapping[str, torch.Tensor]) -> Extent:
 EXTENT: dict[str, Callable[[Mapping[str, torch.Tensor]], Extent]] = {
     "decode": _cached,
     "ragged_decode": _cached,
+    "rank_decode": _cached,
     "decode_quantized": _cached,
     "prefill": _packed,
     "indexer": _packed,

@@ -21,6 +21,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     "prefill": ("num_heads", "prefill_dims"),
     "decode": ("num_heads", "latent_dims", "page_sizes"),
     "ragged_decode": ("num_heads", "latent_dims", "page_sizes"),
+    "rank_decode": ("num_heads", "latent_dims", "page_sizes"),
     "merge": ("num_heads",),
     "write_cache": ("latent_dims", "page_sizes"),
     "quantize_cache": ("page_sizes",),
@@ -55,9 +56,9 @@ class Supports:
         dtypes: of the tensors.
         page_sizes: of the cache, in tokens; None for any.
         num_heads: None for any.
-        latent_dims: pairs (kv_lora_rank, qk_rope_head_dim) of ``decode``, ``ragged_decode``, ``write_cache`` and sparse
-            attention; None for any.
-        max_s: most queries per sequence in ``decode``; None for any.
+        latent_dims: pairs (kv_lora_rank, qk_rope_head_dim) of ``decode``, ``ragged_decode``, ``rank_decode``,
+            ``write_cache`` and sparse attention; None for any.
+        max_s: most queries per sequence in ``decode`` and ``rank_decode``; None for any.
         max_parts: most parts that ``merge`` takes; None for any.
         max_batch: most sequences of a call; None for any.
         max_keys: most keys that a query sees: cached tokens of a sequence, keys of a packed one, indices of sparse attention,
@@ -81,7 +82,7 @@ class Supports:
         lse_backward: whether gradients come through the LSE too.
         negative_scale: whether softmax_scale may be negative: a kernel that subtracts the largest product q·k before it
             scales cannot take one.
-        causal: the values of ``causal`` that ``decode``, ``ragged_decode`` and ``prefill`` accept.
+        causal: the values of ``causal`` that attention accepts.
         empty_row: what a row without keys gives, as "out/lse"; "unsupported" where such rows may not occur.
         rope_layouts: pair layouts, of "interleaved" and "half"; none where there is no rotary embedding (NoPE only).
         rope_optional: whether a layer may have no rotary embedding (NoPE).

@@ -11,6 +11,7 @@ from mla_spec.properties.strategies.prefill import prefill_cases
 from mla_spec.properties.strategies.project_indexer import project_indexer_cases
 from mla_spec.properties.strategies.quantised_cache import pages_cases, quantise_cases, quantised_decode_cases
 from mla_spec.properties.strategies.ragged import ragged_decode_cases
+from mla_spec.properties.strategies.rank_decode import rank_decode_cases
 from mla_spec.properties.strategies.rope import rope_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.properties.strategies.sparse import sparse_decode_cases, sparse_prefill_cases
@@ -23,6 +24,7 @@ STRATEGIES: dict[str, CaseSource] = {
     "prefill": prefill_cases,
     "decode": narrowed(decode_cases, shared=True),
     "ragged_decode": ragged_decode_cases,
+    "rank_decode": rank_decode_cases,
     "merge": merge_cases,
     "write_cache": write_cases,
     "quantize_cache": quantise_cases,

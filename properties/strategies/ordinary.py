@@ -18,6 +18,7 @@ from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.project_indexer import ProjectIndexerCase
 from mla_spec.operations.quantised_cache import PagesCase, QuantiseCase, QuantisedDecodeCase, latent_formats
 from mla_spec.operations.ragged import RaggedDecodeCase
+from mla_spec.operations.rank_decode import RankDecodeCase
 from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.operations.write_cache import WriteCase
@@ -87,6 +88,26 @@ def ragged_decode(supports: Supports, profile: Profile) -> list[RaggedDecodeCase
             qk_rope_head_dim=r,
             page_size=_page_size(supports),
             causal=supports.causal[0],
+        )
+    ]
+
+
+def rank_decode(supports: Supports, profile: Profile) -> list[RankDecodeCase]:
+    """The second of three ranks, with tokens in blocks of 4: whole blocks, a part of one, and none."""
+    (case,) = decode(supports, profile)
+    return [
+        RankDecodeCase(
+            dtype=profile.dtype,
+            seqlens=(*case.seqlens, 4),
+            s=case.s,
+            ranks=3,
+            rank=1,
+            interleave=4,
+            num_heads=case.num_heads,
+            kv_lora_rank=case.kv_lora_rank,
+            qk_rope_head_dim=case.qk_rope_head_dim,
+            page_size=case.page_size,
+            causal=case.causal,
         )
     ]
 
@@ -227,6 +248,7 @@ ORDINARY: dict[str, Callable[[Supports, Profile], list[Any]]] = {
     "prefill": prefill,
     "decode": decode,
     "ragged_decode": ragged_decode,
+    "rank_decode": rank_decode,
     "merge": merge,
     "write_cache": write_cache,
     "quantize_cache": quantize_cache,

@@ -17,6 +17,7 @@ from mla_spec.operations.merge import MergeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.quantised_cache import QuantisedDecodeCase, latent_formats
 from mla_spec.operations.ragged import RaggedDecodeCase
+from mla_spec.operations.rank_decode import RankDecodeCase
 from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.operations.write_cache import WriteCase
@@ -219,6 +220,40 @@ def ragged_decode(supports: Supports, profile: Profile) -> list[RaggedDecodeCase
     return cases
 
 
+RANKED_COUNTS = (
+    # whole sequence, sequences, queries, heads, ranks, interleave
+    (70, 128, 1, 2, 8, 1),
+    (300, 3, 4, 24, 4, 64),
+    (300, 2, 2, 128, 8, 16),
+    (8193, 3, 2, 2, 2, 1),
+    (65606, 2, 2, 1, 8, 64),
+    (131142, 1, 1, 1, 16, 1),
+)
+
+
+def rank_decode(supports: Supports, profile: Profile) -> list[RankDecodeCase]:
+    """Many sequences, heads and ranks, and long sequences of which each rank holds its part."""
+    c, r = latent_dims(supports)
+    return [
+        RankDecodeCase(
+            dtype=profile.dtype,
+            seed=seed,
+            seqlens=tuple(max(long - 7 * i % long, 3) for i in range(b)),
+            s=min(s, supports.max_s or s),
+            ranks=ranks,
+            rank=seed % ranks,
+            interleave=interleave,
+            num_heads=nearest(supports.num_heads, heads),
+            kv_lora_rank=c,
+            qk_rope_head_dim=r,
+            page_size=nearest(supports.page_sizes, 64),
+            causal=max(supports.causal),
+        )
+        for seed, (long, b, s, heads, ranks, interleave) in enumerate(RANKED_COUNTS)
+        if long // ranks * b * (c + r) <= ELEMENTS and long // ranks <= most_keys(profile)
+    ]
+
+
 SPARSE_HEADS = (24, 32, 48, 64, 96, 112, 128)
 
 
@@ -370,6 +405,7 @@ PRODUCTION: dict[str, Callable[[Supports, Profile], list[Any]]] = {
     "prefill": prefill,
     "decode": decode,
     "ragged_decode": ragged_decode,
+    "rank_decode": rank_decode,
     "merge": merge,
     "write_cache": write_cache,
     "decode_quantized": decode_quantized,

@@ -89,14 +89,24 @@ def test_a_case_that_a_law_is_not_made_for_is_incomplete(monkeypatch: pytest.Mon
     assert record.message.startswith("this law cannot be judged by this case: IndexError: no second key")
 
 
+class Seen(list[Case]):
+    """Keeps the cases that are drawn, where a run tries them on a subject until its time is over."""
+
+    def __call__(self, case: Case) -> None:
+        self.append(case)
+
+    def require_time(self) -> None:
+        """There is time."""
+
+
 @pytest.mark.parametrize("name", all_laws())
 def test_every_case_that_is_drawn_may_be_asked_for(name: str) -> None:
     law = all_laws()[name]
     run = Run(Driver(TorchAbsorbed(), "bfloat16", "cpu"), Profile.default("bfloat16"), Supports())
     cases = law.cases(run.supports, run.profile)
-    seen: list[Case] = [*law.first(run.supports, run.profile), *(cases if isinstance(cases, list) else ())]
+    seen = Seen([*law.first(run.supports, run.profile), *(cases if isinstance(cases, list) else ())])
     if not isinstance(cases, list):
-        _draw(law, run, cases, 6, Options(minimise=False), seen.append)
+        _draw(law, run, cases, 6, Options(minimise=False), seen)
     assert {case.id: fault(case) for case in seen if fault(case)} == {}
     assert {parse_case(case.id) == case for case in seen} <= {True}
     assert {case.kind for case in seen} <= {kind_of(law)}

@@ -22,6 +22,7 @@ from mla_spec.properties.strategies.layer import layer_cases
 from mla_spec.properties.strategies.merge import merge_cases
 from mla_spec.properties.strategies.prefill import prefill_cases
 from mla_spec.properties.strategies.ragged import ragged_decode_cases
+from mla_spec.properties.strategies.rank_decode import rank_decode_cases
 from mla_spec.properties.strategies.rope import rope_cases
 from mla_spec.properties.strategies.write_cache import write_cases
 from mla_spec.reference.formats import round_to
@@ -37,6 +38,7 @@ ANY_CASE = st.one_of(
         merge_cases,
         prefill_cases,
         ragged_decode_cases,
+        rank_decode_cases,
         write_cases,
     )
 )

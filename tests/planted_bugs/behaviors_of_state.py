@@ -16,6 +16,7 @@ PLANNED = {
     "prefill": 3,
     "decode": 3,
     "ragged_decode": 4,
+    "rank_decode": 3,
     "merge": 1,
     "write_cache": 3,
     "quantize_cache": 0,
@@ -28,7 +29,7 @@ PLANNED = {
 }
 """The argument from which a plan is made, by its place in the call."""
 
-LENGTHS = {"prefill": 4, "decode": 3, "ragged_decode": 3, "decode_quantized": 3, "indexer": 4}
+LENGTHS = {"prefill": 4, "decode": 3, "ragged_decode": 3, "rank_decode": 3, "decode_quantized": 3, "indexer": 4}
 """The argument that says how long sequences are."""
 
 

@@ -41,7 +41,7 @@ CELLS: Sequence[tuple[str, Behavior, str, str, str, Sequence[str]]] = (
         "does_not_modify_its_inputs",
         "the next step sees other inputs",
         "always",
-        ("ragged_decode", "quantize_cache", "dequantize_cache"),
+        ("ragged_decode", "rank_decode", "quantize_cache", "dequantize_cache"),
     ),
     (
         "X-one-buffer",
@@ -81,7 +81,7 @@ CELLS: Sequence[tuple[str, Behavior, str, str, str, Sequence[str]]] = (
         "calls_are_independent",
         "tokens of a prompt see what follows them, or drafted tokens miss keys",
         "an equal shape without the mask",
-        ("prefill", "decode", "ragged_decode", "decode_quantized"),
+        ("prefill", "decode", "ragged_decode", "rank_decode", "decode_quantized"),
     ),
     (
         "X-angles-by-shape",

@@ -101,6 +101,15 @@ def test_packed_queries_reach_the_counts_of_production() -> None:
         assert all(t >= s for s, t in zip(case.seqlens_q, case.seqlens_k, strict=True))
 
 
+def test_ranks_hold_parts_of_long_sequences() -> None:
+    cases = production.rank_decode(FREE, PROFILE)
+    assert {65606, 131142} <= {max(case.seqlens) for case in cases}
+    assert {2, 4, 8, 16} <= fields(cases, "ranks")
+    assert {24, 128} <= fields(cases, "num_heads")
+    assert any(case.interleave > 1 and max(case.seqlens) > 2**16 for case in cases)
+    assert all(max(case.own) > 0 for case in cases)
+
+
 def test_decoded_tokens_stand_before_and_behind_hundreds_of_queries() -> None:
     for supports in (FREE, REAL):
         cases = rare.ragged_decode(supports, PROFILE)
