@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from mla_spec.front.device import require_device
+from mla_spec.front.overview import overview
 from mla_spec.front.selftest_report import report, write_markdown
 from mla_spec.installed import reported_faults
+from mla_spec.judging.causes import Cause
 from mla_spec.judging.law import Options
 from mla_spec.proof import explained, peer_results
 from mla_spec.proof.selftest import (
@@ -19,8 +22,12 @@ from mla_spec.proof.selftest import (
     run_selftest,
 )
 from mla_spec.text.files import read_text
+from mla_spec.text.layout import WIDTH, Screen
 from mla_spec.text.table import format_table
 from mla_spec.text.terminal import UsageError, append_json, show_progress, shown, write_json
+
+LINES = 24
+"""Of a terminal, which the report of one fault should fit."""
 
 
 def selftest(options: argparse.Namespace) -> int:
@@ -95,10 +102,30 @@ def _explain(bugs: list[Any], options: argparse.Namespace) -> int:
     results = explained.explain_bugs(chosen, law_options, progress)
     show_progress("")
     rows = [(each.bug, each.law or "not found", ", ".join(each.named) or "-") for each in results]
-    print(f"{format_table([('bug', 'law', 'same wrong numbers'), *rows])}\n\n{explained.score(results)}")
+    print(
+        f"{format_table([('bug', 'law', 'same wrong numbers'), *rows])}\n\n{explained.score(results)}\n{lengths(results)}"
+    )
     if options.json is not None:
         write_json(options.json, [each.as_dict() for each in results])
     return 0
+
+
+def report_lines(result: explained.Explained) -> list[str]:
+    """The screen on the law that found a bug, below two lines that say what its subject declares; none where none found it."""
+    record = result.record
+    if record is None:
+        return []
+    cause = Cause(record, [record], suspects=list(result.suspects))
+    return ["", "", *overview([record], Screen(), [cause]).splitlines()]
+
+
+def lengths(results: Sequence[explained.Explained]) -> str:
+    """How many reports are longer or wider than a screen, and which."""
+    found = {result.bug: report_lines(result) for result in results if result.law}
+    long = [bug for bug, lines in found.items() if len(lines) > LINES or max(map(len, lines)) > WIDTH]
+    longest = max(map(len, found.values()), default=0)
+    named = f": {', '.join(long)}" if long else ""
+    return f"{len(long)} of {len(found)} reports do not fit {LINES} lines of {WIDTH} columns{named}; the longest has {longest} lines"
 
 
 def _catalogue() -> list[tuple[str, ...]]:

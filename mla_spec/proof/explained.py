@@ -33,12 +33,16 @@ class Explained:
         law: the one that found it; empty where none did.
         named: ids of the suspects that give the same wrong numbers, the likeliest first.
         case: the smallest failing case.
+        record: of that law; None where none found it.
+        suspects: what is said of each of ``named``.
     """
 
     bug: str
     law: str
     named: tuple[str, ...]
     case: str
+    record: Record | None = None
+    suspects: tuple[dict[str, Any], ...] = ()
 
     @property
     def itself(self) -> bool:
@@ -71,9 +75,9 @@ def explain_bugs(
     with room() as pool:
         for bug in bugs:
             record = _found(bug, options, pool)
-            named = () if record is None else tuple(each["id"] for each in named_suspects(record, pool))
+            found = () if record is None else tuple(named_suspects(record, pool))
             law, case = ("", "") if record is None else (record.law, record.case)
-            results.append(Explained(bug.id, law, named, case))
+            results.append(Explained(bug.id, law, tuple(each["id"] for each in found), case, record, found))
             progress(results[-1])
     return results
 

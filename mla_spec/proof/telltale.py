@@ -15,6 +15,10 @@ import numpy as np
 from mla_spec.operations.case import Case
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs
+from mla_spec.operations.prefill import PrefillCase
+from mla_spec.operations.rope import RopeCase
+from mla_spec.proof.telltale_prefill import prefill_telltale
+from mla_spec.proof.telltale_rope import rope_telltale
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.contract import offers, supports_of
 from mla_spec.subjects.driver import Driver
@@ -40,9 +44,21 @@ class Reading:
 
 
 def telltale(subject: object, case: Case, device: str = "cpu") -> list[str]:
-    """Sentences on which keys a subject reads in place of others; empty where it reads the right ones, or cannot be asked."""
+    """Sentences on what a subject reads in place of the right thing; empty where it reads that, or cannot be asked.
+
+    Of ``decode`` and ``prefill`` they name keys, pages, heads and sequences, of ``rope`` columns, angles and positions.
+    """
     supports = supports_of(subject)
-    if not isinstance(case, DecodeCase) or not offers(subject, "decode") or "float32" not in supports.dtypes:
+    if "float32" not in supports.dtypes or not offers(subject, case.kind):
+        return []
+    try:
+        if isinstance(case, PrefillCase):
+            return prefill_telltale(Driver(subject, "float32", device), case, supports, SHARPNESS)
+        if isinstance(case, RopeCase):
+            return rope_telltale(Driver(subject, "float32", device), replace(case, dtype="float32"))
+    except (SubjectCrashed, Violation):
+        return []
+    if not isinstance(case, DecodeCase):
         return []
     inputs = _inputs(case, supports)
     if inputs is None:

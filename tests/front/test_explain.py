@@ -9,8 +9,11 @@ import pytest
 
 from mla_spec.front.cli import main
 from mla_spec.front.explain_command import laws_of
+from mla_spec.front.selftest_command import lengths, report_lines
 from mla_spec.installed import planted_bugs
+from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import parse_case
+from mla_spec.operations.decode import DecodeCase
 from mla_spec.proof.explained import Explained, explicable, score
 
 CASE = "decode:dtype=float32,seqlens=5+7,kv_lora_rank=4,page_size=2"
@@ -73,3 +76,20 @@ def test_a_sample_of_bugs_is_spread_over_all() -> None:
     assert len(few) == 7
     assert few[0] is every[0]
     assert set(few) <= set(every)
+
+
+def test_reports_that_do_not_fit_a_screen_are_counted() -> None:
+    def result(bug: str, seqlens: tuple[int, ...]) -> Explained:
+        case = DecodeCase(dtype="float32", seqlens=seqlens).id
+        law = "test_decode_agrees_with_reference"
+        replay = f"mla-spec check pkg:Kernel --law {law} --case {case}"
+        record = Record(law, bug, "fail", cases=1, message="wrong", case=case, replay=replay, dtype="float32")
+        return Explained(bug, law, (), case, record)
+
+    short, long = result("short", (5,)), result("long", tuple(range(1000, 1400)))
+    assert lengths([short, Explained("none", "", (), "")]) == (
+        f"0 of 1 reports do not fit 24 lines of 80 columns; the longest has {len(report_lines(short))} lines"
+    )
+    assert len(report_lines(long)) > 24
+    assert lengths([short, long]).startswith("1 of 2 reports do not fit 24 lines of 80 columns: long; the longest has ")
+    assert report_lines(Explained("none", "", (), "")) == []

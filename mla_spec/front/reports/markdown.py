@@ -86,7 +86,8 @@ def statement(document: Document) -> str:
 
 def _statement(account: Account, document: Document, title: str) -> str:
     rows, waived = table(account), waivers(account)
-    parts = [*([title] if title else []), md(sentence(account, document)), table_of(rows[0], rows[1:])]
+    parts = [*([title] if title else []), md(sentence(account, document))]
+    parts += [table_of(rows[0], rows[1:])] if rows[1:] else []
     parts += ["Waived:\n\n" + table_of(("law", "reason"), waived)] if waived else []
     parts.append("Declared:\n\n" + table_of(("what", "value"), declared_rows(account.subject)))
     return "\n\n".join(parts)
@@ -100,11 +101,16 @@ def _operations(account: Account) -> str:
         (
             name,
             *(held(group, dtype) for dtype in dtypes),
-            ratio_text(max((r for r in map(excess, group) if r is not None), default=None)) or "exact",
+            ratio_text(max((r for r in map(excess, group) if r is not None), default=None)) or _exact(group),
         )
         for name, group in by_operation(records).items()
     ]
     return table_of(("laws that hold", *dtypes, "error/bound"), rows) if rows else "No law applies."
+
+
+def _exact(group: list[Record]) -> str:
+    """What stands for a ratio where there is none."""
+    return "exact" if any(record.verdict == "pass" for record in group) else "-"
 
 
 def _cause(number: int, cause: Cause) -> str:

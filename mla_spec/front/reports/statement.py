@@ -115,7 +115,7 @@ def _dtypes(found: list[Finding], every: set[str]) -> str:
     for state, word in _WORDS.items():
         dtypes = {each.dtype for each in found if each.state == state}
         named = "every dtype" if dtypes == every else ", ".join(dtype for dtype in DTYPES if dtype in dtypes)
-        parts += [f"{word}{named}"] if dtypes else []
+        parts += [f"{word}{named}" if dtypes != {""} else word.removesuffix(" in ")] if dtypes else []
     return "; ".join(parts) or "-"
 
 
@@ -127,8 +127,10 @@ def sentence(account: Account, document: Document) -> str:
     verdict = {"conforms": "conforms to", "violates": "violates", "incomplete": "is not fully judged by"}
     said = verdict.get(text.partition(":")[0], "is judged in part by")
     operations = ", ".join(name for name in by_operation(list(account.records)))
-    device = document.header.gpu or document.header.device
-    return f"{name} {said} mla-spec {document.header.suite} for {operations or 'no operation'} on {device}."
+    suite, device = f"mla-spec {document.header.suite}", document.header.gpu or document.header.device
+    if not operations:
+        return f"{suite} judged no operation of {name} on {device}."
+    return f"{name} {said} {suite} for {operations} on {device}."
 
 
 def waivers(account: Account) -> list[tuple[str, str]]:

@@ -129,3 +129,25 @@ def test_findings_cover_every_judged_cell(records: Path) -> None:
         ("decode", "float32"),
         ("decode", "bfloat16"),
     }
+
+
+def test_a_subject_of_which_nothing_was_judged_has_no_levels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rope.py").write_text("class R:\n    def rope(self, x, positions, *, rope):\n        return x\n")
+    (tmp_path / "broken.py").write_text("import nothing_here\n")
+    options = ["--law", "merge", "--seed", "0", "--examples", "1"]
+    for name, exit_code, said in (
+        ("rope.py:R", 3, "judged no operation of R"),
+        ("broken.py:K", 1, "violates mla-spec"),
+    ):
+        path = str(tmp_path / f"{name[:4]}.jsonl")
+        assert main(["check", f"{tmp_path / name}", *options, "--records", path]) == exit_code
+        capsys.readouterr()
+        assert main(["statement", path]) == exit_code
+        out = capsys.readouterr().out
+        assert said in out
+        assert ("| operation |" in out) == (name == "broken.py:K")
+        assert "every dtype" not in out
+        for format in ("markdown", "html", "junit", "github"):
+            assert main(["report", path, "--format", format, "-o", str(tmp_path / "out")]) == 0
