@@ -168,13 +168,13 @@ def _failure(record: Record) -> str:
     if record.verdict in ("pass", "unsupported"):
         return ""
     dtypes = ", ".join(f"{dtype} {verdict}" for dtype, verdict in record.dtypes.items())
-    rows = [("waived", record.waived), ("dtypes", dtypes), ("smallest case", record.case)]
+    rows = [("law", record.law), ("waived", record.waived), ("dtypes", dtypes), ("smallest case", record.case)]
     content = (
         tag("pre", record.message)
         + listed((name, value) for name, value in rows if value)
         + (tag("pre", short_replay(record)) if record.replay else "")
     )
-    return details(f"{record.law}: {outcome(record)}", content)
+    return details(_spaced(f"{record.law}: {outcome(record)}"), content)
 
 
 def _not_judged(records: Iterable[Record]) -> str:

@@ -51,6 +51,7 @@ details { margin: .4rem 0; } summary { cursor: pointer; overflow-wrap: anywhere;
 dl { display: grid; grid-template-columns: minmax(7rem, 14rem) minmax(0, 1fr); gap: .2rem .8rem; margin: .4rem 0; font-size: .9rem; }
 dt { color: var(--soft); overflow-wrap: anywhere; } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { dl { grid-template-columns: minmax(0, 1fr); } dd { margin: 0 0 .4rem; } h1 { font-size: 1.4rem; }
-  td, th { padding: .15rem .25rem; } td small { display: block; margin: 0; } table { font-size: .78rem; }
+  td, th { padding: .15rem .25rem; } td small { display: block; margin: 0; }
+  .dense th:first-child { white-space: normal; min-width: 4rem; } table { font-size: .78rem; }
   .regimes tbody th { max-width: 9rem; font-size: .75rem; } }
 """
