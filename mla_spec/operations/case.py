@@ -9,12 +9,17 @@ import numpy as np
 
 from mla_spec.text.terminal import shown
 
+ATTENTION_REGIMES = ("typical", "outlier", "ties", "negative")
+"""Distributions of the numbers that attention is computed of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """Base of all cases. ``kind`` begins the id."""
 
     kind: ClassVar[str]
+    known_regimes: ClassVar[tuple[str, ...]] = ("typical",)
+    """What ``regime`` may be, where the case has one."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Fields that the id leaves out where they have their default."""
     dtype: str

@@ -40,30 +40,12 @@ _SHARES = frozenset(("empty", "invalid", "skipped"))
 
 _SIGNED = frozenset(("lse_mean",))
 
-_ATTENTION = ("typical", "outlier", "ties", "negative")
-
-_REGIMES: Final[dict[str, tuple[str, ...]]] = {
-    "decode": (*_ATTENTION, "offset", "sink", "cancelling", "sunken"),
-    "prefill": _ATTENTION,
-    "rank_decode": _ATTENTION,
-    "ragged_decode": (*_ATTENTION, "sunken"),
-    "quantise": ("typical", "outlier", "edges", "huge", "rope", "tiny", "zeros"),
-    "quantised-decode": (*_ATTENTION, "offset", "sink", "rope", "zeros"),
-    "sparse_prefill": _ATTENTION,
-    "sparse_decode": _ATTENTION,
-    "indexer": ("typical", "integers", "ties"),
-    "indexed_attention": ("typical", "integers", "ties"),
-    "prefill_backward": ("typical", "outlier", "negative", "aligned", "exact"),
-    "ring_backward": ("typical", "outlier", "negative", "aligned"),
-    "sparse_backward": ("typical", "outlier", "negative", "aligned"),
-}
-
 
 def _known(case: Case) -> dict[str, tuple[str, ...]]:
     """The words that each field of text may hold."""
     return {
         "dtype": DTYPES,
-        "regime": _REGIMES.get(case.kind, ("typical",)),
+        "regime": case.known_regimes,
         "layout": ("interleaved", "half", *(("none",) if hasattr(case, "model") else ())),
         "yarn": tuple(YARN),
         "longrope": tuple(LONGROPE),

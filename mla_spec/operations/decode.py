@@ -20,7 +20,7 @@ from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.merge import BoundedMerge
 from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.case import Case
+from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.conventions import DECODE_CONVENTIONS
 from mla_spec.operations.latent_pages import LatentPages, PagedInputs, at_half_the_scale, without_spare_pages
 from mla_spec.operations.operation import Expected, Operation, View, Within
@@ -30,6 +30,7 @@ from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.typing import Array, IntArray
+from mla_spec.subjects.extent import cached
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
@@ -54,6 +55,7 @@ class DecodeCase(LatentPages, Case):
     """
 
     kind = "decode"
+    known_regimes = (*ATTENTION_REGIMES, "offset", "sink", "cancelling", "sunken")
     optional = ("shared_pages",)
     seqlens: tuple[int, ...] = (1,)
     s: int = 1
@@ -201,6 +203,7 @@ OPERATION = Operation(
     name="decode",
     contract=__doc__,
     case=DecodeCase,
+    extent=cached,
     arguments=(
         Argument("q", "[b, s, h, c+r]", far=True),
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ class PrefillBackwardCase(PrefillCase):
     """
 
     kind = "prefill_backward"
+    known_regimes: ClassVar[tuple[str, ...]] = ("typical", "outlier", "negative", "aligned", "exact")
 
     def with_gradients(self) -> PrefillBackwardInputs:
         """The inputs, and the gradients that arrive."""
@@ -106,6 +107,7 @@ class SparseBackwardCase(SparsePrefillCase):
     """As ``SparsePrefillCase``; gradients are normal numbers. Every other query selects all different rows, as many as it can."""
 
     kind = "sparse_backward"
+    known_regimes: ClassVar[tuple[str, ...]] = ("typical", "outlier", "negative", "aligned")
 
     def with_gradients(self) -> SparseBackwardInputs:
         """The inputs, and the gradients that arrive."""

@@ -26,6 +26,7 @@ from mla_spec.operations.sparse import SparseInputs, SparsePrefillCase
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array, BoolArray, IntArray
 from mla_spec.subjects.driver import Result
+from mla_spec.subjects.extent import packed
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
@@ -67,6 +68,7 @@ class IndexerCase(Case):
     """
 
     kind = "indexer"
+    known_regimes = ("typical", "integers", "ties")
     seqlens_q: tuple[int, ...] = (1,)
     seqlens_k: tuple[int, ...] = (1,)
     num_heads: int = 1
@@ -189,6 +191,7 @@ OPERATION = Operation(
     name="indexer",
     contract=__doc__,
     case=IndexerCase,
+    extent=packed,
     arguments=(
         Argument("q", "[tokens, h, d]", far=True),
         Argument("k", "[key tokens, d]", far=True),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -89,6 +90,7 @@ class RingCase(PrefillBackwardCase):
     """
 
     kind = "ring_backward"
+    known_regimes: ClassVar[tuple[str, ...]] = ("typical", "outlier", "negative", "aligned")
     parts: int = 2
 
     def key_parts(self, whole: PrefillInputs) -> tuple[KeyPart, ...]:

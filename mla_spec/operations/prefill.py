@@ -12,6 +12,7 @@ where ``supports.lse`` is False. A row that sees no key gives what ``supports.em
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import torch
 from mla_spec.bounds.attention import BoundedAttention
 from mla_spec.bounds.prefill import prefill_with_bound
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.case import Case
+from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.conventions import PREFILL_CONVENTIONS
 from mla_spec.operations.decode import attention_expected
 from mla_spec.operations.operation import Operation
@@ -27,6 +28,7 @@ from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Tensors
+from mla_spec.subjects.extent import packed
 from mla_spec.subjects.near import near
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
@@ -58,6 +60,7 @@ class PrefillCase(Case):
     """
 
     kind = "prefill"
+    known_regimes: ClassVar[tuple[str, ...]] = ATTENTION_REGIMES
     seqlens_q: tuple[int, ...] = (1,)
     seqlens_k: tuple[int, ...] = (1,)
     num_heads: int = 1
@@ -124,6 +127,7 @@ OPERATION = Operation(
     name="prefill",
     contract=__doc__,
     case=PrefillCase,
+    extent=packed,
     arguments=(
         Argument("q", "[tokens, h, n+r]", far=True),
         Argument("k", "[key tokens, h, n+r]", far=True),

@@ -25,7 +25,7 @@ import torch
 from mla_spec.bounds.attention import BoundedAttention
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.quantised_cache import dequantised_error, quantised_error
-from mla_spec.operations.case import Case
+from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.decode import (
     ATTENTION_OUTPUTS,
     BATCH_VIEWS,
@@ -45,6 +45,7 @@ from mla_spec.reference.formats import decode_bits, format_of, round_to
 from mla_spec.reference.quantised_cache import dequantise, dequantised_cache, quantise
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Result, Tensors, computed
+from mla_spec.subjects.extent import cached
 from mla_spec.subjects.near import near
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
@@ -150,6 +151,7 @@ class QuantiseCase(QuantisedCase):
     """
 
     kind = "quantise"
+    known_regimes = ("typical", "outlier", "edges", "huge", "rope", "tiny", "zeros")
     tokens: int = 1
     regime: str = "typical"
 
@@ -226,6 +228,7 @@ class QuantisedDecodeCase(QuantisedCase):
     """
 
     kind = "quantised-decode"
+    known_regimes = (*ATTENTION_REGIMES, "offset", "sink", "rope", "zeros")
     optional = ("shared_pages",)
     seqlens: tuple[int, ...] = (1,)
     s: int = 1
@@ -432,6 +435,7 @@ DECODE_QUANTIZED = Operation(
     name="decode_quantized",
     contract=__doc__,
     case=QuantisedDecodeCase,
+    extent=cached,
     arguments=(
         Argument("q", "[b, s, h, c+r]", far=True),
         Argument("pages", "[pages, bytes per page]", "bytes", far=True),

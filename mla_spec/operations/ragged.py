@@ -20,7 +20,7 @@ import numpy as np
 from mla_spec.bounds.attention import BoundedAttention
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.ragged import ragged_decode_with_bound
-from mla_spec.operations.case import Case
+from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.conventions import RAGGED_CONVENTIONS
 from mla_spec.operations.decode import (
     DISTANT_PAGES,
@@ -33,6 +33,7 @@ from mla_spec.operations.operation import Operation
 from mla_spec.operations.prefill import PACKED_LSE
 from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
 from mla_spec.reference.typing import IntArray
+from mla_spec.subjects.extent import cached
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.views import every_other, transposed, viewed
 
@@ -62,6 +63,7 @@ class RaggedDecodeCase(LatentPages, Case):
     """Packed queries against a paged latent cache; the other fields are those of ``DecodeCase``."""
 
     kind = "ragged_decode"
+    known_regimes = (*ATTENTION_REGIMES, "sunken")
     optional = ("shared_pages",)
     seqlens_q: tuple[int, ...] = (1,)
     seqlens_k: tuple[int, ...] = (1,)
@@ -120,6 +122,7 @@ OPERATION = Operation(
     name="ragged_decode",
     contract=__doc__,
     case=RaggedDecodeCase,
+    extent=cached,
     arguments=(
         Argument("q", "[tokens, h, c+r]", far=True),
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),

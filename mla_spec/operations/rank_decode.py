@@ -20,7 +20,7 @@ import numpy as np
 from mla_spec.bounds.attention import BoundedAttention
 from mla_spec.bounds.context_parallel import rank_decode_with_bound
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.case import Case
+from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.decode import (
     ATTENTION_OUTPUTS,
     BATCH_VIEWS,
@@ -34,6 +34,7 @@ from mla_spec.operations.operation import Operation
 from mla_spec.operations.regimes import QUERIES, SCORES, Regime, values
 from mla_spec.reference.context_parallel import own_tokens
 from mla_spec.reference.typing import IntArray
+from mla_spec.subjects.extent import cached
 from mla_spec.subjects.signature import Argument
 from mla_spec.subjects.supports import Supports
 
@@ -68,6 +69,7 @@ class RankDecodeCase(LatentPages, Case):
     """Queries against the tokens of one rank; ``seqlens`` are those of whole sequences, other fields as in ``DecodeCase``."""
 
     kind = "rank_decode"
+    known_regimes = ATTENTION_REGIMES
     optional = ("shared_pages",)
     seqlens: tuple[int, ...] = (1,)
     s: int = 1
@@ -149,6 +151,7 @@ OPERATION = Operation(
     name="rank_decode",
     contract=__doc__,
     case=RankDecodeCase,
+    extent=cached,
     arguments=(
         Argument("q", "[b, s, h, c+r]", far=True),
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),

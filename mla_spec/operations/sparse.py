@@ -26,13 +26,14 @@ import numpy as np
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.sparse import max_logits_with_bound, sparse_attention
-from mla_spec.operations.case import Case
+from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.decode import ATTENTION_OUTPUTS, declared_lse
 from mla_spec.operations.operation import Operation, View, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, Regime, values
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.sparse import selected_rows
 from mla_spec.reference.typing import Array, BoolArray, IntArray
+from mla_spec.subjects.extent import selected
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
@@ -192,6 +193,7 @@ class SparsePrefillCase(SparseCase):
     """Queries of packed sequences, and the rows that their indices count."""
 
     kind = "sparse_prefill"
+    known_regimes: ClassVar[tuple[str, ...]] = ATTENTION_REGIMES
     operation = "sparse_prefill"
     s_q: int = 1
     s_kv: int = 1
@@ -207,6 +209,7 @@ class SparseDecodeCase(SparseCase):
     """Queries against a paged cache, whose slots page · page_size + row the indices count."""
 
     kind = "sparse_decode"
+    known_regimes: ClassVar[tuple[str, ...]] = ATTENTION_REGIMES
     operation = "sparse_decode"
     batch: int = 1
     s: int = 1
@@ -307,6 +310,7 @@ SPARSE_PREFILL = Operation(
     name="sparse_prefill",
     contract=__doc__,
     case=SparsePrefillCase,
+    extent=selected,
     arguments=(
         Argument("q", "[s, h, c+r]", far=True),
         Argument("kv", "[s_kv, 1, c+r]", far=True),
@@ -330,6 +334,7 @@ SPARSE_DECODE = Operation(
     name="sparse_decode",
     contract=__doc__,
     case=SparseDecodeCase,
+    extent=selected,
     arguments=(
         Argument("q", "[b, s, h, c+r]", far=True),
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),

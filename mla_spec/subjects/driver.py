@@ -174,7 +174,7 @@ class Driver:
                 arguments.append(value)
             elif value is not None:
                 options[argument.name] = value
-        require_call_within(self.supports, operation.name, tensors)
+        require_call_within(self.supports, operation.extent, tensors)
         method = getattr(self.subject, operation.name)
         returned = _parts(operation, self.guard(lambda: method(*arguments, **options)))
         return tuple(

@@ -12,28 +12,20 @@ from mla_spec.subjects.violation import Unsupported
 Extent = tuple[int, int]
 """Sequences of a call, and the most keys that a query of it sees."""
 
+CallExtent = Callable[[Mapping[str, torch.Tensor]], Extent]
+"""That of a call, from its tensors."""
 
-def _cached(tensors: Mapping[str, torch.Tensor]) -> Extent:
+
+def cached(tensors: Mapping[str, torch.Tensor]) -> Extent:
+    """Of a call over a paged cache."""
     lengths = tensors["cache_seqlens"]
     return len(lengths), int(lengths.max()) if len(lengths) else 0
 
 
-def _packed(tensors: Mapping[str, torch.Tensor]) -> Extent:
+def packed(tensors: Mapping[str, torch.Tensor]) -> Extent:
+    """Of a call over packed keys."""
     lengths = tensors["cu_seqlens_k"].diff()
     return len(lengths), int(lengths.max()) if len(lengths) else 0
-
-
-EXTENT: dict[str, Callable[[Mapping[str, torch.Tensor]], Extent]] = {
-    "decode": _cached,
-    "ragged_decode": _cached,
-    "rank_decode": _cached,
-    "decode_quantized": _cached,
-    "prefill": _packed,
-    "indexer": _packed,
-    "sparse_prefill": lambda tensors: (1, tensors["indices"].shape[-1]),
-    "sparse_decode": lambda tensors: (len(tensors["indices"]), tensors["indices"].shape[-1]),
-}
-"""By operation, from its tensors; others have neither."""
 
 
 def require_extent(supports: Supports, batch: int, keys: int) -> None:
@@ -43,7 +35,13 @@ def require_extent(supports: Supports, batch: int, keys: int) -> None:
             raise Unsupported(f"{name}={most}, and a call has {count}")
 
 
-def require_call_within(supports: Supports, operation: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """``require_extent`` for the call of an operation. Lengths are read from the device only where there is a limit."""
-    if operation in EXTENT and (supports.max_batch is not None or supports.max_keys is not None):
-        require_extent(supports, *EXTENT[operation](tensors))
+def selected(tensors: Mapping[str, torch.Tensor]) -> Extent:
+    """Of a call over the keys that indices [b, s, k], or [s, k] of one sequence, select."""
+    indices = tensors["indices"]
+    return len(indices) if indices.dim() == 3 else 1, indices.shape[-1]
+
+
+def require_call_within(supports: Supports, extent: CallExtent | None, tensors: Mapping[str, torch.Tensor]) -> None:
+    """``require_extent`` for a call. Lengths are read from the device only where there is a limit."""
+    if extent is not None and (supports.max_batch is not None or supports.max_keys is not None):
+        require_extent(supports, *extent(tensors))

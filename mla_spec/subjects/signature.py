@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from mla_spec.installed import operation_named
+from mla_spec.subjects.extent import CallExtent
 from mla_spec.subjects.supports import Supports
 
 ArgumentKind = Literal["values", "wide", "lse", "float32", "int32", "int64", "bytes", "codes", "config"]
@@ -82,12 +83,14 @@ class Signature:
         keywords: attributes of the inputs that are passed by name; "dtype" is the torch dtype of the case.
         outputs: in the order in which they are returned. A call returns one as it is, several as a tuple, and nothing where
             what it gives is an argument that it writes.
+        extent: how many sequences a call has, and how many keys a query of it sees; None where it has neither.
     """
 
     name: str
     arguments: tuple[Argument, ...]
     keywords: tuple[str, ...] = ()
     outputs: tuple[Output, ...]
+    extent: CallExtent | None = None
 
     def __reduce__(self) -> Any:
         """By name: its functions are no data."""
