@@ -11,7 +11,8 @@ Parsers = Any
 """What ``add_subparsers`` returns; argparse keeps its class to itself."""
 
 
-def _add_check(parsers: Parsers) -> None:
+def add_check(parsers: Parsers) -> None:
+    """``check``; ``judge`` has its other options as they are by default."""
     parser = parsers.add_parser("check", help="run the laws on implementations")
     parser.set_defaults(run=commands.run_check)
     parser.add_argument(
@@ -130,11 +131,6 @@ def _add_answer(parsers: Parsers) -> None:
 def _add_judge(parsers: Parsers) -> None:
     parser = parsers.add_parser("judge", help="run the laws on the answers that a folder holds")
     parser.set_defaults(run=commands.run_judge)
-    parser.set_defaults(
-        case=None, compile=None, config=None, device="cpu", minimise=False, production=False, signature=None,
-        threads=1, under="", command=(), workload=None, budget=None, shard=None, begin=None, resume=None, time_limit=None,
-        quick=False, minimise_seconds=None,
-    )  # fmt: skip
     parser.add_argument("folder", metavar="DIR", help="what `mla-spec export` wrote, with answers")
     parser.add_argument("--law", action="append", default=[], metavar="NAME", help="only this law, as for check")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that judge (2)")
@@ -440,7 +436,7 @@ def _add_book(parsers: Parsers) -> None:
 
 
 COMMANDS = (
-    _add_check,
+    add_check,
     _add_explain,
     _add_export,
     _add_answer,

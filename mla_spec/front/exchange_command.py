@@ -13,6 +13,7 @@ from mla_spec.exchange.contents import answer_by
 from mla_spec.exchange.declared import read_declared
 from mla_spec.exchange.folder import INDEX, Folder, HeaderLine, read_calls
 from mla_spec.exchange.tensor_file import ExchangeError
+from mla_spec.front.arguments import add_check
 from mla_spec.front.check_command import check
 from mla_spec.front.report import exit_code
 from mla_spec.installed import operation_named
@@ -148,11 +149,14 @@ def judge(options: argparse.Namespace) -> int:
     except ExchangeError as error:
         raise UsageError(str(error)) from error
     header = folder.header
-    options.subjects = [f"files:{options.folder}"]
-    options.law = options.law or list(header.laws)
-    options.seed, options.examples = header.seed, header.examples
-    options.dtype = None if header.dtypes is None else list(header.dtypes)
-    return check(options)
+    parsers = argparse.ArgumentParser().add_subparsers()
+    add_check(parsers)
+    whole = parsers.choices["check"].parse_args([f"files:{options.folder}", "--no-minimise"])
+    vars(whole).update(vars(options))
+    whole.law = options.law or list(header.laws)
+    whole.seed, whole.examples = header.seed, header.examples
+    whole.dtype = None if header.dtypes is None else list(header.dtypes)
+    return check(whole)
 
 
 def _judge_recorded(options: argparse.Namespace, folder: Folder) -> int:
