@@ -11,8 +11,7 @@ Parsers = Any
 """What ``add_subparsers`` returns; argparse keeps its class to itself."""
 
 
-def add_check(parsers: Parsers) -> None:
-    """``check``; ``judge`` has its other options as they are by default."""
+def _add_check(parsers: Parsers) -> None:
     parser = parsers.add_parser("check", help="run the laws on implementations")
     parser.set_defaults(run=commands.run_check)
     parser.add_argument(
@@ -130,7 +129,7 @@ def _add_answer(parsers: Parsers) -> None:
 
 def _add_judge(parsers: Parsers) -> None:
     parser = parsers.add_parser("judge", help="run the laws on the answers that a folder holds")
-    parser.set_defaults(run=commands.run_judge)
+    parser.set_defaults(run=commands.run_judge, check=parsers.choices["check"])
     parser.add_argument("folder", metavar="DIR", help="what `mla-spec export` wrote, with answers")
     parser.add_argument("--law", action="append", default=[], metavar="NAME", help="only this law, as for check")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that judge (2)")
@@ -436,7 +435,7 @@ def _add_book(parsers: Parsers) -> None:
 
 
 COMMANDS = (
-    add_check,
+    _add_check,
     _add_explain,
     _add_export,
     _add_answer,

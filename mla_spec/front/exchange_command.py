@@ -13,7 +13,6 @@ from mla_spec.exchange.contents import answer_by
 from mla_spec.exchange.declared import read_declared
 from mla_spec.exchange.folder import INDEX, Folder, HeaderLine, read_calls
 from mla_spec.exchange.tensor_file import ExchangeError
-from mla_spec.front.arguments import add_check
 from mla_spec.front.check_command import check
 from mla_spec.front.report import exit_code
 from mla_spec.installed import operation_named
@@ -149,9 +148,9 @@ def judge(options: argparse.Namespace) -> int:
     except ExchangeError as error:
         raise UsageError(str(error)) from error
     header = folder.header
-    parsers = argparse.ArgumentParser().add_subparsers()
-    add_check(parsers)
-    whole = parsers.choices["check"].parse_args([f"files:{options.folder}", "--no-minimise"])
+    whole = options.check.parse_args(
+        [f"files:{options.folder}", "--no-minimise"]
+    )  # its other options are the default ones
     vars(whole).update(vars(options))
     whole.law = options.law or list(header.laws)
     whole.seed, whole.examples = header.seed, header.examples
