@@ -129,12 +129,7 @@ def _add_answer(parsers: Parsers) -> None:
 
 def _add_judge(parsers: Parsers) -> None:
     parser = parsers.add_parser("judge", help="run the laws on the answers that a folder holds")
-    parser.set_defaults(run=commands.run_judge)
-    parser.set_defaults(
-        case=None, compile=None, config=None, device="cpu", minimise=False, production=False, signature=None,
-        threads=1, under="", command=(), workload=None, budget=None, shard=None, begin=None, resume=None, time_limit=None,
-        quick=False, minimise_seconds=None,
-    )  # fmt: skip
+    parser.set_defaults(run=commands.run_judge, check=parsers.choices["check"])
     parser.add_argument("folder", metavar="DIR", help="what `mla-spec export` wrote, with answers")
     parser.add_argument("--law", action="append", default=[], metavar="NAME", help="only this law, as for check")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that judge (2)")

@@ -148,11 +148,14 @@ def judge(options: argparse.Namespace) -> int:
     except ExchangeError as error:
         raise UsageError(str(error)) from error
     header = folder.header
-    options.subjects = [f"files:{options.folder}"]
-    options.law = options.law or list(header.laws)
-    options.seed, options.examples = header.seed, header.examples
-    options.dtype = None if header.dtypes is None else list(header.dtypes)
-    return check(options)
+    whole = options.check.parse_args(
+        [f"files:{options.folder}", "--no-minimise"]
+    )  # its other options are the default ones
+    vars(whole).update(vars(options))
+    whole.law = options.law or list(header.laws)
+    whole.seed, whole.examples = header.seed, header.examples
+    whole.dtype = None if header.dtypes is None else list(header.dtypes)
+    return check(whole)
 
 
 def _judge_recorded(options: argparse.Namespace, folder: Folder) -> int:
