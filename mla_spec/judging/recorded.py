@@ -30,9 +30,6 @@ from mla_spec.subjects.violation import SubjectCrashed, Unsupported, Violation
 LAW = "recorded call"
 """Stands for the law in a record."""
 
-JUDGED = ("rope", "absorb", "prefill", "decode", "merge", "write_cache", "sparse_prefill", "sparse_decode")
-"""Operations whose expected values follow from the arguments of a call alone."""
-
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -80,7 +77,7 @@ def _judged(folder: Folder, name: str, call: Call, sights: Sights) -> Record:
 
     operation = OPERATIONS[call.operation]
     assert isinstance(operation, Operation)
-    if call.operation not in JUDGED:
+    if not operation.recordable:
         return record("unsupported", f"what {call.operation} must give does not follow from its arguments")
     dtype = _dtype(operation, call)
     if not dtype:

@@ -45,6 +45,7 @@ OPERATION = Operation(
     contract=__doc__,
     case=DecodeCase,
     build=build,
+    recordable=True,
     arguments=(Argument("kv_b_proj", "[h·(n+v), c]", far=True),),
     keywords=("config",),
     outputs=(

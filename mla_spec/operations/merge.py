@@ -73,6 +73,7 @@ OPERATION = Operation(
     name="merge",
     contract=__doc__,
     case=MergeCase,
+    recordable=True,
     arguments=(
         Argument("outs", "[parts, (b,) s, h, v]", far=True),
         Argument("lses", "[parts, (b,) h, s]", "lse", far=True),

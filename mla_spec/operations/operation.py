@@ -101,6 +101,7 @@ class Operation(Signature):
         missing: from what the subject supports, why no case can be made, or "".
         tight: inputs without what no call needs: spare pages, spare columns of a table.
         conventions: others than the contract's, which a report names where a subject obeys one.
+        recordable: what it must give follows from the arguments of a call alone, so that a recorded call can be judged.
     """
 
     contract: str = field(repr=False)
@@ -114,6 +115,7 @@ class Operation(Signature):
     missing: Callable[[Supports], str] = lambda _: ""
     tight: Callable[[Any], Any] = lambda inputs: inputs
     conventions: tuple[Convention, ...] = ()
+    recordable: bool = False
 
     @property
     def all_views(self) -> Mapping[str, View]:

@@ -128,6 +128,7 @@ OPERATION = Operation(
     contract=__doc__,
     case=PrefillCase,
     extent=packed,
+    recordable=True,
     arguments=(
         Argument("q", "[tokens, h, n+r]", far=True),
         Argument("k", "[key tokens, h, n+r]", far=True),

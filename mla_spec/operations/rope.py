@@ -169,6 +169,7 @@ OPERATION = Operation(
     name="rope",
     contract=__doc__,
     case=RopeCase,
+    recordable=True,
     arguments=(
         Argument("x", "[..., r] or [..., h, r]", far=True),
         Argument("positions", "[...]", "int64"),

@@ -93,6 +93,7 @@ OPERATION = Operation(
     name="write_cache",
     contract=__doc__,
     case=WriteCase,
+    recordable=True,
     arguments=(
         Argument("latent", "[n, c]", far=True),
         Argument("k_pe", "[n, r]", far=True),
