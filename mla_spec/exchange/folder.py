@@ -19,8 +19,9 @@ from mla_spec.exchange.declared import Declared, read_declared
 from mla_spec.exchange.tensor_file import LARGEST, ExchangeError
 from mla_spec.subjects.violation import NoAnswer, NotExported, SubjectCrashed
 from mla_spec.text.files import write_atomically
+from mla_spec.text.json_lines import LineSchema
 from mla_spec.text.terminal import shown
-from mla_spec.text.typed import Count, Mistyped, Size, read_object
+from mla_spec.text.typed import Count, Mistyped, Size
 
 SCHEMA, VERSION = "mla-spec-exchange", 1
 INDEX, CALLS, ANSWERS, SUFFIX = "calls.jsonl", "calls", "answers", ".safetensors"
@@ -68,7 +69,7 @@ class LawLine:
     left_out: str = ""
 
 
-_LINES: dict[str, type[Any]] = {"exchange": HeaderLine, "call": CallLine, "law": LawLine}
+_LINES = LineSchema(SCHEMA, VERSION, "exchange", {"exchange": HeaderLine, "call": CallLine, "law": LawLine})
 
 
 @dataclass
@@ -238,17 +239,7 @@ def _lines(path: Path) -> Iterator[HeaderLine | CallLine | LawLine]:
 
 def _line(raw: bytes, where: str) -> Any:
     try:
-        content = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise ExchangeError(f"{where}: not a JSON object in UTF-8") from error
-    kind = content.get("type") if isinstance(content, dict) else None
-    if not isinstance(kind, str) or kind not in _LINES:
-        raise ExchangeError(f"{where}: type is {shown(kind)}; expected one of {', '.join(_LINES)}")
-    if kind == "exchange" and (content.get("schema"), content.get("version")) != (SCHEMA, VERSION):
-        found = f"{shown(content.get('schema'))} version {shown(content.get('version'))}"
-        raise ExchangeError(f"{where}: the schema is {found}; this version reads {SCHEMA!r} version {VERSION}")
-    try:
-        return read_object(_LINES[kind], content, where)
+        return _LINES.read(raw, where)
     except Mistyped as error:
         raise ExchangeError(str(error)) from error
 

@@ -17,8 +17,9 @@ from mla_spec.judging.regime_count import RegimeCount
 from mla_spec.judging.verdict import Record, Verdict
 from mla_spec.operations.all import parse_case
 from mla_spec.text.files import standard_stream
+from mla_spec.text.json_lines import LineSchema
 from mla_spec.text.terminal import shown
-from mla_spec.text.typed import Count, Mistyped, Size, read_object
+from mla_spec.text.typed import Count, Mistyped, Size
 
 SCHEMA, VERSION = "mla-spec-records", 1
 LONGEST_LINE = 2**24
@@ -219,13 +220,18 @@ class EndLine:
 
 
 Line = RunLine | SubjectLine | VerdictLine | CauseLine | EndLine
-_LINES: dict[str, type[Any]] = {
-    "run": RunLine,
-    "subject": SubjectLine,
-    "verdict": VerdictLine,
-    "cause": CauseLine,
-    "end": EndLine,
-}
+_LINES = LineSchema(
+    SCHEMA,
+    VERSION,
+    "run",
+    {
+        "run": RunLine,
+        "subject": SubjectLine,
+        "verdict": VerdictLine,
+        "cause": CauseLine,
+        "end": EndLine,
+    },
+)
 
 
 @dataclass
@@ -379,18 +385,7 @@ def _lines(path: str) -> Iterator[tuple[int, Line]]:
 
 def _read_line(raw: bytes, where: str) -> Line:
     try:
-        content = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise RecordsError(f"{where}: not a JSON object in UTF-8; expected a record") from error
-    kind = content.get("type") if isinstance(content, dict) else None
-    if not isinstance(kind, str) or kind not in _LINES:
-        raise RecordsError(f"{where}: type is {shown(kind)}; expected one of {', '.join(_LINES)}")
-    if kind == "run" and (content.get("schema"), content.get("version")) != (SCHEMA, VERSION):
-        found = f"{shown(content.get('schema'))} version {shown(content.get('version'))}"
-        raise RecordsError(f"{where}: the schema is {found}; this version reads {SCHEMA!r} version {VERSION}")
-    try:
-        line: Line = read_object(_LINES[kind], content, where)
+        line: Line = _LINES.read(raw, where)
     except Mistyped as error:
-        text = str(error)
-        raise RecordsError(text if text.startswith(where) else f"{where}: {text}") from error
+        raise RecordsError(str(error)) from error
     return line

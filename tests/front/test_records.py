@@ -325,8 +325,8 @@ def test_runs_of_other_options_are_not_merged(kernel: str, tmp_path: Path, capsy
     [
         ("", "holds no run"),
         ("[]\n", "type is None; expected one of run, subject, verdict, cause, end"),
-        ("\x00\n", "not a JSON object in UTF-8; expected a record"),
-        ("[" * 100_000 + "\n", "not a JSON object in UTF-8; expected a record"),
+        ("\x00\n", "not a JSON object in UTF-8; expected one of type run, "),
+        ("[" * 100_000 + "\n", "not a JSON object in UTF-8; expected one of type run, "),
         ('{"type": "end", "run": "a", "reason": "", "exit": 0}\n', "the run 'a' has no line that begins it"),
         ('{"type": "end", "run": "a", "reason": "", "exit": -1}\n', "exit is -1; expected an integer of at least 0"),
         ('{"type": "end", "run": "a", "reason": ""}\n', "missing 1 required keyword-only argument: 'exit'"),
