@@ -123,6 +123,7 @@ OPERATION = Operation(
     contract=__doc__,
     case=RaggedDecodeCase,
     extent=cached,
+    recordable=True,
     arguments=(
         Argument("q", "[tokens, h, c+r]", far=True),
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),

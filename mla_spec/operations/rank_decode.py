@@ -152,6 +152,7 @@ OPERATION = Operation(
     contract=__doc__,
     case=RankDecodeCase,
     extent=cached,
+    recordable=True,
     arguments=(
         Argument("q", "[b, s, h, c+r]", far=True),
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),

@@ -177,3 +177,28 @@ def test_the_commands_of_the_page_do_what_it_says(tmp_path: Path, monkeypatch: p
     mla_spec.record(TorchAbsorbed(), "recorded", rate=1).decode(*places, **options)
     for line in block.splitlines():
         assert main(line.partition(" #")[0].split()[1:]) == 0
+
+
+@pytest.mark.parametrize(("wrong", "verdicts"), [(False, {"pass"}), (True, {"fail"})])
+def test_packed_queries_and_the_tokens_of_a_rank_are_judged(wrong: bool, verdicts: set[str], tmp_path: Path) -> None:
+    (q, cache, table, lengths), options = arguments()
+    read = table.flip(0) if wrong else table
+    honest, folder = TorchAbsorbed(), tmp_path / "calls"
+
+    class Kernel:
+        profile, supports = honest.profile, honest.supports
+
+        def ragged_decode(self, q: Tensor, cache: Tensor, table: Tensor, *rest: Tensor, **options: Any) -> Any:
+            return honest.ragged_decode(q, cache, read, *rest, **options)
+
+        def rank_decode(self, q: Tensor, cache: Tensor, table: Tensor, *rest: Tensor, **options: Any) -> Any:
+            return honest.rank_decode(q, cache, read, *rest, **options)
+
+    recorded = mla_spec.record(Kernel(), str(folder), rate=1)
+    starts = torch.tensor([0, 1, len(q)], dtype=torch.int32)
+    recorded.ragged_decode(q[:, 0], cache, table, lengths, starts, **options)
+    recorded.rank_decode(q, cache, table, 2 * lengths, ranks=2, rank=1, interleave=1, **options)
+    code, records = judged(folder)
+    assert {record["verdict"] for record in records} == verdicts
+    assert len(records) == 2
+    assert code == (1 if wrong else 0)
