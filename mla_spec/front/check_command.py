@@ -20,13 +20,13 @@ from mla_spec.front.run import INTERRUPTED, Progress, Store, opened, read, subje
 from mla_spec.judging.causes import Cause, causes, with_causes
 from mla_spec.judging.check import find_laws
 from mla_spec.judging.compiled import compiler_missing
+from mla_spec.judging.drawing import kind_of
 from mla_spec.judging.hardest import CorpusError, HardCase, read_hard_cases
 from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Options, Production, new_seed
 from mla_spec.judging.plan import Cell, Shard, parse_shard, plan
 from mla_spec.judging.quick import told
 from mla_spec.judging.records import RecordFile, RecordsError
-from mla_spec.judging.run import kind_of
 from mla_spec.judging.session import Asked, Stopped, header, run_here, run_in, stops
 from mla_spec.judging.verdict import Record
 from mla_spec.judging.waivers import WaiverError, Waivers, read_waivers

@@ -19,8 +19,9 @@ from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.exchange.call import Call, address
 from mla_spec.exchange.contents import Answer, ContentsSubject
 from mla_spec.exchange.folder import Folder, LawLine
+from mla_spec.judging.drawing import generate
 from mla_spec.judging.law import Law, Options, Run
-from mla_spec.judging.run import asked_dtypes, generate, share_of, why_not
+from mla_spec.judging.run import asked_dtypes, share_of, why_not
 from mla_spec.operations.case import Case
 from mla_spec.operations.extent import beyond
 from mla_spec.operations.operation import Operation

@@ -12,8 +12,8 @@ from hypothesis import Phase, given, settings
 from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.check import find_laws
+from mla_spec.judging.drawing import BACKEND
 from mla_spec.judging.law import Law, Options, Run
-from mla_spec.judging.run import BACKEND
 from mla_spec.judging.verdict import TrivialCase, VacuousCase
 from mla_spec.operations.case import Case
 from mla_spec.operations.decode import DecodeCase

@@ -10,8 +10,9 @@ from mla_spec.adapters.pytorch import TorchAbsorbed
 from mla_spec.bounds.profile import Profile
 from mla_spec.front.cli import main
 from mla_spec.installed import all_laws
+from mla_spec.judging.drawing import draw, kind_of
 from mla_spec.judging.law import Options, Run
-from mla_spec.judging.run import _draw, kind_of, run_law
+from mla_spec.judging.run import run_law
 from mla_spec.operations.all import KINDS, parse_case
 from mla_spec.operations.case import Case
 from mla_spec.operations.case_limits import MOST, elements, fault
@@ -106,7 +107,7 @@ def test_every_case_that_is_drawn_may_be_asked_for(name: str) -> None:
     cases = law.cases(run.supports, run.profile)
     seen = Seen([*law.first(run.supports, run.profile), *(cases if isinstance(cases, list) else ())])
     if not isinstance(cases, list):
-        _draw(law, run, cases, 6, Options(minimise=False), seen)
+        draw(law, run, cases, 6, Options(minimise=False), seen)
     assert {case.id: fault(case) for case in seen if fault(case)} == {}
     assert {parse_case(case.id) == case for case in seen} <= {True}
     assert {case.kind for case in seen} <= {kind_of(law)}
