@@ -33,7 +33,7 @@ from mla_spec.operations.regimes import QUERIES, SCORES, Regime, values
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.sparse import selected_rows
 from mla_spec.reference.typing import Array, BoolArray, IntArray
-from mla_spec.subjects.extent import selected
+from mla_spec.subjects.extent import selected, selected_of_one
 from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
@@ -310,7 +310,7 @@ SPARSE_PREFILL = Operation(
     name="sparse_prefill",
     contract=__doc__,
     case=SparsePrefillCase,
-    extent=selected,
+    extent=selected_of_one,
     recordable=True,
     arguments=(
         Argument("q", "[s, h, c+r]", far=True),

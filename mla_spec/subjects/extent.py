@@ -36,9 +36,13 @@ def require_extent(supports: Supports, batch: int, keys: int) -> None:
 
 
 def selected(tensors: Mapping[str, torch.Tensor]) -> Extent:
-    """Of a call over the keys that indices [b, s, k], or [s, k] of one sequence, select."""
-    indices = tensors["indices"]
-    return len(indices) if indices.dim() == 3 else 1, indices.shape[-1]
+    """Of a call over the keys that indices [b, s, k] select."""
+    return len(tensors["indices"]), tensors["indices"].shape[-1]
+
+
+def selected_of_one(tensors: Mapping[str, torch.Tensor]) -> Extent:
+    """Of a call of one sequence, over the keys that indices [s, 1, k] select."""
+    return 1, tensors["indices"].shape[-1]
 
 
 def require_call_within(supports: Supports, extent: CallExtent | None, tensors: Mapping[str, torch.Tensor]) -> None:
