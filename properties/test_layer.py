@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +10,12 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from mla_spec.bounds.error_bound import ErrorBound
-from mla_spec.bounds.layer import bounded_layer, layer_with_bound
+from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.bounds.profile import Profile
-from mla_spec.bounds.running import Bounded
-from mla_spec.judging.judge import judge_within
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
 from mla_spec.properties.hazards import overwrite
+from mla_spec.properties.layer_stages import Calls, made_layer, stage_named, traced
 from mla_spec.properties.strategies.layer import every_option, layer_cases, long_layers
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
@@ -28,12 +25,9 @@ from mla_spec.subjects.driver import Result, Tensors, tensor_bits
 from mla_spec.subjects.memory import share_memory
 from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.violation import NotOffered, Violation
+from mla_spec.subjects.violation import Violation
 
 LAYER = ("layer",)
-
-Calls = list[tuple[str, slice]]
-"""Methods, and the tokens that each is called on."""
 
 EDGES = (512, 1024, 4096)
 """Positions at which a table may end; tokens are moved to both sides of one of them."""
@@ -59,58 +53,13 @@ def _run(layer: LayerDriver, method: str, inputs: LayerInputs, tokens: slice) ->
     return layer.run(method, inputs.hidden[:, tokens], inputs.positions[:, tokens])
 
 
-def _make(run: Run, inputs: LayerInputs) -> LayerDriver:
-    made: LayerDriver = there(LayerDriver.of, run.driver, inputs.weights, inputs.config)
-    return made
-
-
-def _stages(run: Run, inputs: LayerInputs) -> dict[str, Bounded]:
-    """Every stage of all tokens, the output included."""
-    arguments = inputs.hidden, inputs.positions, inputs.weights, inputs.config, run.profile
-    want, bound = layer_with_bound(*arguments)
-    return {**bounded_layer(*arguments).stages(inputs.config), "o_proj": Bounded(want, bound.total)}
-
-
-def _traced(run: Run, inputs: LayerInputs, calls: Calls) -> Iterator[tuple[Result, Array, ErrorBound]]:
-    """What a new layer hands out of each call, its value and its own bound, in the order of computation."""
-    layer, every = _make(run, inputs), _stages(run, inputs)
-    for method, tokens in calls:
-        stages = {name: x[..., tokens] if name == "lse" else x[:, tokens] for name, x in every.items()}
-        shapes = {name: x.value.shape for name, x in stages.items()}
-        got = layer.trace(method, inputs.hidden[:, tokens], inputs.positions[:, tokens], shapes)
-        for name in [name for name in stages if name in got]:
-            yield got[name], stages[name].value, ErrorBound({f"roundings up to {name}": stages[name].error})
-
-
-def _first_wrong_stage(run: Run, inputs: LayerInputs, calls: Calls) -> str:
-    """The first stage of these calls that leaves its bound, in a sentence; "" of a layer that hands out none."""
-    try:
-        for got, want, bound in _traced(run, inputs, calls):
-            judge_within(got, want, bound, gate=False)
-    except NotOffered:
-        return ""
-    except Violation as violation:
-        return f"the first stage that leaves its own bound: {violation}"
-    return "every stage that the layer hands out is within its own bound"
-
-
-@contextmanager
-def _stage_named(run: Run, inputs: LayerInputs, calls: Calls) -> Iterator[None]:
-    """Add to what is wrong with the outputs of these calls which stage is the first to be."""
-    try:
-        yield
-    except Violation as violation:
-        stage = _first_wrong_stage(run, inputs, calls)
-        raise Violation(f"{violation}\n{stage}" if stage else str(violation)) from None
-
-
 @law(needs=LAYER, cases=narrowed(layer_cases, max_steps=2), cost=2)
 def test_layer_stages_agree_with_reference(run: Run, case: LayerCase) -> None:
     """Each stage that the layer hands out of a prompt and of decoded tokens, within a bound of its own.
 
     ``trace`` hands them out. A stage is allowed less error than the output, to which the errors of all stages add.
     """
-    for got, want, bound in _traced(run, case.build(), _calls(case)):
+    for got, want, bound in traced(run, case.build(), _calls(case)):
         run.within(got, want, bound, gate=False)
 
 
@@ -119,8 +68,8 @@ def test_layer_prefill_agrees_with_reference(run: Run, case: LayerCase) -> None:
     """Prefill of a prompt, within the worst-case bound of the layer's profile."""
     inputs = case.build()
     want, bound = _expected(run, inputs)
-    with _stage_named(run, inputs, _calls(case)):
-        run.within(_run(_make(run, inputs), "prefill", inputs, np.s_[:]), want, bound)
+    with stage_named(run, inputs, _calls(case)):
+        run.within(_run(made_layer(run, inputs), "prefill", inputs, np.s_[:]), want, bound)
 
 
 @law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1), first=every_option, missing=_needs_cache)
@@ -129,10 +78,10 @@ def test_layer_decode_agrees_with_reference(run: Run, case: LayerCase) -> None:
     inputs = case.build()
     want, bound = _expected(run, inputs)
     run.meaningful(want, bound)
-    layer = _make(run, inputs)
+    layer = made_layer(run, inputs)
     calls = _calls(case)
     _run(layer, "prefill", inputs, calls[0][1])
-    with _stage_named(run, inputs, calls):
+    with stage_named(run, inputs, calls):
         for method, tokens in calls[1:]:
             got = _run(layer, method, inputs, tokens)
             run.within(got, want[:, tokens], bound[:, tokens], gate=False)
@@ -147,7 +96,7 @@ def test_layer_of_thousands_of_cached_tokens(run: Run, case: LayerCase) -> None:
         inputs.hidden, inputs.positions, inputs.weights, inputs.config, run.profile, last=judged
     )
     run.meaningful(want, bound)
-    layer = _make(run, inputs)
+    layer = made_layer(run, inputs)
     first = case.prompt + case.steps - judged
     calls = [("prefill", slice(0, case.prompt)), ("decode", slice(case.prompt, case.prompt + 1))]
     for method, tokens in (*calls, *_decoded(run, case.prompt + 1, case.prompt + case.steps)):
@@ -162,10 +111,10 @@ def test_layer_decodes_several_tokens_at_once(run: Run, case: LayerCase) -> None
     inputs = case.build()
     want, bound = _expected(run, inputs)
     run.meaningful(want, bound)
-    layer = _make(run, inputs)
+    layer = made_layer(run, inputs)
     calls = [_calls(case)[0], *_decoded(run, case.prompt, case.prompt + case.steps)]
     _run(layer, "prefill", inputs, calls[0][1])
-    with _stage_named(run, inputs, calls):
+    with stage_named(run, inputs, calls):
         for method, tokens in calls[1:]:
             got = _run(layer, method, inputs, tokens)
             run.within(got, want[:, tokens], bound[:, tokens], gate=False)
@@ -183,10 +132,10 @@ def test_layer_prefill_in_chunks(run: Run, case: LayerCase) -> None:
     inputs = case.build()
     want, bound = _expected(run, inputs)
     run.meaningful(want, bound)
-    layer = _make(run, inputs)
+    layer = made_layer(run, inputs)
     cut = 1 + case.seed % (case.prompt - 1)
     chunks = [("prefill", slice(0, cut)), ("prefill", slice(cut, case.prompt)), *_calls(case)[1:]]
-    with _stage_named(run, inputs, chunks):
+    with stage_named(run, inputs, chunks):
         for method, tokens in chunks:
             got = _run(layer, method, inputs, tokens)
             run.within(got, want[:, tokens], bound[:, tokens], gate=False)
@@ -197,8 +146,8 @@ def test_prefill_equals_token_by_token_decode(run: Run, case: LayerCase) -> None
     """One prefill gives what decoding the same tokens one by one gives."""
     inputs = case.build()
     _, bound = _expected(run, inputs)
-    whole = _run(_make(run, inputs), "prefill", inputs, np.s_[:])
-    layer = _make(run, inputs)
+    whole = _run(made_layer(run, inputs), "prefill", inputs, np.s_[:])
+    layer = made_layer(run, inputs)
     for t in range(case.prompt):
         one = slice(t, t + 1)
         got = _run(layer, "prefill" if t == 0 else "decode", inputs, one)
@@ -234,7 +183,7 @@ def test_layer_depends_on_relative_positions_only(run: Run, case: LayerCase) -> 
     _, moved_bound = _expected(run, moved)
     run.meaningful(want, bound)
     both = bound.plus("the same at moved positions", moved_bound.total)
-    layers = _make(run, inputs), _make(run, moved)
+    layers = made_layer(run, inputs), made_layer(run, moved)
     for method, tokens in _calls(case):
         here, there = (_run(layer, method, each, tokens) for layer, each in zip(layers, (inputs, moved), strict=True))
         run.require(not np.isnan(here.value).any(), f"{method} output has NaN")
@@ -247,8 +196,8 @@ def test_future_tokens_are_ignored(run: Run, case: LayerCase) -> None:
     inputs = case.build()
     changed = inputs.hidden.copy()
     changed[:, -1] = -2 * changed[:, -1]
-    want = _run(_make(run, inputs), "prefill", inputs, np.s_[:])
-    got = _run(_make(run, inputs), "prefill", replace(inputs, hidden=changed), np.s_[:])
+    want = _run(made_layer(run, inputs), "prefill", inputs, np.s_[:])
+    got = _run(made_layer(run, inputs), "prefill", replace(inputs, hidden=changed), np.s_[:])
     run.same_bits(got[:, :-1], want[:, :-1], "only the last token, which these do not see, was changed")
 
 
@@ -256,8 +205,8 @@ def test_future_tokens_are_ignored(run: Run, case: LayerCase) -> None:
 def test_reset_empties_the_cache(run: Run, case: LayerCase) -> None:
     """After reset, a layer that held a longer sequence, and fewer of them, gives the same bits as a new one."""
     inputs = case.build()
-    fresh = _run(_make(run, inputs), "prefill", inputs, np.s_[: case.prompt])
-    layer = _make(run, inputs)
+    fresh = _run(made_layer(run, inputs), "prefill", inputs, np.s_[: case.prompt])
+    layer = made_layer(run, inputs)
     layer.run("prefill", inputs.hidden[:1], inputs.positions[:1])
     layer.reset()
     _run(layer, "prefill", inputs, np.s_[:])
@@ -296,7 +245,7 @@ def test_cache_bytes_are_exact(run: Run, case: LayerCase) -> None:
         got = layer.cache_bytes()
         run.require(got == want, f"cache_bytes after {tokens} tokens: got {got}, want {want} = {formula}")
 
-    layer = _make(run, inputs)
+    layer = made_layer(run, inputs)
     require(layer, 0)
     _run(layer, "prefill", inputs, np.s_[: case.prompt])
     require(layer, case.prompt)
@@ -315,7 +264,7 @@ def test_layer_allocates_only_its_cache(run: Run, case: LayerCase) -> None:
     a reset, and does not grow, counts as preallocated.
     """
     inputs = case.build()
-    layer = _make(run, inputs)
+    layer = made_layer(run, inputs)
     calls = _calls(case)
     sizes = [_cache_bytes(run, case, tokens.stop) for _, tokens in calls]
     prompt = case.batch * case.prompt * _row_bytes(run, case)
@@ -379,7 +328,7 @@ def test_layers_are_independent(run: Run, case: LayerCase) -> None:
     """Layers that a subject makes of equal shapes each have their own weights and cache, used in turn."""
     inputs = [replace(case, seed=case.seed + i).build() for i in (1, 0)]
     expected = [_expected(run, each) for each in inputs]
-    layers = [_make(run, each) for each in inputs]
+    layers = [made_layer(run, each) for each in inputs]
     for method, tokens in _calls(case):
         for layer, each, (want, bound) in zip(layers, inputs, expected, strict=True):
             run.within(_run(layer, method, each, tokens), want[:, tokens], bound[:, tokens], gate=False)
@@ -389,7 +338,7 @@ def test_layers_are_independent(run: Run, case: LayerCase) -> None:
 def test_layer_does_not_modify_its_inputs(run: Run, case: LayerCase) -> None:
     """Neither weights nor hidden states change in a prefill."""
     inputs = case.build()
-    layer = _make(run, inputs)
+    layer = made_layer(run, inputs)
     tensors = layer.weights | {"hidden": run.driver.tensor(inputs.hidden)}
     before = {name: tensor_bits(x) for name, x in tensors.items()}
     positions = run.driver.tensor(inputs.positions.astype(float)).long()
@@ -403,7 +352,7 @@ def test_layer_does_not_modify_its_inputs(run: Run, case: LayerCase) -> None:
 def test_layer_output_is_not_aliased(run: Run, case: LayerCase) -> None:
     """What a call returned shares no memory with hidden states, and stays as it is when the layer is called again."""
     inputs = case.build()
-    layer = _make(run, inputs)
+    layer = made_layer(run, inputs)
     kept: list[tuple[str, Tensor, IntArray]] = []
     for method, tokens in [*_calls(case), *_calls(case)]:
         if method == "prefill" and kept:
@@ -426,7 +375,7 @@ def test_layer_reads_its_tensors_anew(run: Run, case: LayerCase) -> None:
     spread: IntArray = first.positions + np.arange(first.positions.shape[-1])  # a common shift would change nothing
     if spread.max() >= (run.supports.layer_max_positions or np.inf):
         spread = first.positions[:, ::-1]
-    layer = _make(run, first)
+    layer = made_layer(run, first)
     tensors = _tokens(run, other)
     for inputs in (replace(first, hidden=other.hidden, positions=spread), first):
         overwrite(tensors, _tokens(run, inputs))

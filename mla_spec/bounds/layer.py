@@ -66,24 +66,6 @@ class BoundedLayer:
     lse: Bounded
     out: Bounded
 
-    def stages(self, config: MLAConfig) -> dict[str, Bounded]:
-        """What a layer may hand out with ``trace``, by name, in the order of computation; see ``mla_spec.operations.layer``.
-
-        A compressed query has the first two. "attention" is [..., s, h, v].
-        """
-        compressed = {} if config.q_lora_rank is None else {"q_a_proj": self.q_down, "q_a_layernorm": self.q_norm}
-        return {
-            **compressed,
-            "q_nope": self.q_nope,
-            "q_pe": self.q_pe,
-            "kv_a_proj_with_mqa": self.kv_down,
-            "kv_a_layernorm": self.kv_norm,
-            "latent": self.latent,
-            "k_pe": self.k_pe,
-            "lse": self.lse,
-            "attention": self.out.reshape(*self.out.value.shape[:-1], config.num_heads, config.v_head_dim),
-        }
-
 
 def layer_with_bound(
     hidden: Array,
@@ -108,6 +90,29 @@ def layer_with_bound(
     """
     out = bounded_layer(hidden, positions, weights, config, profile, last=last).out
     return product_terms("oe,...e->...o", weights["o_proj"], out, profile)
+
+
+def bounded_stages(
+    hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig, profile: Profile
+) -> dict[str, Bounded]:
+    """What a layer may hand out with ``trace``, by name, in the order of computation; see ``mla_spec.operations.layer``.
+
+    Arguments are those of ``layer_with_bound``. A compressed query has the first two stages; the last one is the output.
+    """
+    layer = bounded_layer(hidden, positions, weights, config, profile)
+    compressed = {} if config.q_lora_rank is None else {"q_a_proj": layer.q_down, "q_a_layernorm": layer.q_norm}
+    return {
+        **compressed,
+        "q_nope": layer.q_nope,
+        "q_pe": layer.q_pe,
+        "kv_a_proj_with_mqa": layer.kv_down,
+        "kv_a_layernorm": layer.kv_norm,
+        "latent": layer.latent,
+        "k_pe": layer.k_pe,
+        "lse": layer.lse,
+        "attention": layer.out.reshape(*layer.out.value.shape[:-1], config.num_heads, config.v_head_dim),
+        "o_proj": product("oe,...e->...o", weights["o_proj"], layer.out, profile),
+    }
 
 
 def bounded_layer(

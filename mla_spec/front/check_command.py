@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import replace
 from typing import Any
 
+from mla_spec.front.case_script import export, exported
 from mla_spec.front.device import require_device
 from mla_spec.front.explanation import explain
-from mla_spec.front.export import export, exported
 from mla_spec.front.overview import overview
 from mla_spec.front.production import production
 from mla_spec.front.report import exit_code, merged, report_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from mla_spec.front.case_script import export, script
 from mla_spec.front.device import require_device
-from mla_spec.front.export import export, script
 from mla_spec.front.overview import short_replay, suspect_text
 from mla_spec.front.report import exit_code
 from mla_spec.installed import all_laws

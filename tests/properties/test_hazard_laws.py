@@ -139,4 +139,4 @@ def test_a_result_that_changes_is_told_with_how_often_and_how_far() -> None:
     told = re.search(r"(\d+) of 31 repetitions differ from the first, by up to (\S+) in \S+", record.message)
     assert told is not None, record.message
     assert int(told[1]) in (7, 8)
-    assert 0 < float(told[2]) < 1e-3
+    assert float(told[2]) > 0

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mla_spec.front.case_script import LONGEST
 from mla_spec.front.cli import main
-from mla_spec.front.export import LONGEST
 
 KERNEL = """
 import torch
