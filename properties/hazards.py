@@ -117,15 +117,17 @@ def overwrite(tensors: Tensors, contents: Tensors) -> None:
 def reads_strides(operation: Operation, run: Run, case: Any) -> None:
     """Views of larger or transposed tensors are read by their strides."""
     inputs = operation.build(case)
+    wanted = run.expected(operation, inputs)
     for name, view in operation.all_views.items():
         with Told(f"with {name}"):
             got = run.call(operation, inputs, view(run.driver.tensors(operation, inputs)))
-            run.agrees(operation, inputs, got)
+            run.agrees(operation, inputs, got, wanted)
 
 
 def reaches_far(operation: Operation, run: Run, case: Any) -> None:
     """Arguments whose offsets exceed 2^31, and 2^32, elements are read as any other."""
     inputs = operation.distant(case)
+    wanted = run.expected(operation, inputs)
     for argument in operation.arguments:
         tensors = run.driver.tensors(operation, inputs)
         if argument.far and tensors[argument.name][0].numel():
@@ -133,7 +135,7 @@ def reaches_far(operation: Operation, run: Run, case: Any) -> None:
             with left_out_where_too_large(run, argument.name), told:
                 # Without a name of its own, a distant tensor is gone before the next one is made.
                 far = partial(far_apart, tensors[argument.name], wait=not run.left_out)
-                run.agrees(operation, inputs, run.call(operation, inputs, tensors | {argument.name: far()}))
+                run.agrees(operation, inputs, run.call(operation, inputs, tensors | {argument.name: far()}), wanted)
 
 
 def writes_all_of_its_outputs(operation: Operation, run: Run, case: Any) -> None:
@@ -151,8 +153,9 @@ def gives_the_same_bits_again(operation: Operation, run: Run, case: Any) -> None
 
     first, *others = again(REPETITIONS)
     if not run.profile.deterministic:
+        wanted = run.expected(operation, inputs)
         for got in others:
-            run.agrees(operation, inputs, got)
+            run.agrees(operation, inputs, got, wanted)
         return
     if any(_changes(got, first) for got in others):
         others += again(MORE_REPETITIONS)

@@ -24,7 +24,7 @@ from mla_spec.judging.law import Law, Options, Run
 from mla_spec.judging.run import asked_dtypes, share_of, why_not
 from mla_spec.operations.case import Case
 from mla_spec.operations.extent import beyond
-from mla_spec.operations.operation import Operation
+from mla_spec.operations.operation import Answers, Operation
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.description import describe
 from mla_spec.subjects.driver import TORCH_DTYPES, Driver, Result, Results, Tensors
@@ -177,7 +177,11 @@ class _PlanningDriver(Driver):
 class _UnjudgedRun(Run):
     """A run in which nothing is judged."""
 
-    def agrees(self, operation: Operation, inputs: Any, got: Results) -> None:
+    def expected(self, operation: Operation, inputs: Any) -> Answers:
+        """Nothing."""
+        return ()
+
+    def agrees(self, operation: Operation, inputs: Any, got: Results, wanted: Answers | None = None) -> None:
         """Nothing."""
 
     def within(self, got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> None:

@@ -21,7 +21,7 @@ from mla_spec.judging.quick import EXAMPLES as QUICK_EXAMPLES
 from mla_spec.judging.quick import MINIMISING as QUICK_MINIMISING
 from mla_spec.judging.verdict import TrivialCase, VacuousCase
 from mla_spec.operations.case import Case
-from mla_spec.operations.operation import Operation, Within
+from mla_spec.operations.operation import Answers, Operation, Within
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.configured import Dims
 from mla_spec.subjects.driver import Driver, Result, Results, Tensors
@@ -96,9 +96,13 @@ class Run:
         """Which other convention the results of the last call obey, where they are wrong; "" where none is recognized."""
         return "" if self.last is None else diagnosis(*self.last, self.profile, self.supports)
 
-    def agrees(self, operation: Operation, inputs: Any, got: Results) -> None:
-        """Judge the outputs of a call on ``inputs`` against what they must be."""
-        for part, want in zip(got, operation.expected(inputs, self.profile, self.supports), strict=True):
+    def expected(self, operation: Operation, inputs: Any) -> Answers:
+        """What each output of a call on ``inputs`` must be; None for one that is not offered."""
+        return operation.expected(inputs, self.profile, self.supports)
+
+    def agrees(self, operation: Operation, inputs: Any, got: Results, wanted: Answers | None = None) -> None:
+        """Judge the outputs of a call on ``inputs`` against what they must be: ``wanted``, where that is known already."""
+        for part, want in zip(got, wanted or self.expected(operation, inputs), strict=True):
             if part is not None and want is not None:
                 want.judge(self, part)
 
@@ -173,7 +177,7 @@ class Run:
         for operation, inputs, results in reversed(self.calls):
             for i, output in enumerate(results):
                 if output is not None and np.shares_memory(output.value, part.value):
-                    want = operation.expected(inputs, self.profile, self.supports)[i]
+                    want = self.expected(operation, inputs)[i]
                     return float(want.bound.total.max(initial=0.0)) if isinstance(want, Within) else None
         return None
 

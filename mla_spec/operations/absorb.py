@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase
-from mla_spec.operations.operation import Exactly, Expected, Operation
+from mla_spec.operations.operation import Answers, Exactly, Operation
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.mla import absorb
 from mla_spec.reference.typing import Array
@@ -34,7 +34,7 @@ def build(case: DecodeCase) -> AbsorbInputs:
     return AbsorbInputs(kv_b_proj, config)
 
 
-def expected(inputs: AbsorbInputs, profile: Profile, supports: Supports) -> tuple[Expected | None, ...]:
+def expected(inputs: AbsorbInputs, profile: Profile, supports: Supports) -> Answers:
     """Rows of kv_b_proj, bit for bit."""
     w_uk, w_uv = absorb(inputs.kv_b_proj, inputs.config)
     return Exactly(w_uk), Exactly(w_uv)

@@ -23,7 +23,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.conventions import DECODE_CONVENTIONS
 from mla_spec.operations.latent_pages import LatentPages, PagedInputs, at_half_the_scale, without_spare_pages
-from mla_spec.operations.operation import Expected, Operation, View, Within
+from mla_spec.operations.operation import Answers, Operation, View, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, values
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.config import MLAConfig
@@ -132,7 +132,7 @@ def declared_lse(lse: Array, supports: Supports) -> Array:
     return np.where(np.isneginf(lse), np.inf, lse) if supports.empty_row == "zero/+inf" else lse
 
 
-def attention_expected(want: BoundedAttention | BoundedMerge, supports: Supports) -> tuple[Expected | None, ...]:
+def attention_expected(want: BoundedAttention | BoundedMerge, supports: Supports) -> Answers:
     """out and LSE of an attention."""
     return Within(want.out, want.out_error, gate=True), Within(declared_lse(want.lse, supports), want.lse_error)
 

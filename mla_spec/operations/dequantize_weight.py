@@ -17,7 +17,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.quantised_cache import dequantised_error
 from mla_spec.operations.case import Case
 from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
-from mla_spec.operations.operation import Expected, Operation, Within
+from mla_spec.operations.operation import Answers, Operation, Within
 from mla_spec.reference.block_scales import CODE, BlockSize, dequantise_weight, quantise_weight, scales_shape
 from mla_spec.reference.formats import decode_bits, format_of, round_to
 from mla_spec.reference.typing import Array
@@ -107,7 +107,7 @@ class QuantisedLayerCase(LayerCase):
         return WeightInputs(codes, scales, block_size, dequantise_weight(codes, scales, block_size))
 
 
-def expected(inputs: WeightInputs, profile: Profile, supports: Supports) -> tuple[Expected | None, ...]:
+def expected(inputs: WeightInputs, profile: Profile, supports: Supports) -> Answers:
     """Code times scale, rounded to the dtype."""
     return (Within(inputs.weight, dequantised_error(inputs.weight, profile)),)
 

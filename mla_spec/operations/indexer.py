@@ -20,7 +20,7 @@ from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.sparse import indexer_with_bound, selection_shortfall
 from mla_spec.operations.case import Case
-from mla_spec.operations.operation import Expected, Judge, Operation, Within
+from mla_spec.operations.operation import Answers, Judge, Operation, Within
 from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
 from mla_spec.operations.sparse import SparseInputs, SparsePrefillCase
 from mla_spec.reference.formats import round_to
@@ -176,7 +176,7 @@ def indexer_expected(inputs: IndexerInputs, logits: Array, bound: ErrorBound) ->
     return Within(logits, bound, read=visible_keys(inputs)), Selection(inputs, logits, bound.total)
 
 
-def expected(inputs: IndexerInputs, profile: Profile, supports: Supports) -> tuple[Expected | None, ...]:
+def expected(inputs: IndexerInputs, profile: Profile, supports: Supports) -> Answers:
     """Logits of all pairs of queries and keys, and the selection."""
     return indexer_expected(inputs, *indexer_with_bound(inputs.q, inputs.k, inputs.weights, profile))
 

@@ -84,6 +84,10 @@ class Exactly:
         )
 
 
+Answers = tuple[Expected | None, ...]
+"""What each output of a call must be, in their order; None for one that the subject does not offer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operation(Signature):
     """One thing that a subject may be asked to compute.
@@ -107,7 +111,7 @@ class Operation(Signature):
     contract: str = field(repr=False)
     case: type[Case]
     build: Callable[[Any], Any] = lambda case: case.build()
-    expected: Callable[[Any, Profile, Supports], tuple[Expected | None, ...]]
+    expected: Callable[[Any, Profile, Supports], Answers]
     views: Mapping[str, View]
     regimes: tuple[Regime, ...] = ()
     others: Callable[[Any], tuple[Any, ...]]

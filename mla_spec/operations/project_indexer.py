@@ -20,7 +20,7 @@ import torch
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.project_indexer import project_indexer_with_bound
 from mla_spec.operations.case import Case
-from mla_spec.operations.operation import Expected, Operation, Within
+from mla_spec.operations.operation import Answers, Operation, Within
 from mla_spec.operations.rope import REGIMES as ROTARY
 from mla_spec.operations.rope import make_rope
 from mla_spec.reference.formats import round_to
@@ -101,7 +101,7 @@ class ProjectIndexerCase(Case):
         )
 
 
-def expected(inputs: ProjectIndexerInputs, profile: Profile, supports: Supports) -> tuple[Expected | None, ...]:
+def expected(inputs: ProjectIndexerInputs, profile: Profile, supports: Supports) -> Answers:
     """All three operands, with their bounds."""
     want = project_indexer_with_bound(**vars(inputs), profile=profile)
     return (

@@ -38,7 +38,7 @@ from mla_spec.operations.decode import (
     shortened,
 )
 from mla_spec.operations.latent_pages import at_half_the_scale, without_spare_pages
-from mla_spec.operations.operation import Expected, Judge, Operation, Within
+from mla_spec.operations.operation import Answers, Judge, Operation, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, values
 from mla_spec.reference.cache_layout import Bytes, CacheLayout, QuantisedRows, layout_of, pack, unpack
 from mla_spec.reference.formats import decode_bits, format_of, round_to
@@ -321,7 +321,7 @@ def stored_rows(inputs: QuantiseInputs, pages: Bytes) -> QuantisedRows:
     return QuantisedRows(*(x.reshape(slots, x.shape[-1])[: len(inputs.rows)] for x in parts))
 
 
-def _dequantised(inputs: PagesInputs, profile: Profile, supports: Supports) -> tuple[Expected | None, ...]:
+def _dequantised(inputs: PagesInputs, profile: Profile, supports: Supports) -> Answers:
     """Code times scale in the rows that hold a token."""
     shape = len(inputs.pages), inputs.page_size, 1, inputs.layout.width
     rows, held = np.zeros(shape), np.zeros(shape, dtype=bool)

@@ -15,7 +15,7 @@ import numpy as np
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.operations.case import Case
-from mla_spec.operations.operation import Expected, Operation, Within
+from mla_spec.operations.operation import Answers, Operation, Within
 from mla_spec.operations.regimes import Regime, values
 from mla_spec.reference.config import LongRopeScaling, RopeConfig, YarnScaling
 from mla_spec.reference.formats import round_to
@@ -152,7 +152,7 @@ class RopeCase(Case):
         return [round_to(rng.standard_normal(shape), self.dtype) for _ in range(count)]
 
 
-def expected(inputs: RopeInputs, profile: Profile, supports: Supports) -> tuple[Expected | None, ...]:
+def expected(inputs: RopeInputs, profile: Profile, supports: Supports) -> Answers:
     """Every pair turned by its angle."""
     return (Within(*rope_with_bound(inputs.x, inputs.positions, inputs.rope, profile.rope, output=profile.dtype)),)
 

@@ -17,7 +17,7 @@ import torch
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
-from mla_spec.operations.operation import Exactly, Expected, Operation
+from mla_spec.operations.operation import Answers, Exactly, Operation
 from mla_spec.reference.formats import format_of, round_to
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Tensors
@@ -72,7 +72,7 @@ class WriteCase(Case):
         return round_to(x, self.dtype)
 
 
-def expected(inputs: WriteInputs, profile: Profile, supports: Supports) -> tuple[Expected | None, ...]:
+def expected(inputs: WriteInputs, profile: Profile, supports: Supports) -> Answers:
     """The pool with the new rows in their slots."""
     pool = inputs.kv_cache.copy()
     kept = inputs.slot_mapping >= 0
