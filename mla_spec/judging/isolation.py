@@ -53,7 +53,10 @@ class WorkerPool:
         self._workers: list[_Worker] = []
 
     def submit(self, law: str, subject_name: str, options: Options, signature: str | None = None) -> Future[Record]:
-        """Run a law on the subject that ``options.spec`` names, when a process is free; first come, first served."""
+        """Run a law on the subject that ``options.spec`` names, when a process is free; first come, first served.
+
+        ``options.announce`` is called here, in a thread.
+        """
         assert options.spec is not None
         return self._threads.submit(self._run, law, subject_name, options, signature)
 
@@ -120,6 +123,8 @@ class _Worker:
             self._ask(law)
             while not isinstance(message := self.connection.recv(), Record):
                 cases, last = cases + 1, message
+                if self.options.announce is not None:
+                    self.options.announce(message)
             return message
         except (EOFError, ConnectionError):
             reason = f"the process that judges {self._end()}"
@@ -137,7 +142,7 @@ class _Worker:
     def _ask(self, law: str | None) -> None:
         if self.process is None:
             self._start()
-        self.connection.send((law, self.options, self.signature))
+        self.connection.send((law, replace(self.options, announce=None), self.signature))
 
     def _start(self) -> None:
         self.connection, theirs = _CONTEXT.Pipe()

@@ -28,6 +28,9 @@ PATIENCE = 5.0
 BUFFER = 1 << 22
 """Bytes that may be on their way, as far as the system allows: the fewer, the more often two processes take turns."""
 
+LIMIT = 300.0
+"""Seconds that a request may take, where nobody says otherwise."""
+
 STARTING = 600.0
 """Seconds in which a process has imported what the suite needs, under whatever it runs."""
 
@@ -383,13 +386,13 @@ def _attribute(of: Any, name: str) -> tuple[bool, Any]:
 
 
 @contextmanager
-def apart(spec: str, device: str = "cpu", limit: float | None = None) -> Iterator[Handle]:
+def apart(spec: str, device: str = "cpu", *, signature: str | None = None, limit: float = LIMIT) -> Iterator[Handle]:
     """The subject that ``spec`` names, in a process of its own that ends with the block.
 
     The first request raises UnknownSubject where there is none, and BrokenSubject where it cannot be made.
     """
-    process = SubjectProcess(spec, device=device, limit=limit)
+    process = SubjectProcess(spec, signature, device=device, limit=limit)
     try:
         yield process.subject
     finally:
-        process.end()
+        process.stop()
