@@ -116,7 +116,7 @@ class _Worker:
 
     def serve(self, options: Options, signature: str | None) -> None:
         """Turn to the subject of ``options``, on the device of this worker where it has one."""
-        self.options = options if self.device is None else replace(options, device=self.device)
+        self.options = replace(options, under=self.settings.under, device=self.device or options.device)
         self.signature = signature
 
     def describe(self) -> Description:

@@ -121,6 +121,8 @@ def replay_command(law: str, case: Case, options: Options) -> str:
         device += ("--compile", options.compile)
     if options.production is not None:
         device += ("--production",)
+    if options.under:
+        device += ("--under", options.under)
     return shlex.join(["mla-spec", "check", *options.spec, "--law", law, "--case", case.id, *device])
 
 
