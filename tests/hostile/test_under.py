@@ -113,6 +113,18 @@ def test_what_is_a_report(printed: str, reported: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("under", "says"),
+    [
+        ("'", "cannot be read as a command: No closing quotation"),
+        ("no-such-tool -q", "there is no program 'no-such-tool'"),
+    ],
+)
+def test_a_tool_that_is_not_there_is_a_usage_error(under: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "torch-absorbed", "--law", LAW, "--under", under]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("under", "tool"),
     [
         ("compute-sanitizer --tool memcheck", "compute-sanitizer"),
