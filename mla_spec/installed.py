@@ -82,6 +82,10 @@ LAW_MODULES = (
 """Modules of ``mla_spec.properties`` that hold laws, in the order of the report."""
 
 
+HOLD_SUBJECTS = ("mla_spec.adapters", "mla_spec.planted_bugs", "mla_spec.proof", "mla_spec.exchange")
+"""Packages that hold subjects, or call what somebody else wrote."""
+
+
 def operation_names() -> tuple[str, ...]:
     """The operations that a subject may offer, in the order of reports."""
     return tuple(import_module("mla_spec.operations.all").OPERATIONS)

@@ -46,7 +46,12 @@ def require_unmodified(run: Run, operation: str, tensors: Tensors, call: Callabl
     before = {name: tensor_bits(x) for name, x in tensors.items()}
     call()
     for name, x in tensors.items():
-        changed = int((tensor_bits(x) != before[name]).sum())
+        after = tensor_bits(x)
+        run.require(
+            after.shape == before[name].shape,
+            f"{operation} changed the shape of its argument {name} from {list(before[name].shape)} to {list(after.shape)}",
+        )
+        changed = int((after != before[name]).sum())
         run.require(changed == 0, f"{operation} changed {changed} of {x.numel()} elements of its argument {name}")
 
 

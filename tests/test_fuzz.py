@@ -161,6 +161,7 @@ OPTIONS = [
     "--timeout",
     "--shard",
     "--time-limit",
+    "--under",
     "--help",
 ]
 

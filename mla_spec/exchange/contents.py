@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mla_spec.exchange.call import Call, call_of
+from mla_spec.exchange.call import Call, call_of, read_call
 from mla_spec.exchange.declared import Declared
 from mla_spec.exchange.tensor_file import ExchangeError, decode, encode
 from mla_spec.installed import operation_named
+from mla_spec.subjects.near import there
 from mla_spec.subjects.signature import Signature
 from mla_spec.subjects.violation import SubjectCrashed, Unsupported, Violation
 from mla_spec.text.terminal import one_line
@@ -88,6 +89,18 @@ def answer_by(subject: object, call: Call) -> bytes:
     except Exception as error:
         return encode({}, {"error": f"{type(error).__name__}: {error}"})
     return encode(outputs_of(operation, call, places, returned), {})
+
+
+def answer_apart(subject: object, call: Call) -> bytes:
+    """As ``answer_by``, where the subject is; what ends its process is in the answer, as an exception would be."""
+    try:
+        return bytes(there(_answer_there, subject, call.encoded()))
+    except SubjectCrashed as error:
+        return encode({}, {"error": one_line(error, 1000)})
+
+
+def _answer_there(subject: object, call: bytes) -> bytes:
+    return answer_by(subject, read_call(call, "the call"))
 
 
 def outputs_of(operation: Signature, call: Call, places: list[Any], returned: Any) -> Answer:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-from mla_spec.front.device import require_device
+from mla_spec.front.device import devices_of
 from mla_spec.front.overview import overview
 from mla_spec.front.report import exit_code, merged
 from mla_spec.front.run import INTERRUPTED, Progress, Store, opened, read, subject_lines
@@ -32,7 +32,9 @@ def campaign(options: argparse.Namespace) -> int:
     for dtype in options.dtype or ():
         if dtype not in DTYPES:
             raise UsageError(f"unknown dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
-    require_device(options.device)
+    options.devices = devices_of(options.device)
+    if options.ray is not None and len(options.devices) > 1:
+        raise UsageError(f"--ray gives each task a GPU itself: --device cuda, got {shown(options.device)}")
     try:
         laws = [law.name for law in find_laws(options.law)]
         known = read_hard_cases(options.corpus) if os.path.exists(options.corpus) else ()
@@ -69,14 +71,14 @@ class _Campaign:
 
     def _pool(self) -> WorkerPool | RayPool:
         if self.options.ray is not None:
-            return RayPool(self.options.ray, self.options.device, self.options.timeout)
-        return WorkerPool(self.options.jobs, self.options.timeout)
+            return RayPool(self.options.ray, self.options.devices[0], self.options.timeout)
+        return WorkerPool(self.options.jobs, self.options.timeout, devices=self.options.devices)
 
     def _describe(self, pool: WorkerPool | RayPool) -> None:
         common = Options(
             examples=self.options.examples,
             seed=self.options.seed,
-            device=self.options.device,
+            device=self.options.devices[0],
             dtypes=None if self.options.dtype is None else tuple(self.options.dtype),
         )
         asked = [replace(common, spec=(spec,)) for spec in dict.fromkeys(self.options.subjects)]
@@ -86,7 +88,7 @@ class _Campaign:
         ]
 
     def _begin(self, file: RecordFile) -> None:
-        first = header(self.subjects[0].options, self.laws)
+        first = header(self.subjects[0].options, self.laws, devices=self.options.devices)
         self.store = Store(first, subject_lines(self.subjects, first))
         runs = read(self.options.records)
         every = [line.cell for run in runs for line in run.verdicts]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mla_spec.front.case_script import export, exported
-from mla_spec.front.device import require_device
+from mla_spec.front.device import devices_of
 from mla_spec.front.explanation import explain
 from mla_spec.front.overview import overview
 from mla_spec.front.production import production
@@ -45,7 +45,8 @@ from mla_spec.text.terminal import UsageError, show_progress, shown, write_json
 def check(options: argparse.Namespace) -> int:
     """Check the subjects, print one report each, and return the exit code."""
     _require_sensible(options)
-    options.seed = _seed(options)
+    options.seed, options.devices = _seed(options), devices_of(options.device)
+    _require_one_device(options)
     try:
         laws = [law.name for law in find_laws(options.law, quick=options.quick)]
         common = _law_options(options)
@@ -113,7 +114,9 @@ class _Check:
             progress = Progress(len(left))
             self._keep(progress.counted(run_here(left, objects, progress)))
             return
-        with WorkerPool(self.options.jobs, self.options.timeout, under=self.options.under) as pool:
+        with WorkerPool(
+            self.options.jobs, self.options.timeout, under=self.options.under, devices=self.options.devices
+        ) as pool:
             declared = [pool.describe(each, self.options.signature) for each in settings]
             self.subjects = [
                 Asked(each, self.options.signature, future.result(), self.hard)
@@ -130,7 +133,7 @@ class _Check:
         self.cells_of = {asked.spec: [] for asked in self.subjects}
         for cell in self.cells:
             self.cells_of[cell.spec].append(cell)
-        first = header(self.subjects[0].options, self.laws, self.shard)
+        first = header(self.subjects[0].options, self.laws, self.shard, self.options.devices)
         self.store = Store(first, subject_lines(self.subjects, first), self.waivers, self.file)
         if self.options.resume is not None:
             count = self.store.resume(read(self.options.resume), self.options.resume, self.cells)
@@ -180,7 +183,7 @@ class _Check:
         if self.options.export is None:
             return
         records = [record for cause in found for record in (*cause.alike, *cause.follows)]
-        device = self.options.device
+        device = asked.options.device
         with WorkerPool(1, self.options.timeout) as pool:
 
             def again(law: str, case: Case) -> Record:
@@ -250,7 +253,7 @@ def _law_options(options: argparse.Namespace) -> dict[str, Any]:
         "minimise": options.minimise,
         "minimise_seconds": options.minimise_seconds,
         "seed": options.seed,
-        "device": options.device,
+        "device": options.devices[0],
         "threads": options.threads,
         "compile": options.compile,
         "production": _production(options),
@@ -293,6 +296,11 @@ def _require_sensible(options: argparse.Namespace) -> None:
         raise UsageError(f"--export is of one SUBJECT, got {len(options.subjects)}")
     if options.resume is not None and options.records not in (None, options.resume):
         raise UsageError("--resume FILE goes on in FILE: --records cannot be another one")
-    require_device(options.device)
-    if options.compile is not None and (reason := compiler_missing(options.compile, options.device)):
+
+
+def _require_one_device(options: argparse.Namespace) -> None:
+    """Raise UsageError where what is asked for has no several devices, or their compiler is missing."""
+    if options.in_process and len(options.devices) > 1:
+        raise UsageError(f"--in-process has one device, got --device {shown(options.device)}")
+    if options.compile is not None and (reason := compiler_missing(options.compile, options.devices[0])):
         raise UsageError(f"--compile {shown(options.compile)}: {reason}")

@@ -14,6 +14,7 @@ from mla_spec.front.arguments import COMMANDS
 from mla_spec.front.help import add_examples
 from mla_spec.front.limits import require_outputs, require_within_limits
 from mla_spec.subjects.exits import INCOMPLETE, loud_exits
+from mla_spec.subjects.violation import SuiteFailed
 from mla_spec.text.terminal import UsageError, any_encoding, one_line
 
 
@@ -58,6 +59,9 @@ def _run(options: argparse.Namespace) -> int:
     try:
         with loud_exits():
             return int(run(options))
+    except SuiteFailed as error:
+        print(f"mla-spec: the suite itself failed, not the subject: {error}", file=sys.stderr)
+        return INCOMPLETE
     except SystemExit as error:
         print(f"mla-spec: SystemExit: {error} was raised before there was a report", file=sys.stderr)
         return INCOMPLETE

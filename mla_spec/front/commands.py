@@ -99,7 +99,8 @@ def run_soundness(options: argparse.Namespace) -> int:
 def run_sensitivity(options: argparse.Namespace) -> int:
     from mla_spec.front.device import require_device
     from mla_spec.proof.sensitivity import Sensitivity, report, sensitivity_card
-    from mla_spec.subjects.find import UnknownSubject, resolve_subject
+    from mla_spec.subjects.process import apart
+    from mla_spec.subjects.violation import SubjectCrashed, UnknownSubject
 
     require_device(options.device)
 
@@ -109,15 +110,16 @@ def run_sensitivity(options: argparse.Namespace) -> int:
         show_progress(f"{row.dtype} {row.fault}")
 
     try:
-        rows = sensitivity_card(
-            resolve_subject(options.subject),
-            dtypes=options.dtype,
-            count=options.cases,
-            seed=options.seed,
-            device=options.device,
-            progress=progress,
-        )
-    except (ValueError, UnknownSubject) as error:
+        with apart(options.subject, options.device) as subject:
+            rows = sensitivity_card(
+                subject,
+                dtypes=options.dtype,
+                count=options.cases,
+                seed=options.seed,
+                device=options.device,
+                progress=progress,
+            )
+    except (ValueError, UnknownSubject, SubjectCrashed) as error:
         raise UsageError(str(error)) from error
     show_progress("")
     print(report(rows))

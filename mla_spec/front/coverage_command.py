@@ -9,7 +9,9 @@ from typing import Any
 from mla_spec.judging.law import Options
 from mla_spec.proof.coverage import measure_coverage, report
 from mla_spec.proof.selftest import matrix_from, planted_bugs, run_selftest
-from mla_spec.subjects.find import UnknownSubject, resolve_subject
+from mla_spec.subjects.description import declared_by
+from mla_spec.subjects.process import apart
+from mla_spec.subjects.violation import SubjectCrashed, UnknownSubject
 from mla_spec.text.files import read_text
 from mla_spec.text.terminal import UsageError, show_progress, shown, write_json
 
@@ -18,8 +20,9 @@ def coverage(options: argparse.Namespace) -> int:
     """Count cases and kills and print them; 1 where a cell is empty without a reason, or a law fails."""
     try:
         for spec in options.subjects:
-            resolve_subject(spec)
-    except UnknownSubject as error:
+            with apart(spec) as subject:
+                declared_by(subject)
+    except (UnknownSubject, SubjectCrashed) as error:
         raise UsageError(str(error)) from error
     matrix = _first_kills(options) if options.selftest is None else _read_matrix(options.selftest)
     law_options = Options(examples=options.examples, seed=options.seed)

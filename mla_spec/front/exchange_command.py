@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mla_spec import __version__
-from mla_spec.exchange.contents import answer_by
+from mla_spec.exchange.contents import answer_apart
 from mla_spec.exchange.declared import read_declared
 from mla_spec.exchange.folder import INDEX, Folder, HeaderLine, read_calls
 from mla_spec.exchange.tensor_file import ExchangeError
@@ -22,10 +22,11 @@ from mla_spec.judging.law import Options, new_seed
 from mla_spec.judging.recorded import Sights, judge_recorded, what_was_not_seen
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import CALLED
-from mla_spec.subjects.description import Description, describe
-from mla_spec.subjects.find import UnknownSubject, resolve_subject
+from mla_spec.subjects.description import Description, declared_by
+from mla_spec.subjects.process import apart
 from mla_spec.subjects.signature import Signature
 from mla_spec.subjects.supports import DTYPES
+from mla_spec.subjects.violation import SubjectCrashed, UnknownSubject
 from mla_spec.text.files import read_text
 from mla_spec.text.table import format_table
 from mla_spec.text.terminal import UsageError, show_progress, shown, write_json
@@ -103,8 +104,9 @@ def _declared(subject: str | None) -> dict[str, Any]:
             raise UsageError(f"cannot read {shown(subject)}: {getattr(error, 'strerror', None) or error}") from error
         return read_declared(content, shown(subject)).as_json()
     try:
-        return _as_declared(describe(resolve_subject(subject)), subject)
-    except UnknownSubject as error:
+        with apart(subject) as found:
+            return _as_declared(declared_by(found), subject)
+    except (UnknownSubject, SubjectCrashed) as error:
         raise UsageError(str(error)) from error
 
 
@@ -121,18 +123,19 @@ def _as_declared(found: Description, subject: str) -> dict[str, Any]:
 def answer(options: argparse.Namespace) -> int:
     """Have a subject answer the calls of a folder that have no answer, or all of them into another folder."""
     try:
-        subject = resolve_subject(options.subject)
-        folder = Folder.opened(options.folder)
-        into = folder if options.into is None else Folder.made(options.into, folder.header)
-        count = 0
-        for name, call in read_calls(folder):
-            if into.has_answer(name):
-                continue
-            show_progress(f"{count} answers")
-            into.add(call, "", "", folder.size)
-            into.put_answer(name, answer_by(subject, call))
-            count += 1
-    except (ExchangeError, UnknownSubject) as error:
+        with apart(options.subject) as subject:
+            declared_by(subject)  # a folder is not begun for none
+            folder = Folder.opened(options.folder)
+            into = folder if options.into is None else Folder.made(options.into, folder.header)
+            count = 0
+            for name, call in read_calls(folder):
+                if into.has_answer(name):
+                    continue
+                show_progress(f"{count} answers")
+                into.add(call, "", "", folder.size)
+                into.put_answer(name, answer_apart(subject, call))
+                count += 1
+    except (ExchangeError, UnknownSubject, SubjectCrashed) as error:
         raise UsageError(str(error)) from error
     show_progress("")
     print(f"{into.path}: {count} new answers; {into.answered} of {len(into.known)} calls have one")

@@ -19,7 +19,8 @@ from mla_spec.operations.case import Case
 from mla_spec.proof.suspects import named_suspects, room
 from mla_spec.proof.telltale import telltale
 from mla_spec.subjects.description import Description
-from mla_spec.subjects.find import UnknownSubject, resolve_subject
+from mla_spec.subjects.process import apart
+from mla_spec.subjects.violation import UnknownSubject
 from mla_spec.text.layout import Screen
 from mla_spec.text.terminal import UsageError, require_output, show_progress, write_json
 
@@ -88,9 +89,9 @@ def _first_failure(laws: list[str], case: Case, options: argparse.Namespace) -> 
 
 
 def _told(record: Record, options: argparse.Namespace) -> list[str]:
-    """What inputs tell that show which key was read; the subject runs in this process."""
-    case = parse_case(record.case)
-    return telltale(resolve_subject(options.subject, options.signature), case, options.device)
+    """What inputs tell that show which key was read."""
+    with apart(options.subject, options.device, signature=options.signature, limit=options.timeout) as subject:
+        return telltale(subject, parse_case(record.case), options.device)
 
 
 def _said(cause: Cause, told: list[str], screen: Screen) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from mla_spec.text.terminal import UsageError, require_output
+from mla_spec.text.terminal import UsageError, require_output, shown
 
 LEAST_AND_MOST: dict[str, tuple[int, int]] = {
     "seed": (0, 2**63),
@@ -35,9 +37,20 @@ def require_within_limits(options: Mapping[str, Any]) -> None:
         if value is not None and not 0 < value <= LONGEST:
             positive = "positive" if not value > 0 or math.isnan(value) else f"at most {LONGEST}"
             raise UsageError(f"{_option(name)} must be {positive}, got {value}")
+    require_program("--under", options.get("under"))
     explain = options.get("explain")
     if explain is not None and not 0 <= explain <= LONGEST:
         raise UsageError(f"--explain must be from 0 to {LONGEST}, got {explain}")
+
+
+def require_program(option: str, command: str | None) -> None:
+    """Raise UsageError where a command cannot be read, or its program is not there."""
+    try:
+        words = shlex.split(command or "")
+    except ValueError as error:
+        raise UsageError(f"{option} {shown(command)} cannot be read as a command: {error}") from error
+    if words and shutil.which(words[0]) is None:
+        raise UsageError(f"{option}: there is no program {shown(words[0])}")
 
 
 def require_outputs(options: Mapping[str, Any]) -> None:

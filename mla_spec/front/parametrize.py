@@ -21,10 +21,8 @@ from mla_spec.judging.verdict import merge
 from mla_spec.judging.waivers import Waivers, read_waivers
 from mla_spec.subjects.contract import require_subject, subject_name
 from mla_spec.subjects.description import Description
+from mla_spec.subjects.process import LIMIT
 from mla_spec.subjects.violation import UnknownSubject
-
-TIMEOUT = 300.0
-"""Seconds that a call of a subject given by name may take."""
 
 
 class Check:
@@ -47,7 +45,7 @@ class Check:
 @cache
 def _pool() -> WorkerPool:
     """The processes of subjects that are given by name, until Python ends."""
-    pool = WorkerPool(timeout=TIMEOUT)
+    pool = WorkerPool(timeout=LIMIT)
     atexit.register(pool.__exit__, None, None, None)
     return pool
 

@@ -169,7 +169,7 @@ def _require_within_limits(config: pytest.Config) -> None:
     from mla_spec.front.limits import require_within_limits
     from mla_spec.text.terminal import UsageError
 
-    names = ("examples", "seed", "threads", "timeout", "budget", "minimise_seconds")
+    names = ("examples", "seed", "threads", "timeout", "budget", "minimise_seconds", "under")
     try:
         require_within_limits({name: config.getoption(f"--mla-{name.replace('_', '-')}") for name in names})
     except UsageError as error:

@@ -16,7 +16,7 @@ from mla_spec.operations.extent import beyond
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.near import Handle, gone
 from mla_spec.subjects.process import HANGS, SubjectDied, SubjectHung
-from mla_spec.subjects.violation import SubjectCrashed, Unsupported, raised
+from mla_spec.subjects.violation import SubjectCrashed, SuiteFailed, Unsupported, raised
 
 REPETITIONS = 5
 """How often the case of a failure that did not come back is run again, to say how often it does."""
@@ -93,6 +93,8 @@ class Attempts:
         """Run a case that somebody wrote down: the law may not be made for such."""
         try:
             self(case)
+        except SuiteFailed as error:
+            raise VacuousCase(f"this law cannot be judged by this case: {error}") from error
         except FAILURES:
             raise
         except Exception as error:
@@ -107,6 +109,12 @@ class Attempts:
                 self.run.driver.process.require_silence()
         except SystemExit as error:  # no law asks for it: it comes of what a subject computes when it is read
             raise SubjectCrashed(raised(error)) from error
+        except (*FAILURES, TrivialCase, Unsupported):
+            raise
+        except Exception as error:
+            if not isinstance(self.run.driver, Handle):  # for debuggers
+                raise
+            raise SuiteFailed(raised(error)) from error
 
     def _keep_evidence(self, case: Case) -> None:
         """Note that ``case`` failed: the last such case is the smallest, and the one with the most elements is kept too."""

@@ -24,7 +24,7 @@ from mla_spec.operations.case import Case
 from mla_spec.operations.extent import Most
 from mla_spec.subjects.find import elsewhere
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.violation import NotOffered, SubjectCrashed, Violation
+from mla_spec.subjects.violation import NotOffered, SubjectCrashed, SuiteFailed, Violation
 
 
 class Provider(HypothesisProvider):
@@ -44,7 +44,7 @@ BACKEND = "mla-spec"
 AVAILABLE_PROVIDERS[BACKEND] = f"{__name__}.{Provider.__name__}"
 
 
-FAILURES = (Violation, SubjectCrashed, VacuousCase, InvalidBound, NotOffered)
+FAILURES = (Violation, SubjectCrashed, SuiteFailed, VacuousCase, InvalidBound, NotOffered)
 """What ends a case without a pass."""
 
 
@@ -85,7 +85,7 @@ def generate(law: Law, run: Run, examples: int, options: Options, attempt: Attem
             draw(law, run, drawn, examples, replace(options, minimise=minimise), attempt)
         except TimeIsUp:
             failing = attempt.smallest
-        except (VacuousCase, InvalidBound, NotOffered):
+        except (SuiteFailed, VacuousCase, InvalidBound, NotOffered):
             if failing is None:
                 raise
     if failing is not None:

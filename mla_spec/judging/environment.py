@@ -18,17 +18,17 @@ from mla_spec.installed import FROM_FILES, SHIPPED
 from mla_spec.subjects.find import elsewhere
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(*devices: str) -> dict[str, Any]:
     """Versions, and the machine as far as it matters."""
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    gpus = {torch.cuda.get_device_name(device): None for device in devices if device.startswith("cuda")}
     return {
         "suite": mla_spec.__version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "device": device,
-        "gpu": gpu,
+        "device": ",".join(devices),
+        "gpu": ", ".join(gpus) or None,
     }
 
 

@@ -5,11 +5,13 @@ The subject is neither where the report is made nor where its results are judged
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,7 +25,7 @@ from mla_spec.judging.verdict import Record
 from mla_spec.subjects.description import Description, declared_by
 from mla_spec.subjects.process import SubjectProcess
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.violation import BrokenSubject, SubjectCrashed, UnknownSubject
+from mla_spec.subjects.violation import BrokenSubject, SubjectCrashed, SuiteFailed, UnknownSubject
 
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -43,17 +45,31 @@ class WorkerPool:
 
     A law during which the subject's process dies, or a call takes more than ``timeout`` seconds, is *crashed*; what follows
     runs in a new process. Such a process serves one subject, as long as laws of that subject are next, unless the subjects
-    ``share`` it. It runs ``under`` a command where one is given, such as a sanitizer.
+    ``share`` it. It runs ``under`` a command where one is given, such as a sanitizer. With several ``devices`` each has one
+    process, whatever ``jobs`` is, and laws run on that of the process which takes them.
     """
 
-    def __init__(self, jobs: int = 1, timeout: float | None = None, *, share: bool = False, under: str = "") -> None:
+    def __init__(
+        self,
+        jobs: int = 1,
+        timeout: float | None = None,
+        *,
+        share: bool = False,
+        under: str = "",
+        devices: Sequence[str] = (),
+    ) -> None:
         self._settings = _Settings(timeout, share, under)
-        self._threads = ThreadPoolExecutor(jobs)
+        several = len(devices) > 1
+        self._devices = iter(devices) if several else itertools.repeat(None)
+        self._threads = ThreadPoolExecutor(len(devices) if several else jobs)
         self._own = threading.local()
         self._workers: list[_Worker] = []
 
     def submit(self, law: str, subject_name: str, options: Options, signature: str | None = None) -> Future[Record]:
-        """Run a law on the subject that ``options.spec`` names, when a process is free; first come, first served."""
+        """Run a law on the subject that ``options.spec`` names, when a process is free; first come, first served.
+
+        ``options.announce`` is called here, in a thread.
+        """
         assert options.spec is not None
         return self._threads.submit(self._run, law, subject_name, options, signature)
 
@@ -72,7 +88,7 @@ class WorkerPool:
         """The worker of this thread, turned to a subject."""
         worker: _Worker | None = getattr(self._own, "worker", None)
         if worker is None:
-            worker = self._own.worker = _Worker(self._settings, options, signature)
+            worker = self._own.worker = _Worker(self._settings, options, signature, next(self._devices))
             self._workers.append(worker)
         worker.serve(options, signature)
         return worker
@@ -93,13 +109,15 @@ class _Worker:
     settings: _Settings
     options: Options
     signature: str | None
+    device: str | None = None
     process: SpawnProcess | None = None
     connection: Connection = field(init=False)
     lifeline: Connection = field(init=False)
 
     def serve(self, options: Options, signature: str | None) -> None:
-        """Turn to the subject of ``options``."""
-        self.options, self.signature = options, signature
+        """Turn to the subject of ``options``, on the device of this worker where it has one."""
+        self.options = replace(options, under=self.settings.under, device=self.device or options.device)
+        self.signature = signature
 
     def describe(self) -> Description:
         """What the subject declares."""
@@ -120,6 +138,8 @@ class _Worker:
             self._ask(law)
             while not isinstance(message := self.connection.recv(), Record):
                 cases, last = cases + 1, message
+                if self.options.announce is not None:
+                    self.options.announce(message)
             return message
         except (EOFError, ConnectionError):
             reason = f"the process that judges {self._end()}"
@@ -137,7 +157,7 @@ class _Worker:
     def _ask(self, law: str | None) -> None:
         if self.process is None:
             self._start()
-        self.connection.send((law, self.options, self.signature))
+        self.connection.send((law, replace(self.options, announce=None), self.signature))
 
     def _start(self) -> None:
         self.connection, theirs = _CONTEXT.Pipe()
@@ -223,7 +243,7 @@ class _Subjects:
             return broken(options.spec[0], str(error))
         except UnknownSubject as error:
             return error
-        except SubjectCrashed as error:
+        except (SubjectCrashed, SuiteFailed) as error:
             return broken(options.spec[0], f"what it declares cannot be read: {error}")
 
 

@@ -333,6 +333,7 @@ class Options:
         compile: backend of ``torch.compile`` with which laws of compiled operations run; None where they do not.
         production: how large the cases of production laws are; None where they do not run.
         dims: the only dims that a subject is given, by fields of ``Supports``; empty for all that it supports.
+        under: the command under which the subject's process runs, for replay commands; empty for none.
         isolated: whether a subject that ends the process costs one law only.
         spec: arguments by which ``mla-spec check`` finds the subject, for replay commands; None where it cannot.
         announce: called with each case before it runs.
@@ -353,6 +354,7 @@ class Options:
     compile: str | None = None
     production: Production | None = None
     dims: Dims = ()
+    under: str = ""
     isolated: bool = False
     spec: tuple[str, ...] | None = None
     announce: Callable[[Case], None] | None = None

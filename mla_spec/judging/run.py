@@ -29,8 +29,10 @@ from mla_spec.subjects.violation import (
     NotExported,
     NotOffered,
     SubjectCrashed,
+    SuiteFailed,
     UnknownSubject,
     Violation,
+    raised,
     subject_code,
 )
 
@@ -44,9 +46,10 @@ def run_dtypes(law: Law, subject: object, options: Options = Options()) -> Itera
     """Run a law on a subject, dtype after dtype; a record of each, or one that says why the law does not run."""
     try:
         declared = declared_by(subject)
-    except (SubjectCrashed, UnknownSubject) as error:
+    except (SubjectCrashed, SuiteFailed, UnknownSubject) as error:
         message = f"what it declares cannot be read: {error}"
-        yield Record(law.name, type(subject).__name__, "crashed", message=message)
+        verdict: Verdict = "incomplete" if isinstance(error, SuiteFailed) else "crashed"
+        yield Record(law.name, type(subject).__name__, verdict, message=message)
         return
     supports, name = declared.supports, declared.name
     dtypes = asked_dtypes(supports, options)
@@ -118,6 +121,8 @@ def replay_command(law: str, case: Case, options: Options) -> str:
         device += ("--compile", options.compile)
     if options.production is not None:
         device += ("--production",)
+    if options.under:
+        device += ("--under", options.under)
     return shlex.join(["mla-spec", "check", *options.spec, "--law", law, "--case", case.id, *device])
 
 
@@ -126,7 +131,12 @@ def _verdict_of(error: Exception, options: Options) -> Verdict:
         return "unsupported" if isinstance(error, NotExported) else "incomplete"
     if isinstance(error, SubjectCrashed):
         return "crashed"
-    return "incomplete" if isinstance(error, VacuousCase | InvalidBound) else "fail"
+    return "incomplete" if isinstance(error, SuiteFailed | VacuousCase | InvalidBound) else "fail"
+
+
+def _blamed(error: Exception, message: str) -> str:
+    """The message, which says so where the suite is to blame."""
+    return f"the suite itself failed, not the subject: {message}" if isinstance(error, SuiteFailed) else message
 
 
 def _run_dtype(
@@ -165,8 +175,8 @@ def _run_dtype(
             isolated=options.isolated,
             production=options.production or Production(),
         )
-    except SubjectCrashed as error:
-        return record("crashed", f"what it declares cannot be read: {error}")
+    except (SubjectCrashed, SuiteFailed) as error:
+        return record(_verdict_of(error, options), f"what it declares cannot be read: {error}")
     attempt = Attempts(law, run, options, make, twice=twice)
     try:
         if options.case is not None:
@@ -177,13 +187,17 @@ def _run_dtype(
         return record("unsupported", str(error))
     except Flaky:
         first, case, message = attempt.flaky()
-        return record(_verdict_of(first, options), message, attempt.cases, case)
+        return record(_verdict_of(first, options), _blamed(first, message), attempt.cases, case)
     except FAILURES as error:
         convention = run.diagnosis() if isinstance(error, Violation) else ""
         help = narrowing(attempt.history) if isinstance(error, SubjectCrashed) else ""
         declare = f"{NOT_MADE_FOR} Supports({help})" if help else ""
-        message = "\n".join(filter(None, (str(error), convention, declare)))
+        message = "\n".join(filter(None, (_blamed(error, str(error)), convention, declare)))
         return record(_verdict_of(error, options), message, attempt.cases, attempt.last)
+    except Exception as error:  # no case: what draws or counts them
+        if not isinstance(subject, Handle):  # for debuggers
+            raise
+        return record("incomplete", _blamed(SuiteFailed(), raised(error)), attempt.cases, attempt.last)
     try:
         if isinstance(run.driver, Handle):
             run.driver.process.finish()

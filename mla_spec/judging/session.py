@@ -103,13 +103,13 @@ class Asked:
         )
 
 
-def header(options: Options, laws: Sequence[str], shard: Shard = Shard()) -> RunLine:
-    """The line that begins a run."""
+def header(options: Options, laws: Sequence[str], shard: Shard = Shard(), devices: Sequence[str] = ()) -> RunLine:
+    """The line that begins a run; ``devices`` are those of its workers, where they are several."""
     production = options.production
     return RunLine(
         run=uuid.uuid4().hex,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment(options.device),
+        **environment(*(devices or (options.device,))),
         seed=options.seed,
         examples=options.count,
         quick=options.quick,

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mla_spec.installed import all_laws
+from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import EVERY_REGIME, Cell, Options, Reason
-from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import REGIMES, parse_case, regimes_of
 from mla_spec.operations.case import Case
 from mla_spec.properties.coverage_reasons import REASONS
-from mla_spec.subjects.find import resolve_subject
+from mla_spec.subjects.description import Description
+from mla_spec.subjects.process import LIMIT
 from mla_spec.subjects.supports import DTYPES
+from mla_spec.subjects.violation import BrokenSubject
 from mla_spec.text.table import format_table
 
 
-@dataclass(frozen=True)
+@dataclass
 class LawCount:
     """What one law saw on one subject."""
 
-    record: Record
-    kinds: frozenset[str]
-    cases: Counter[Cell]
+    law: str
+    kinds: set[str] = field(default_factory=set)
+    cases: Counter[Cell] = field(default_factory=Counter)
+
+    def add(self, case: Case) -> None:
+        """Count a case."""
+        self.kinds.add(case.kind)
+        self.cases.update((self.law, regime, case.dtype) for regime in regimes_of(case))
 
 
 @dataclass(frozen=True)
@@ -104,43 +110,50 @@ def measure_coverage(
     jobs: int = 1,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Coverage:
-    """Run laws, all unless some are named, on subjects and count.
+    """Run laws, all unless some are named, on subjects in processes of their own, and count.
 
     Args:
         specs: names of subjects, as for ``mla-spec check``.
         options: ``examples`` of every law run, whatever a case of it costs.
         matrix: "bugs" of a kill matrix (``mla_spec.proof.selftest.Matrix.as_dict``).
+
+    Raises:
+        UnknownSubject: there is no such subject, or its own code does not let it be made.
     """
-    tasks = [(law, replace(options, spec=(spec,))) for spec in specs for law in laws or all_laws()]
-    counts = []
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for count in pool.map(_count, *zip(*tasks, strict=True)):
-            counts.append(count)
-            progress(f"[{len(counts)}/{len(tasks)}] {count.record.law} [{count.record.subject}]")
+    counts = [LawCount(law) for _ in specs for law in laws or all_laws()]
+    with WorkerPool(jobs, LIMIT) as pool:
+        declared = [pool.describe(replace(options, spec=(spec,))) for spec in specs]
+        names = [_name(future) for future in declared]
+        asked = [(spec, name) for spec, name in zip(specs, names, strict=True) for _ in laws or all_laws()]
+        running = [
+            pool.submit(count.law, name, _counted(count, replace(options, spec=(spec,))))
+            for count, (spec, name) in zip(counts, asked, strict=True)
+        ]
+        records = []
+        for future in running:
+            record = future.result()
+            records.append(record)
+            progress(f"[{len(records)}/{len(running)}] {record.law} [{record.subject}]")
     cases: Counter[Cell] = Counter()
-    seen = {count.record.law for count in counts if count.kinds}
+    seen = {count.law for count in counts if count.kinds}
     for count in counts:
-        law = count.record.law
         regimes = [regime for kind in sorted(count.kinds) for regime, _ in REGIMES[kind]]
-        for regime in regimes if law in seen else [EVERY_REGIME]:
-            cases.update({(law, regime, dtype): 0 for dtype in DTYPES})
+        for regime in regimes if count.law in seen else [EVERY_REGIME]:
+            cases.update({(count.law, regime, dtype): 0 for dtype in DTYPES})
         cases.update(count.cases)
-    return Coverage(tuple(count.record for count in counts), cases, _killed(matrix), REASONS)
+    return Coverage(tuple(records), cases, _killed(matrix), REASONS)
 
 
-def _count(law: str, options: Options) -> LawCount:
-    cases: Counter[Cell] = Counter()
-    kinds: set[str] = set()
+def _name(description: Future[Description]) -> str:
+    declared = description.result()
+    if declared.fault:
+        raise BrokenSubject(declared.fault)
+    return declared.name
 
-    def announce(case: Case) -> None:
-        kinds.add(case.kind)
-        cases.update((law, regime, case.dtype) for regime in regimes_of(case))
 
-    assert options.spec is not None
-    found = all_laws()[law]
-    asked = replace(options, announce=announce, examples=options.count * found.cost)
-    record = run_law(found, resolve_subject(options.spec[0]), asked)
-    return LawCount(record, frozenset(kinds), cases)
+def _counted(count: LawCount, options: Options) -> Options:
+    """Options under which a law runs its examples whatever a case of it costs, and ``count`` hears of each."""
+    return replace(options, announce=count.add, examples=options.count * all_laws()[count.law].cost)
 
 
 def _killed(matrix: Iterable[dict[str, Any]]) -> dict[Cell, list[str]]:

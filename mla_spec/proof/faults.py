@@ -13,6 +13,8 @@ from mla_spec.bounds.profile import Accumulator
 from mla_spec.proof.emulated import EmulatedKernel, Schedule
 from mla_spec.reference.formats import format_of
 from mla_spec.subjects.contract import profile_of, supports_of
+from mla_spec.subjects.description import Description, declared_by
+from mla_spec.subjects.near import Handle, there
 
 Grade = float | str
 Decode = Callable[..., Any]
@@ -33,7 +35,7 @@ class Fault:
         grades: how wrong, from the largest to the smallest fault.
         make: (subject, dtype, grade) -> the faulty subject; None where the grade is no fault of this subject.
         emulated: whether the fault is in the arithmetic of an emulated kernel that declares the subject's profile, rather
-            than in the subject.
+            than in the subject. ``make`` then gets what the subject declares in place of the subject.
         long: whether the grade is a length of sequences, which the cases must have.
     """
 
@@ -53,14 +55,29 @@ class FaultySubject:
         self.decode = decode
 
 
-def emulated_kernel(subject: Any, dtype: str, changes: dict[str, Any] | None = None, **schedule: Any) -> Any:
-    """An emulated kernel that declares the subject's profile for ``dtype`` and departs from it by ``changes``."""
-    declared = profile_of(subject, dtype)
+def injected(fault: Fault, subject: Any, dtype: str, grade: Grade) -> Any:
+    """What ``fault.make`` gives, made where the subject is; a subject in a process of its own takes those of ``FAULTS``."""
+    if fault.emulated:
+        return fault.make(declared_by(subject), dtype, grade)
+    if isinstance(subject, Handle):
+        return there(_made_there, fault.name, subject, dtype, grade)
+    return fault.make(subject, dtype, grade)
+
+
+def _made_there(name: str, subject: Any, dtype: str, grade: Grade) -> Any:
+    return next(fault for fault in FAULTS if fault.name == name).make(subject, dtype, grade)
+
+
+def emulated_kernel(
+    declared: Description, dtype: str, changes: dict[str, Any] | None = None, **schedule: Any
+) -> EmulatedKernel:
+    """An emulated kernel that declares the same profile for ``dtype`` and departs from it by ``changes``."""
+    profile = declared.profile(dtype)
     return EmulatedKernel(
-        {dtype: replace(declared, **(changes or {}))},
+        {dtype: replace(profile, **(changes or {}))},
         Schedule(**schedule),
-        declared={dtype: declared},
-        lse=supports_of(subject).lse,
+        declared={dtype: profile},
+        lse=declared.supports.lse,
     )
 
 
@@ -154,41 +171,41 @@ def _coarser(grade: str, declared: str) -> bool:
     return format_of(grade).unit_roundoff > format_of(declared).unit_roundoff
 
 
-def _coarse_probabilities(subject: Any, dtype: str, grade: str) -> Any:
-    if not _coarser(grade, profile_of(subject, dtype).probabilities):
+def _coarse_probabilities(declared: Description, dtype: str, grade: str) -> Any:
+    if not _coarser(grade, declared.profile(dtype).probabilities):
         return None
-    return emulated_kernel(subject, dtype, {"probabilities": grade})
+    return emulated_kernel(declared, dtype, {"probabilities": grade})
 
 
-def _coarse_accumulator(stage: str) -> Callable[[Any, str, str], Any]:
-    def make(subject: Any, dtype: str, grade: str) -> Any:
-        if not _coarser(grade, getattr(profile_of(subject, dtype), stage).format):
+def _coarse_accumulator(stage: str) -> Callable[[Description, str, str], Any]:
+    def make(declared: Description, dtype: str, grade: str) -> Any:
+        if not _coarser(grade, getattr(declared.profile(dtype), stage).format):
             return None
-        return emulated_kernel(subject, dtype, {stage: Accumulator(format=grade)})
+        return emulated_kernel(declared, dtype, {stage: Accumulator(format=grade)})
 
     return make
 
 
-def _truncating_accumulator(stage: str) -> Callable[[Any, str, float], Any]:
-    def make(subject: Any, dtype: str, grade: float) -> Any:
+def _truncating_accumulator(stage: str) -> Callable[[Description, str, float], Any]:
+    def make(declared: Description, dtype: str, grade: float) -> Any:
         tensor_core = Accumulator(order="tensor-core", block=16, fraction_bits=int(grade))
-        declared = getattr(profile_of(subject, dtype), stage)
+        granted = getattr(declared.profile(dtype), stage)
         # Only what errs more than declared is a fault; one step shows it, as every step errs alike.
-        if tensor_core.relative_error(16) <= declared.relative_error(16):
+        if tensor_core.relative_error(16) <= granted.relative_error(16):
             return None
-        return emulated_kernel(subject, dtype, {stage: tensor_core})
+        return emulated_kernel(declared, dtype, {stage: tensor_core})
 
     return make
 
 
-def _truncated_probabilities(subject: Any, dtype: str, grade: str) -> Any:
-    return emulated_kernel(subject, dtype, truncate_probabilities=True)
+def _truncated_probabilities(declared: Description, dtype: str, grade: str) -> Any:
+    return emulated_kernel(declared, dtype, truncate_probabilities=True)
 
 
-def _truncated_output(subject: Any, dtype: str, grade: str) -> Any:
-    if profile_of(subject, dtype).output_rounding == "truncate":
+def _truncated_output(declared: Description, dtype: str, grade: str) -> Any:
+    if declared.profile(dtype).output_rounding == "truncate":
         return None
-    return emulated_kernel(subject, dtype, {"output_rounding": "truncate"})
+    return emulated_kernel(declared, dtype, {"output_rounding": "truncate"})
 
 
 def _at_length(keys: int) -> tuple[Fault, ...]:

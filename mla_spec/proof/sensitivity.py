@@ -22,14 +22,11 @@ from mla_spec.proof.faults import (
     Fault,
     Grade,
     emulated_kernel,
+    injected,
 )
-from mla_spec.subjects.contract import (
-    offers,
-    profile_of,
-    subject_name,
-    supports_of,
-)
+from mla_spec.subjects.description import declared_by
 from mla_spec.subjects.driver import Driver
+from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import SubjectCrashed, Unsupported, Violation
 from mla_spec.text.table import format_table
@@ -71,7 +68,8 @@ class Detector:
 
     def detect(self, subject: Any, dtype: str) -> tuple[int, Case] | None:
         """(how many cases it took, the case) until the law fails; None if it holds on all."""
-        run = Run(Driver(subject, dtype, self.device), profile_of(subject, dtype), supports_of(subject))
+        declared = declared_by(subject)
+        run = Run(there(Driver, subject, dtype, self.device), declared.profile(dtype), declared.supports)
         for count, case in enumerate(self.cases, 1):
             run.case_id = case.id
             try:
@@ -117,7 +115,8 @@ def detectors_of(
     subject: Any, dtype: str, count: int, seed: int, laws: Iterable[str] = (), device: str = "cpu"
 ) -> list[Detector]:
     """Every law of ``decode``, of ``laws`` where some are named, that holds on the subject as it is."""
-    supports, profile, options = supports_of(subject), profile_of(subject, dtype), Options(device=device)
+    declared, options = declared_by(subject), Options(device=device)
+    supports, profile = declared.supports, declared.profile(dtype)
     laws_of_decode = [
         m for m in find_laws(laws) if m.needs == ("decode",) and not (m.missing(supports) or m.unavailable(options))
     ]
@@ -127,8 +126,7 @@ def detectors_of(
 
 def _smallest(fault: Fault, subject: Any, dtype: str, detectors: list[Detector]) -> Sensitivity | None:
     """Bisect over the grades; None where none of them is a fault of this subject."""
-    faulty = {grade: fault.make(subject, dtype, grade) for grade in fault.grades}
-    grades = tuple(grade for grade in fault.grades if faulty[grade] is not None)
+    grades = tuple(grade for grade in fault.grades if injected(fault, subject, dtype, grade) is not None)
     if not grades:
         return None
     found = Sensitivity(fault.name, dtype, grades, None)
@@ -139,7 +137,7 @@ def _smallest(fault: Fault, subject: Any, dtype: str, detectors: list[Detector])
         able = [d.lengthened(int(grade)) for d in detectors] if fault.long else detectors
         # What detected a larger fault goes first.
         for detector in sorted(able, key=lambda d: d.law.name != found.law):
-            hit = detector.detect(faulty[grade], dtype)
+            hit = detector.detect(injected(fault, subject, dtype, grade), dtype)  # its process may have ended before
             if hit is not None:
                 found = replace(found, smallest=grade, law=detector.law.name, cases=hit[0], case=hit[1].id)
                 detected = middle
@@ -165,7 +163,7 @@ def sensitivity_card(
     Larger faults are taken to be detected where smaller ones are. A law that fails on the subject as it is detects nothing.
 
     Args:
-        subject: offers ``decode``.
+        subject: offers ``decode``; it may be in a process of its own.
         count: cases per law, dtype and fault.
         seed: of the cases.
         laws: names of those that may detect; all of ``decode`` when empty.
@@ -175,20 +173,21 @@ def sensitivity_card(
     Raises:
         ValueError: the subject has no ``decode`` or does not support a dtype, or no law has a name.
     """
-    if not offers(subject, "decode"):
-        raise ValueError(f"{subject_name(subject)} does not offer decode, into which faults are injected")
-    supported = supports_of(subject).dtypes
+    declared = declared_by(subject)
+    if "decode" not in declared.operations:
+        raise ValueError(f"{declared.name} does not offer decode, into which faults are injected")
+    supported = declared.supports.dtypes
     dtypes = list(dtypes or supported)
     for dtype in dtypes:
         if dtype not in supported:
-            raise ValueError(f"{subject_name(subject)} does not support {dtype}; it supports {', '.join(supported)}")
+            raise ValueError(f"{declared.name} does not support {dtype}; it supports {', '.join(supported)}")
     faults, laws = list(faults), list(laws)
     rows: list[Sensitivity] = []
     for dtype in dtypes:
         detectors: dict[bool, list[Detector]] = {}
         for fault in faults:
             if fault.emulated not in detectors:
-                honest = emulated_kernel(subject, dtype) if fault.emulated else subject
+                honest = emulated_kernel(declared, dtype) if fault.emulated else subject
                 detectors[fault.emulated] = detectors_of(honest, dtype, count, seed, laws, device)
             row = _smallest(fault, subject, dtype, detectors[fault.emulated])
             if row is not None:

@@ -20,10 +20,11 @@ from mla_spec.operations.rope import RopeCase
 from mla_spec.proof.telltale_prefill import prefill_telltale
 from mla_spec.proof.telltale_rope import rope_telltale
 from mla_spec.reference.typing import Array, IntArray
-from mla_spec.subjects.contract import offers, supports_of
+from mla_spec.subjects.description import declared_by
 from mla_spec.subjects.driver import Driver
+from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.violation import SubjectCrashed, Violation
+from mla_spec.subjects.violation import SubjectCrashed, UnknownSubject, Violation
 
 SHARPNESS = 64.0
 """λ: the next key has a weight of exp(-64)."""
@@ -46,28 +47,26 @@ class Reading:
 def telltale(subject: object, case: Case, device: str = "cpu") -> list[str]:
     """Sentences on what a subject reads in place of the right thing; empty where it reads that, or cannot be asked.
 
-    Of ``decode`` and ``prefill`` they name keys, pages, heads and sequences, of ``rope`` columns, angles and positions.
+    The subject may be in a process of its own. Of ``decode`` and ``prefill`` they name keys, pages, heads and sequences, of ``rope`` columns, angles and positions.
     """
-    supports = supports_of(subject)
-    if "float32" not in supports.dtypes or not offers(subject, case.kind):
-        return []
     try:
-        if isinstance(case, PrefillCase):
-            return prefill_telltale(Driver(subject, "float32", device), case, supports, SHARPNESS)
-        if isinstance(case, RopeCase):
-            return rope_telltale(Driver(subject, "float32", device), replace(case, dtype="float32"))
-    except (SubjectCrashed, Violation):
+        declared = declared_by(subject)
+        if "float32" not in declared.supports.dtypes or case.kind not in declared.operations:
+            return []
+        return _told(there(Driver, subject, "float32", device), case, declared.supports)
+    except (SubjectCrashed, UnknownSubject, Violation):
         return []
+
+
+def _told(driver: Driver, case: Case, supports: Supports) -> list[str]:
+    if isinstance(case, PrefillCase):
+        return prefill_telltale(driver, case, supports, SHARPNESS)
+    if isinstance(case, RopeCase):
+        return rope_telltale(driver, replace(case, dtype="float32"))
     if not isinstance(case, DecodeCase):
         return []
     inputs = _inputs(case, supports)
-    if inputs is None:
-        return []
-    try:
-        wrong = _wrong_readings(Driver(subject, "float32", device), inputs)
-    except (SubjectCrashed, Violation):
-        return []
-    return _sentences(wrong, inputs)
+    return [] if inputs is None else _sentences(_wrong_readings(driver, inputs), inputs)
 
 
 def _inputs(case: DecodeCase, supports: Supports) -> DecodeInputs | None:

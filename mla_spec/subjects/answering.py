@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from mla_spec.subjects.blame import suite_failed
 from mla_spec.subjects.configured import Dims, configured_subject
 from mla_spec.subjects.memory import fill_memory
 from mla_spec.subjects.messages import framed, read_exactly, read_parts, read_request, write_reply
-from mla_spec.subjects.violation import TOLD, SubjectCrashed, Unsupported, raised
+from mla_spec.subjects.violation import TOLD, SubjectCrashed, SuiteFailed, Unsupported, raised
 
 SUBJECT = 0
 """The number of the subject itself."""
@@ -21,6 +22,8 @@ SUBJECT = 0
 def made_here(spec: str, signature: str | None, dims: Dims, threads: int, device: str) -> Any:
     """The subject, in a process that is as laws want it."""
     torch.set_num_threads(threads)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # where kernels are launched
     fill_memory(device)
     return configured_subject(spec, signature, dims)
 
@@ -69,10 +72,10 @@ def _answer(parts: list[Any], kept: _Kept) -> tuple[str, Any]:
 
 
 def _told(error: BaseException) -> tuple[str, Any]:
-    """An exception as its class, text and what else it says; of code that is not the suite's, all are the subject's."""
+    """An exception as its class, text and what else it says."""
     if isinstance(error, Unsupported):
         error = Unsupported(str(error))  # of whatever class a subject derives from it
     # Others have classes of these names too, as torch's own Unsupported.
     if TOLD.get(type(error).__name__) is not type(error):
-        error = SubjectCrashed(raised(error))
+        error = (SuiteFailed if suite_failed(error) else SubjectCrashed)(raised(error))
     return "raised", (type(error).__name__, str(error), getattr(error, "exhausted", False))

@@ -15,7 +15,7 @@ from mla_spec.subjects.contract import supports_of
 from mla_spec.subjects.extent import require_call_within
 from mla_spec.subjects.near import HANDLES, TRAVELS, Handle, call_method, near, there, travels
 from mla_spec.subjects.signature import Argument, Asked, Output, Signature
-from mla_spec.subjects.violation import Violation, subject_code
+from mla_spec.subjects.violation import SubjectCrashed, Violation, raised, subject_code
 
 Tensors = dict[str, torch.Tensor]
 """Tensor arguments by name; those of a dict are called "argument.key"."""
@@ -175,8 +175,7 @@ class Driver:
             elif value is not None:
                 options[argument.name] = value
         require_call_within(self.supports, operation.extent, tensors)
-        method = getattr(self.subject, operation.name)
-        returned = _parts(operation, self.guard(lambda: method(*arguments, **options)))
+        returned = _parts(operation, self.guard(lambda: getattr(self.subject, operation.name)(*arguments, **options)))
         return tuple(
             tensors[output.name] if output.name in operation.written else returned[output.name]
             for output in operation.outputs
@@ -230,8 +229,7 @@ class Driver:
             raise Violation(f"{what} must have shape {list(shape)}, got {list(x.shape)}")
         if x.dtype not in dtypes:
             raise Violation(f"{what} must be {' or '.join(str(d) for d in dtypes)}, got {x.dtype}")
-        value: Array = x.detach().to("cpu", torch.float64).numpy().copy()
-        return Result(value, tensor_bits(x), what)
+        return Result(_numbers(x, what), tensor_bits(x), what)
 
 
 class DriverHandle(Handle):
@@ -260,6 +258,19 @@ class DriverHandle(Handle):
 HANDLES["Driver"] = HANDLES["BackwardDriver"] = DriverHandle
 
 
+def _numbers(x: torch.Tensor, what: str) -> Array:
+    """The elements of a returned tensor; SubjectCrashed where it does not let itself be read."""
+    try:
+        return x.detach().to("cpu", torch.float64).numpy().copy()
+    except Exception as error:
+        raise SubjectCrashed(f"{what} cannot be read: {raised(error)}") from error
+
+
+def _elsewhere(found: torch.device, own: torch.device) -> bool:
+    """Whether a device is another than a subject's own, which may leave open which of its kind it is."""
+    return found.type != own.type or (own.type != "cpu" and own.index not in (None, found.index))
+
+
 def _odd(x: torch.Tensor, device: str) -> str:
     """What is unusual about a tensor, so that its elements could not be read as they lie in memory; or ""."""
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
@@ -268,7 +279,7 @@ def _odd(x: torch.Tensor, device: str) -> str:
         return "a nested tensor"
     if x.layout is not torch.strided:
         return f"one of layout {x.layout}"
-    if x.device.type != torch.device(device).type:
+    if _elsewhere(x.device, torch.device(device)):
         return f"one on {x.device}"
     if x.is_conj() or x.is_neg():
         return "a lazy view"

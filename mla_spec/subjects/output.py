@@ -13,15 +13,16 @@ LINES = 5
 WIDTH = 200
 """Characters that are shown of a line."""
 
-_REPORT = re.compile(r"==+|#nixnan")
+_REPORT = re.compile(r"==+|#nixnan|SUMMARY: \w+Sanitizer|WARNING: \w+Sanitizer|\S+:\d+:\d+: runtime error: ")
+_PROCESS = re.compile(r"^=+\d*=+ *")
 _NOTHING = re.compile(r"(ERROR|RACECHECK) SUMMARY: 0|^=+\d*=*\s*$|COMPUTE-SANITIZER")
 
 
 class Output:
-    """The last bytes of a stream."""
+    """The last bytes of a stream, in which a ``tool`` may report."""
 
-    def __init__(self) -> None:
-        self.data = b""
+    def __init__(self, tool: bool = False) -> None:
+        self.data, self.tool = b"", tool
 
     def add(self, data: bytes) -> None:
         self.data = (self.data + data)[-KEPT:]
@@ -34,13 +35,15 @@ class Output:
         return [_printable(line) for line in self.data.decode(errors="replace").splitlines() if line.strip()]
 
     def reported(self) -> str:
-        """The lines of a tool such as valgrind, compute-sanitizer or nixnan, without those that report nothing."""
-        return "\n".join(line for line in self.lines() if _REPORT.match(line) and not _NOTHING.search(line))
+        """The lines of a tool such as valgrind, a sanitizer or nixnan, without those that report nothing, and process numbers."""
+        found = [line for line in self.lines() if _REPORT.match(line) and not _NOTHING.search(line)]
+        return "\n".join(_PROCESS.sub("", line) for line in found)
 
     def told(self) -> str:
-        """The end of it, to be added to a message; empty where nothing was printed."""
-        shown = self.lines()[-LINES:]
-        return "\nits output ended with:" + "".join(f"\n  {line}" for line in shown) if shown else ""
+        """What a tool reports, or the end of it, to be added to a message; empty where nothing was printed."""
+        report, end = self.reported().splitlines()[:LINES] if self.tool else [], self.lines()[-LINES:]
+        head = "it runs under a tool that reports" if report else "its output ended with"
+        return f"\n{head}:" + "".join(f"\n  {line}" for line in report or end) if end else ""
 
 
 def _printable(line: str) -> str:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import getpid
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mla_spec.subjects.answering import SUBJECT, made_here
@@ -27,6 +28,9 @@ PATIENCE = 5.0
 
 BUFFER = 1 << 22
 """Bytes that may be on their way, as far as the system allows: the fewer, the more often two processes take turns."""
+
+LIMIT = 300.0
+"""Seconds that a request may take, where nobody says otherwise."""
 
 STARTING = 600.0
 """Seconds in which a process has imported what the suite needs, under whatever it runs."""
@@ -73,7 +77,7 @@ class SubjectProcess:
     ) -> None:
         self.made_of: tuple[Any, ...] = spec, signature, dims, threads, device
         self.limit, self.under = limit, shlex.split(under)
-        self.output = Output()
+        self.output = Output(bool(self.under))
         self.hangs, self.longest = 0, 0.0
         self.facts: dict[str, Any] = {}
         self._life = 0
@@ -132,14 +136,18 @@ class SubjectProcess:
             self.end()
 
     def require_silence(self) -> None:
-        """Raise Violation where the tool under which the subject runs has reported anything since its last call of this."""
+        """Raise Violation where the tool under which the subject runs has reported anything since its last call of this.
+
+        The process ends then: most tools report a place only once, and the next case may have the same to show.
+        """
         if not self.under or self._channel is None:
             return
         self._drain()
         report = self.output.reported()
         self.output.clear()
         if report:
-            raise Violation(f"{self.under[0]} reports:\n{report}")
+            self.end()
+            raise Violation(f"{self.tool} reports: {report}")
 
     def finish(self) -> None:
         """Let the process end by itself, under the tool that it runs under; Violation where that has an error to tell."""
@@ -152,13 +160,19 @@ class SubjectProcess:
         if not status:
             self._forget_keeper()
         if status != "0":
-            raise Violation(
-                f"under {self.under[0]} the process ended with {status or 'its keeper'}{self.output.told()}"
-            )
+            raise Violation(f"under {self.tool} the process ended with {status or 'its keeper'}{self.output.told()}")
 
     def end(self) -> None:
         """End the process of the subject; the next request starts another."""
         self._kill()
+
+    @property
+    def tool(self) -> str:
+        """The name of the tool under which the subject runs: that of its command, or of the library that env loads before others."""
+        words = self.under[1:] if self.under[0] == "env" else self.under
+        command = next((word for word in words if "=" not in word), None)
+        loaded = [word.partition("=")[2] for word in words if word.startswith("LD_PRELOAD=")]
+        return Path(command or (loaded or self.under)[0]).name
 
     @property
     def patience(self) -> float | None:
@@ -383,13 +397,13 @@ def _attribute(of: Any, name: str) -> tuple[bool, Any]:
 
 
 @contextmanager
-def apart(spec: str, device: str = "cpu", limit: float | None = None) -> Iterator[Handle]:
+def apart(spec: str, device: str = "cpu", *, signature: str | None = None, limit: float = LIMIT) -> Iterator[Handle]:
     """The subject that ``spec`` names, in a process of its own that ends with the block.
 
     The first request raises UnknownSubject where there is none, and BrokenSubject where it cannot be made.
     """
-    process = SubjectProcess(spec, device=device, limit=limit)
+    process = SubjectProcess(spec, signature, device=device, limit=limit)
     try:
         yield process.subject
     finally:
-        process.end()
+        process.stop()

@@ -21,6 +21,13 @@ class SubjectCrashed(Exception):
     exhausted = False
 
 
+class SuiteFailed(Exception):
+    """The suite's own code raised an exception, which the text names; it says nothing of the subject.
+
+    See ``mla_spec.subjects.blame``.
+    """
+
+
 class Unsupported(Exception):
     """A subject refuses a call: what it is asked for is beyond what it is. The text is a clause that says why.
 
@@ -57,6 +64,7 @@ TOLD = {
     for c in (
         Violation,
         SubjectCrashed,
+        SuiteFailed,
         Unsupported,
         NotOffered,
         NotExported,
@@ -77,15 +85,15 @@ def subject_code() -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, SubjectCrashed, Violation, Unsupported):
+    except (KeyboardInterrupt, SubjectCrashed, SuiteFailed, Violation, Unsupported):
         raise
     except BaseException as error:
         crash = SubjectCrashed(raised(error))
-        crash.exhausted = _lacks_memory(error)
+        crash.exhausted = lacks_memory(error)
         raise crash from error
 
 
-def _lacks_memory(error: BaseException) -> bool:
+def lacks_memory(error: BaseException) -> bool:
     """Whether an exception says that memory could not be had. On the CPU torch has no class for it."""
     return (
         isinstance(error, MemoryError)

@@ -176,6 +176,19 @@ def test_a_law_that_waits_for_a_round_is_no_pass(tmp_path: Path) -> None:
     assert judged(folder)[0] == 0
 
 
+def test_a_subject_that_ends_its_process_answers_so(tmp_path: Path) -> None:
+    kernel, folder = tmp_path / "kernel.py", tmp_path / "calls"
+    kernel.write_text("import os\nclass Ends:\n    def merge(self, *arguments, **options):\n        os._exit(0)\n")
+    spec = f"{kernel}:Ends"
+    options = ["--law", "test_merge_agrees_with_reference", "--dtype", "float32", "--examples", "2", "--seed", "0"]
+    assert main(["export", str(folder), "--subject", spec, *options]) == 0
+    assert main(["answer", str(folder), spec]) == 0
+    code, found = judged(folder)
+    (record,) = found.values()
+    assert (code, record["verdict"]) == (1, "crashed")
+    assert "the process ended with exit code 0" in record["message"]
+
+
 def test_what_does_not_fit_is_said_and_no_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "calls"
     options = ["--law", "test_merge_agrees_with_reference", "--dtype", "float32", "--examples", "8", "--seed", "0"]

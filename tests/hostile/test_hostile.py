@@ -224,6 +224,16 @@ STATE = {  # state that outlives a call, by the law that shall see it
     ),
 }
 
+METADATA = {  # what is done to an argument that leaves its elements alone
+    "resizes the cache": "out = right(*arguments, **options); kv_cache.resize_(0); return out",
+    "gives q other memory": "out = right(*arguments, **options); q.set_(torch.zeros_like(q)); return out",
+    "transposes q in place": "out = right(*arguments, **options); q.transpose_(0, 2); return out",
+    "replaces the data of q": "out = right(*arguments, **options); q.data = torch.zeros_like(q); return out",
+    "answers in the memory of q": (
+        "out, lse = right(*arguments, **options); q[..., :head_dim_v].copy_(out); return q[..., :head_dim_v].clone(), lse"
+    ),
+}
+
 RETURNED = {  # what is no pair of plain tensors
     "nothing": ("None", "must return (out, lse)"),
     "a list": ("list(right(*arguments, **options))", "must return (out, lse)"),
@@ -247,6 +257,11 @@ SPOILED = {  # what is done to ``out``
     "without a batch": ("out.flatten(0, 1)", "must have shape"),
     "too long": ("torch.cat([out, out])", "must have shape"),
     "scalar": ("out.sum()", "must have shape"),
+    "fake": ("torch._subclasses.FakeTensorMode().from_tensor(out)", "got a FakeTensor"),
+    "quantized": ("torch.quantize_per_tensor(out, 1.0, 0, torch.qint8)", "torch.qint8"),
+    "in a library's layout": ("out.to_mkldnn()", "layout torch._mkldnn"),
+    "lazily negative": ("torch.complex(out, out).conj().imag", "a lazy view"),
+    "the first dim of all": ("out[..., :1].expand_as(out)", ""),
 }
 FINE = {  # what is unusual, and right
     "expanded LSE": "out, lse = right(*arguments, **options); return out, lse[..., None].expand(*lse.shape, 2)[..., 1]",
@@ -284,6 +299,21 @@ FINE = {  # what is unusual, and right
     "turns autograd on": "torch.set_grad_enabled(True)\n" + HONEST,
     "leaves a thread": "threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n" + HONEST,
     "collects no garbage": "gc.disable()\n" + HONEST,
+    "lets nobody recurse": "sys.setrecursionlimit(len(list(frames())) + 8)\n" + HONEST,
+    "changes the default device": "out = right(*arguments, **options)\ntorch.set_default_device('meta')\nreturn out",
+    "returns a named tuple": (
+        "import collections\nreturn collections.namedtuple('Pair', 'out lse')(*right(*arguments, **options))"
+    ),
+    "may open no file": "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))\n" + HONEST,
+    "may write no file": "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n" + HONEST,
+    "makes warnings errors": "import warnings\nwarnings.simplefilter('error')\n" + HONEST,
+    "makes NumPy strict": "np.seterr(all='raise')\n" + HONEST,
+    "wants deterministic algorithms": "torch.use_deterministic_algorithms(True)\n" + HONEST,
+    "asks for gradients of q": "q.requires_grad_(True)\n" + HONEST,
+    "gives way to others": "os.nice(19); os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" + HONEST,
+    "hears of exceptions": "sys.excepthook = threading.excepthook = lambda *a: os._exit(0)\n" + HONEST,
+    "changes the locale": "import locale\nlocale.setlocale(locale.LC_ALL, 'C')\n" + HONEST,
+    "forgets its arguments": "sys.argv.clear()\n" + HONEST,
     "seeds": "torch.manual_seed(0); np.random.seed(0)\n" + HONEST,
 }
 RAISED = {
@@ -305,6 +335,7 @@ RAISED = {
     "__import__('hypothesis').errors.UnsatisfiedAssumption()": "UnsatisfiedAssumption",
     "__import__('pytest').skip.Exception('no')": "Skipped: no",
 }
+ANSWERING = "__import__('mla_spec.subjects.answering', fromlist=['x'])"
 ENDED = {
     "os._exit(0)": "ended with exit code 0",
     "os._exit(1)": "ended with exit code 1",
@@ -324,6 +355,25 @@ ENDED = {
     "(threading.Thread(target=os._exit, args=(4,)).start(), time.sleep(9))": "ended with exit code 4",
     "[os.write(fd, b'junk' * 8) for fd in map(int, os.listdir('/proc/self/fd')) if fd > 1000]": "wrote into the channel",
     "os.closerange(3, 1 << 15)": "",
+    "(signal.setitimer(signal.ITIMER_REAL, 0.05), time.sleep(9))": "killed by SIGALRM",
+    "os.fork() and os._exit(0)": "ended with exit code 0",
+    "setattr(os, 'getpid', lambda: 0)": "ended with exit code 0",
+    "ctypes.CDLL(None).munmap(ctypes.c_void_p(kv_cache.data_ptr() & -4096), 1 << 12)": "",
+    f"setattr({ANSWERING}, 'write_reply', lambda *a: [b'junk'])": "wrote into the channel",
+    f"setattr({ANSWERING}, 'write_reply', lambda *a: [__import__('pickle').dumps(os.system)])": "a reply names",
+    f"setattr({ANSWERING}, 'framed', lambda parts: [(1).to_bytes(8, 'little') + (2**62).to_bytes(8, 'little')])": "parts of",
+    f"setattr({ANSWERING}, 'framed', lambda parts: [b'\\xff' * 8])": "parts",
+}
+STOPS = {  # what the subject takes from the code beside it, so that no result can be read
+    "no len": "import builtins\nout = right(*arguments, **options)\nbuiltins.len = lambda x: 0\nreturn out",
+    "no modules": "out = right(*arguments, **options)\nsys.modules.clear()\nreturn out",
+    "a tracer that raises": "out = right(*arguments, **options)\nsys.settrace(lambda *a: 1 / 0)\nreturn out",
+    "freed memory": "out, lse = right(*arguments, **options)\nout.untyped_storage().resize_(0)\nreturn out, lse",
+    "no tensors of NumPy": "out = right(*arguments, **options)\ntorch.from_numpy = torch.Tensor.numpy = None\nreturn out",
+    "no memory": (
+        "import resource\nout = right(*arguments, **options)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 20, 1 << 20))\nreturn out"
+    ),
 }
 VIOLATION = "from mla_spec.subjects.violation import Violation\nraise Violation('of its own')"
 REFUSAL = "from mla_spec.subjects.violation import Unsupported\nraise Unsupported('of its own')"
@@ -350,6 +400,7 @@ ATTRIBUTES = {  # an attribute, and what is said of it
     "name": ("raise SystemExit(0)", "SystemExit: 0"),
     "profile": ("os._exit(0)", "ended with exit code 0"),
     "absorb": ("raise BaseException('over')", "BaseException: over"),
+    "conventions": ("raise ValueError('no')", "ValueError: no"),
 }
 
 
@@ -357,6 +408,7 @@ def rows() -> list[tuple[str, str, str, str, str]]:
     """Name, law, body of decode, verdict, part of the message."""
     made = [(name, LAW_OF_CHEAT.get(name, AGREES), body, "fail", "") for name, body in CHEATS.items()]
     made += [(name, law, body, "fail", "") for name, (law, body) in STATE.items()]
+    made += [(name, MODIFIES, body, "fail", "") for name, body in METADATA.items()]
     made += [(f"returns {name}", AGREES, f"return {body}", "fail", text) for name, (body, text) in RETURNED.items()]
     made += [
         (f"out is {name}", AGREES, f"out, lse = right(*arguments, **options); return {body}, lse", "fail", text)
@@ -413,6 +465,15 @@ def test_a_hostile_subject_gets_its_verdict(pool: WorkerPool, file: Path, number
     assert after.verdict == "pass" or "keeper" in after.message, after.text()  # whose death may be seen a law later
 
 
+@pytest.mark.parametrize("name", STOPS)
+def test_a_subject_that_spoils_what_is_beside_it_does_not_conform(pool: WorkerPool, tmp_path: Path, name: str) -> None:
+    (tmp_path / "spoiler.py").write_text(TOOLS + SUBJECT.format(name="Spoiler", body=indent(STOPS[name], " " * 8)))
+    record, after = judged(pool, f"{tmp_path}/spoiler.py:Spoiler", AGREES, ROPE)
+    assert record.verdict in ("crashed", "fail", "incomplete"), record.text()
+    assert record.message
+    assert after.verdict in ("pass", "crashed", "incomplete"), after.text()
+
+
 @pytest.mark.parametrize("number", range(len(HANGS)), ids=list(HANGS))
 def test_a_hang_is_told(impatient: WorkerPool, file: Path, number: int) -> None:
     record, after = judged(impatient, f"{file}:S{len(ROWS) + number}", AGREES, ROPE)
@@ -443,4 +504,4 @@ def test_an_attribute_that_cannot_be_read_is_told(pool: WorkerPool, tmp_path: Pa
 
 
 def test_there_are_enough() -> None:
-    assert len(ROWS) + len(HANGS) + 2 * len(PLACES) + len(ATTRIBUTES) > 100
+    assert len(ROWS) + len(HANGS) + len(STOPS) + 2 * len(PLACES) + len(ATTRIBUTES) > 180

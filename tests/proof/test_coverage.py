@@ -101,6 +101,18 @@ def test_a_law_without_cases_is_one_empty_cell_per_dtype(tmp_path: Path) -> None
     assert not measured.complete
 
 
+def test_a_subject_that_ends_its_process_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "ends.py"
+    file.write_text("import os\nclass Ends:\n    def rope(self, *arguments, **options):\n        os._exit(0)\n")
+    laws = ["test_rope_preserves_norm", LAW]
+    measured = measure_coverage([f"{file}:Ends"], [], Options(examples=2), laws=laws)
+    assert [(record.law, record.verdict) for record in measured.records] == [
+        (laws[0], "crashed"),
+        (laws[1], "unsupported"),
+    ]
+    assert sum(n for cell, n in measured.cases.items() if cell[0] == laws[0]) > 0
+
+
 def test_reasons_name_laws_and_regimes_that_exist() -> None:
     regimes = {name for named in REGIMES.values() for name, _ in named} | {EVERY_REGIME}
     for reason in REASONS:

@@ -31,6 +31,8 @@ from mla_spec.proof.sensitivity import (
     sensitivity_card,
 )
 from mla_spec.subjects.driver import Driver
+from mla_spec.subjects.find import resolve_subject
+from mla_spec.subjects.process import apart
 from mla_spec.subjects.supports import Supports
 
 LAWS = ("test_decode_agrees_with_reference", "test_decode_lse_agrees_with_reference")
@@ -187,6 +189,41 @@ def test_command_prints_the_card_and_writes_it(tmp_path: Path, capsys: pytest.Ca
     assert written[0]["fault"] == SCALE
     assert written[0]["dtype"] == "float32"
     assert [json.loads(line) for line in appended.read_text().splitlines()] == written
+
+
+SMALL = """
+import os
+from mla_spec import Supports
+from mla_spec.adapters.pytorch import TorchAbsorbed
+
+class Small(TorchAbsorbed):
+    supports = Supports(dtypes=("float32",), latent_dims=((4, 2),), num_heads=(1,), max_s=1)
+
+class Ends(Small):
+    def decode(self, q, kv_cache, block_table, cache_seqlens, **options):
+        if set(cache_seqlens.tolist()) & {63, 255, 1023, 4095}:
+            os._exit(0)
+        return super().decode(q, kv_cache, block_table, cache_seqlens, **options)
+"""
+
+
+def test_a_subject_in_a_process_of_its_own_has_the_same_card(tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(SMALL)
+    faults = [BY_NAME[name] for name in (SCALE, LOST, "P in {}")]
+    spec = f"{tmp_path}/small.py:Small"
+    with apart(spec) as subject:
+        rows = sensitivity_card(subject, count=2, laws=LAWS, faults=faults)
+    assert rows == sensitivity_card(resolve_subject(spec), count=2, laws=LAWS, faults=faults)
+    assert all(row.smallest is not None for row in rows)
+
+
+def test_a_fault_that_ends_the_process_is_detected(tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(SMALL)
+    with apart(f"{tmp_path}/small.py:Ends") as subject:
+        (row,) = sensitivity_card(
+            subject, count=2, laws=["test_decode_does_not_modify_its_inputs"], faults=[BY_NAME[LOST]]
+        )
+    assert row.smallest == 4096
 
 
 def test_faults_are_looked_for_on_the_device_that_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.rope import RopeCase
 from mla_spec.proof.telltale import telltale
+from mla_spec.subjects.process import apart
 from mla_spec.subjects.supports import Supports
 
 CASE = DecodeCase(dtype="float32", seqlens=(5, 7), num_heads=2, kv_lora_rank=4, page_size=4)
@@ -39,6 +41,11 @@ class Raises(TorchAbsorbed):
         raise RuntimeError("no")
 
 
+class Ends(TorchAbsorbed):
+    def decode(self, *arguments: Any, **options: Any) -> Any:
+        os._exit(0)
+
+
 class Bfloat16Only(FirstTable):
     supports = Supports(dtypes=("bfloat16",))
 
@@ -51,6 +58,13 @@ def test_the_table_of_another_sequence_is_seen() -> None:
     told = telltale(FirstTable(), CASE)
     assert told[0] == "2 of 3 sequences, such as 1: reads the table row of sequence 0"
     assert len(told) == len(set(told))
+
+
+def test_a_subject_in_a_process_of_its_own_tells_the_same() -> None:
+    with apart(f"{__file__}:FirstTable") as subject:
+        assert telltale(subject, CASE) == telltale(FirstTable(), CASE)
+    with apart(f"{__file__}:Ends") as subject:
+        assert telltale(subject, CASE) == []
 
 
 def test_a_lost_key_is_seen() -> None:

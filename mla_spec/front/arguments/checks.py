@@ -44,7 +44,7 @@ def add_check(parsers: Parsers) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="draw the dims of this config.json only, where a kernel has dims"
     )
-    parser.add_argument("--device", default="cpu", help="torch device (cpu)")
+    parser.add_argument("--device", default="cpu", help="torch device, or several: cuda:0,cuda:1 or cuda:* (cpu)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (1)")
     parser.add_argument(
         "--compile", metavar="BACKEND", help="also check what torch.compile makes with it, e.g. inductor"
@@ -177,7 +177,7 @@ def add_campaign(parsers: Parsers) -> None:
     parser.add_argument("--ray", metavar="ADDRESS", help="on this Ray cluster; `local` starts one on this machine")
     parser.add_argument("--law", action="append", default=[], metavar="NAME", help="as for check")
     parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
-    parser.add_argument("--device", default="cpu", help="torch device (cpu)")
+    parser.add_argument("--device", default="cpu", help="torch device, or several: cuda:0,cuda:1 or cuda:* (cpu)")
     parser.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law and seed (100)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed (0)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="worker processes, without --ray (2)")
