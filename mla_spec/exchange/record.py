@@ -12,7 +12,9 @@ from mla_spec.exchange.contents import Answer
 from mla_spec.exchange.folder import Folder, HeaderLine
 from mla_spec.exchange.sample import Sample, require_rate, sampled
 from mla_spec.exchange.tensor_file import ExchangeError, encode
+from mla_spec.installed import operation_named
 from mla_spec.subjects.description import Description
+from mla_spec.subjects.signature import Signature
 
 
 def record(
@@ -85,7 +87,7 @@ def folder_of(directory: str, declared: Description) -> Folder:
     """A new folder for recorded calls; ValueError where it cannot be made."""
     plain = {
         "name": declared.name,
-        "operations": declared.operations,
+        "operations": [name for name in declared.operations if isinstance(operation_named(name), Signature)],
         "supports": asdict(declared.supports),
         "profile": {dtype: asdict(each) for dtype, each in declared.profiles.items()},
     }

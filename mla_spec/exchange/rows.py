@@ -118,17 +118,11 @@ def _selecting_query(call: Call, drawn: Random, heads: Tensor) -> _Chosen:
     selects = (entries >= 0) & (entries < cache.shape[0] * cache.shape[1])
     if "topk_length" in call.tensors:
         selects &= torch.arange(len(entries), device=entries.device) < call.tensors["topk_length"][i]
-    slots, place = torch.unique(entries[selects], return_inverse=True)
-    page_size = cache.shape[1]
-    pages = max(1, -(-len(slots) // page_size))
-    rows = cache.new_zeros(pages * page_size, *cache.shape[2:])
-    rows[: len(slots)] = cache[slots // page_size, slots % page_size]
-    moved = torch.full_like(indices[i, j], -1)
-    moved[selects] = place.to(moved.dtype)
+    rows, moved = selected_rows(cache, entries, selects)
     tensors = {
         "q": q[sequence, query].index_select(2, heads),
-        "kv_cache": rows.reshape(pages, page_size, *cache.shape[2:]),
-        "indices": moved[None, None],
+        "kv_cache": rows,
+        "indices": moved[None, None].to(indices.dtype),
     }
     if "attn_sink" in call.tensors:
         tensors["attn_sink"] = call.tensors["attn_sink"].index_select(0, heads)
@@ -140,6 +134,18 @@ def _selecting_query(call: Call, drawn: Random, heads: Tensor) -> _Chosen:
         return {name: x.index_select(1 if name == "lse" else 2, heads) for name, x in parts.items()}
 
     return tensors, outputs
+
+
+def selected_rows(cache: Tensor, indices: Tensor, selects: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots that are selected in as few pages as hold them, in their order, and the indices of them there, -1 for none."""
+    slots, place = torch.unique(indices[selects].long(), return_inverse=True)
+    page_size = cache.shape[1]
+    pages = max(1, -(-len(slots) // page_size))
+    rows = cache.new_zeros(pages * page_size, *cache.shape[2:])
+    rows[: len(slots)] = cache[slots // page_size, slots % page_size]
+    moved = torch.full_like(indices, -1)
+    moved[selects] = place.to(moved.dtype)
+    return rows.reshape(pages, page_size, *cache.shape[2:]), moved
 
 
 _CHOOSE: dict[str, Callable[[Call, Random, Tensor], _Chosen]] = {

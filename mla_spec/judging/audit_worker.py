@@ -21,7 +21,7 @@ from mla_spec.exchange.folder import Folder
 from mla_spec.exchange.record import put
 from mla_spec.exchange.tensor_file import ExchangeError
 from mla_spec.judging.audit_counts import number
-from mla_spec.judging.recorded import Judgement, judge_call
+from mla_spec.judging.recorded import Judgement, judge_answer
 
 WATCH = 1.0
 """Seconds between two looks at whether the process that started this one is there."""
@@ -79,7 +79,7 @@ def _found(folder: Folder, data: bytes) -> dict[str, Any]:
     called, answered = rest[: head["call"]], rest[head["call"] :]
     try:
         call = read_call(called, "a call")
-        found = judge_call(folder.declared, call, lambda: read_answer(answered, "its answer"), head["failure"])
+        found = judge_answer(folder.declared, call, lambda: read_answer(answered, "its answer"), head["failure"])
     except (ExchangeError, ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
         return _plain(Judgement(verdict="incomplete", message=f"{type(error).__name__}: {error}"))
     plain = _plain(found)

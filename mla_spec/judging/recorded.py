@@ -98,7 +98,7 @@ def judge_recorded(folder: Folder, sights: Sights) -> Iterator[Record]:
         ExchangeError: a call is damaged.
     """
     for name, call in read_calls(folder):
-        found = judge_call(folder.declared, call, partial(folder.answer, name))
+        found = judge_answer(folder.declared, call, partial(folder.answer, name))
         for output, sight in found.sights.items():
             sights.setdefault((call.operation, output), Sight()).join(sight)
         case = f"{call.operation}:{name}"
@@ -116,7 +116,7 @@ def judge_recorded(folder: Folder, sights: Sights) -> Iterator[Record]:
         )
 
 
-def judge_call(
+def judge_answer(
     declared: Declared, call: Call, answer: Callable[[], Answer | None], failure: float = FAILURE_PROBABILITY
 ) -> Judgement:
     """Hold the answer to a call against float64 and the bounds of the declared profile.
@@ -125,6 +125,24 @@ def judge_call(
         answer: gives the outputs, or None where there are none; what it raises is part of the judgement.
         failure: how probable it may be that an honest call is outside its probable bound.
     """
+
+    def results(operation: Operation, inputs: Any, dtype: str) -> Results | None:
+        outputs = answer()
+        if outputs is None:
+            return None
+        unread = tuple(outputs.get(output.name) for output in operation.outputs)
+        return Driver(_Declared(declared.supports), dtype).read(operation, inputs, unread)
+
+    return judge_results(declared, call, results, failure)
+
+
+def judge_results(
+    declared: Declared,
+    call: Call,
+    results: Callable[[Operation, Any, str], Results | None],
+    failure: float = FAILURE_PROBABILITY,
+) -> Judgement:
+    """As ``judge_answer``, where ``results`` gives the outputs from the operation, its inputs and the dtype."""
     operation = OPERATIONS[call.operation]
     assert isinstance(operation, Operation)
     if operation.recorded is None:
@@ -137,12 +155,10 @@ def judge_call(
             verdict="unsupported", message=f"its numbers are of none of the dtypes {', '.join(TORCH_DTYPES)}"
         )
     try:
-        outputs = answer()
-        if outputs is None:
-            return Judgement(verdict="incomplete", dtype=dtype, message="it has no answer")
         inputs = operation.recorded(call.inputs())
-        unread = tuple(outputs.get(output.name) for output in operation.outputs)
-        got = Driver(_Declared(declared.supports), dtype).read(operation, inputs, unread)
+        got = results(operation, inputs, dtype)
+        if got is None:
+            return Judgement(verdict="incomplete", dtype=dtype, message="it has no answer")
         profile = declared.profile.get(dtype) or Profile.default(dtype)
         return _compared(_Compared(operation, inputs, profile, declared.supports, failure), dtype, got)
     except Violation as error:
