@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mla_spec.bounds.profile import RopeProfile as RopeProfile
     from mla_spec.exchange.record import record as record
     from mla_spec.front.parametrize import parametrize_with_checks as parametrize_with_checks
+    from mla_spec.judging.audit import audit as audit
     from mla_spec.judging.check import check_subject as check_subject
     from mla_spec.judging.law import Options as Options
     from mla_spec.judging.law import Production as Production
@@ -32,6 +33,7 @@ _EXPORTS = {
     "RopeProfile": "mla_spec.bounds.profile",
     "presets": "mla_spec.bounds.kernel_presets",
     "record": "mla_spec.exchange.record",
+    "audit": "mla_spec.judging.audit",
     "parametrize_with_checks": "mla_spec.front.parametrize",
     "check_subject": "mla_spec.judging.check",
     "Options": "mla_spec.judging.law",

@@ -31,7 +31,7 @@ from mla_spec.bounds.error_bound import ErrorBound, half_ulp, overflowed
 from mla_spec.bounds.operand_rounding import InheritedError, with_roundings
 from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.bounds.shared_query import moved_by_query
-from mla_spec.bounds.weight_rounding import Likely, rounded_p
+from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY, Likely, rounded_p
 from mla_spec.reference.attention import (
     BLOCK_SIZE,
     SoftmaxBlock,
@@ -99,6 +99,7 @@ def attention_with_bound(
     query_error: Array | None = None,
     attn_sink: Array | None = None,
     probable: bool = False,
+    failure: float = FAILURE_PROBABILITY,
     block_size: int = BLOCK_SIZE,
 ) -> BoundedAttention:
     """``attention`` and the error of computing it as ``profile`` says.
@@ -111,6 +112,7 @@ def attention_with_bound(
             this call.
         attn_sink: score of one more key with value 0, which the LSE does not count, [h]; -inf none. Exact as stored.
         probable: asks for the probable error beside the worst case.
+        failure: that any element of the call lies outside its probable error.
     """
     inherited = with_roundings(q, k, v, softmax_scale, inherited, profile, query_error)
     blocks = softmax_blocks(
@@ -147,7 +149,7 @@ def attention_with_bound(
         column = np.sqrt(k.shape[-3] * np.einsum("...tgd,...tgd->...gd", size, size))[..., None, :]  # [..., g, 1, dv]
         roundings = [rounded_p(moments, rates, column)]
         if probable:
-            likely = Likely.of(sums, moments, k)
+            likely = Likely.of(sums, moments, k, failure)
             pair = likely.rounded_p(moments, rates, column), likely.rounded_sum(moments, rates)
             roundings.append((np.minimum(roundings[0][0], pair[0]), np.minimum(roundings[0][1], pair[1])))
         lse_errors = [_lse_error(sums, moments, rates, rounded_sum) for _, rounded_sum in roundings]

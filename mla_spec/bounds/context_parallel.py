@@ -5,6 +5,7 @@ from __future__ import annotations
 from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.operand_rounding import query_error
 from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.context_parallel import seen_by_queries
 from mla_spec.reference.typing import Array, IntArray
@@ -24,6 +25,7 @@ def rank_decode_with_bound(
     profile: Profile,
     causal: bool = True,
     probable: bool = False,
+    failure: float = FAILURE_PROBABILITY,
 ) -> BoundedAttention:
     """``rank_decode`` and the error of computing it as ``profile`` says; arguments and errors are those of both."""
     b, s, h, d = q.shape
@@ -39,6 +41,7 @@ def rank_decode_with_bound(
         causal=False,
         query_error=query_error(q, softmax_scale, profile).reshape(b * s, 1, h, d),
         probable=probable,
+        failure=failure,
     )
 
     def of_out(x: Array) -> Array:

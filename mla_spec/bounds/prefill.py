@@ -10,6 +10,7 @@ from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.operand_rounding import query_error
 from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY
 from mla_spec.reference.prefill import packed_sequences
 from mla_spec.reference.typing import Array, IntArray
 
@@ -25,8 +26,12 @@ def prefill_with_bound(
     profile: Profile,
     causal: bool = True,
     probable: bool = False,
+    failure: float = FAILURE_PROBABILITY,
 ) -> BoundedAttention:
-    """``prefill`` and the error of computing it as ``profile`` says; arguments and errors are those of both."""
+    """``prefill`` and the error of computing it as ``profile`` says; arguments and errors are those of both.
+
+    ``failure`` is of each sequence.
+    """
     rounding = query_error(q, softmax_scale, profile)  # one scale may be that of all sequences
     parts = [
         attention_with_bound(
@@ -38,6 +43,7 @@ def prefill_with_bound(
             causal=causal,
             query_error=rounding[queries],
             probable=probable,
+            failure=failure,
         )
         for queries, keys in packed_sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     ]

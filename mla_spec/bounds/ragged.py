@@ -6,6 +6,7 @@ from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.operand_rounding import query_error
 from mla_spec.bounds.prefill import packed
 from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.ragged import query_tokens
 from mla_spec.reference.typing import Array, IntArray
@@ -23,8 +24,12 @@ def ragged_decode_with_bound(
     profile: Profile,
     causal: bool = True,
     probable: bool = False,
+    failure: float = FAILURE_PROBABILITY,
 ) -> BoundedAttention:
-    """``ragged_decode`` and the error of computing it as ``profile`` says; arguments and errors are those of both."""
+    """``ragged_decode`` and the error of computing it as ``profile`` says; arguments and errors are those of both.
+
+    ``failure`` is of each sequence.
+    """
     rounding = query_error(q, softmax_scale, profile)  # one scale may be that of all sequences
     parts = []
     for i, tokens in enumerate(query_tokens(q, block_table, cache_seqlens, cu_seqlens_q)):
@@ -39,6 +44,7 @@ def ragged_decode_with_bound(
                 causal=causal,
                 query_error=rounding[tokens],
                 probable=probable,
+                failure=failure,
             )
         )
     return packed(parts)

@@ -9,6 +9,7 @@ from mla_spec.bounds.attention_moments import Rates
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.operand_rounding import query_error
 from mla_spec.bounds.profile import Profile, gamma
+from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY
 from mla_spec.reference.formats import FORMATS, format_of
 from mla_spec.reference.sparse import indexer_logits, selected_rows
 from mla_spec.reference.typing import Array, BoolArray, IntArray
@@ -126,6 +127,7 @@ def sparse_attention(
     attn_sink: Array | None = None,
     topk_length: IntArray | None = None,
     probable: bool = False,
+    failure: float = FAILURE_PROBABILITY,
 ) -> BoundedAttention:
     """Attention of each query over the keys that its row of ``indices`` selects, and its error bound.
 
@@ -152,6 +154,7 @@ def sparse_attention(
         profile=profile,
         query_error=query_error(q, softmax_scale, profile)[..., None, :, :],
         probable=probable,
+        failure=failure,
         cache_seqlens=count,
         causal=False,
         attn_sink=attn_sink,

@@ -52,7 +52,7 @@ def rounded_p(moments: Moments, rates: Rates, column: Array) -> tuple[Array, Arr
 
 @dataclass(frozen=True)
 class Likely:
-    """What independent roundings of the weights add up to, but with the probability ``FAILURE_PROBABILITY``.
+    """What independent roundings of the weights add up to, but with a small probability that is asked for.
 
     A sum of independent errors of at most u x_j exceeds sqrt(2 ln(2/δ)) · u · sqrt(Σ x_j²) with probability δ (Hoeffding).
     Equal keys have equal weights and errors, so they count as often as they occur. The rounding of a weight is taken as
@@ -63,9 +63,10 @@ class Likely:
     values: Array  # λ sqrt(Σ p̂² v̂²), [..., g, rows, dv]
 
     @classmethod
-    def of(cls, sums: BoundSums, moments: Moments, k: Array) -> Likely:
+    def of(cls, sums: BoundSums, moments: Moments, k: Array, failure: float = FAILURE_PROBABILITY) -> Likely:
+        """That of one call, of whose elements any exceeds it with the probability ``failure``."""
         judged = max(1, moments.out.size)
-        tail = math.sqrt(2 * math.log(2 * judged / FAILURE_PROBABILITY))
+        tail = math.sqrt(2 * math.log(2 * judged / failure))
         mass = np.where(sums.cells > 0, sums.cells, 1.0)
         spread = np.exp(-(mass * np.log(mass)).sum(axis=-1)) >= SPREAD  # [..., g, rows]
         repeats = np.sqrt(_repeats(k))[..., None]  # [..., g, 1]

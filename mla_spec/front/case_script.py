@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from mla_spec import __version__
+from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY
+from mla_spec.exchange.call import Call
 from mla_spec.installed import SHIPPED, operation_names
 from mla_spec.judging.causes import needs
 from mla_spec.judging.verdict import Record
@@ -22,7 +24,7 @@ from mla_spec.operations.case import Case
 from mla_spec.operations.operation import Exactly, Expected, Operation, Within
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.description import Description
-from mla_spec.subjects.driver import Driver, Tensors
+from mla_spec.subjects.driver import TORCH_DTYPES, Driver, Tensors
 from mla_spec.text.terminal import one_line, write_text
 
 MOST = 4096
@@ -120,7 +122,42 @@ def script(record: Record, declared: Description, spec: Sequence[str], device: s
         if want is not None and output.offered(declared.supports)
     }
     _require_same(record, operation, outputs)
-    driver = Driver(SimpleNamespace(supports=declared.supports), case.dtype)
+    head = _head(
+        operation, record.message or record.verdict, f"{record.law} of mla-spec {__version__} on {case.short_id}"
+    )
+    return _lines(head, operation, inputs, case.dtype, outputs, declared, spec, device)
+
+
+def script_of_call(call: Call, message: str, declared: Description, spec: Sequence[str], device: str = "cpu") -> str:
+    """The script of a recorded call that fails; NotExportable where it is too long, or does not follow from its arguments."""
+    operation = call.signature
+    assert isinstance(operation, Operation) and operation.recorded is not None
+    dtype = str(call.tensors["q"].dtype).removeprefix("torch.") if "q" in call.tensors else ""
+    if dtype not in TORCH_DTYPES or operation.probable is None:
+        raise NotExportable(f"a recorded call of {operation.name} is not shown by a script")
+    inputs = operation.recorded(call.inputs())
+    wants = operation.probable(inputs, declared.profile(dtype), declared.supports, FAILURE_PROBABILITY)
+    outputs = {
+        output.name: _bounded(want)
+        for output, want in zip(operation.outputs, wants, strict=True)
+        if want is not None and output.offered(declared.supports)
+    }
+    head = _head(operation, message, f"a recorded call, made smaller by mla-spec {__version__}")
+    return _lines(head, operation, inputs, dtype, outputs, declared, spec, device)
+
+
+def _lines(
+    head: list[str],
+    operation: Operation,
+    inputs: Any,
+    dtype: str,
+    outputs: dict[str, tuple[Array, Array]],
+    declared: Description,
+    spec: Sequence[str],
+    device: str,
+) -> str:
+    """The script of one call."""
+    driver = Driver(SimpleNamespace(supports=declared.supports), dtype)
     tensors = driver.tensors(operation, inputs)
     count = sum(x.numel() for x in tensors.values()) + sum(2 * want.size for want, _ in outputs.values())
     if count > MOST:
@@ -130,11 +167,11 @@ def script(record: Record, declared: Description, spec: Sequence[str], device: s
     body = [
         *(f"{_variable(name)} = {_tensor(x)}" for name, x in tensors.items()),
         *_dicts(operation, tensors),
-        *_call(operation, inputs, case),
+        *_call(operation, inputs, dtype),
         *(line for name, parts in outputs.items() for line in _answer(name, *parts)),
     ]
     lines = [
-        *_head(record, case, operation),
+        *head,
         *_imports(body),
         *_kernel(spec, operation),
         *_device(device),
@@ -179,11 +216,10 @@ def _require_same(record: Record, operation: Operation, outputs: dict[str, tuple
         raise NotExportable(f"{record.law} judges another call than that of its case")
 
 
-def _head(record: Record, case: Case, operation: Operation) -> list[str]:
-    statement = one_line(next(iter(record.message.splitlines()), record.verdict), 200)
+def _head(operation: Operation, message: str, origin: str) -> list[str]:
     return [
-        f"# {operation.name}: {statement}",
-        f"# {record.law} of mla-spec {__version__} on {case.short_id}",
+        f"# {operation.name}: {one_line(message.splitlines()[0], 200)}",
+        f"# {origin}",
         "# Exit code 1: an output is further from the float64 answer than the declared arithmetic explains.",
     ]
 
@@ -235,7 +271,7 @@ def _dicts(operation: Operation, tensors: Tensors) -> list[str]:
     return lines
 
 
-def _call(operation: Operation, inputs: Any, case: Case) -> list[str]:
+def _call(operation: Operation, inputs: Any, dtype: str) -> list[str]:
     """The call, and ``got``, its outputs by name."""
     arguments, options = [], []
     for argument in operation.arguments:
@@ -247,7 +283,7 @@ def _call(operation: Operation, inputs: Any, case: Case) -> list[str]:
         elif not absent:
             options.append(f"{argument.name}={value}")
     for name in operation.keywords:
-        value = f"torch.{case.dtype}" if name == "dtype" else _literal(getattr(inputs, name))
+        value = f"torch.{dtype}" if name == "dtype" else _literal(getattr(inputs, name))
         options.append(f"{name}={value}")
     call = f"kernel({', '.join([*arguments, *options])})"
     returned = [output.name for output in operation.returned]

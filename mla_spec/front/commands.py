@@ -33,6 +33,12 @@ def run_judge(options: argparse.Namespace) -> int:
     return judge(options)
 
 
+def run_replay(options: argparse.Namespace) -> int:
+    from mla_spec.front.replay_command import replay
+
+    return replay(options)
+
+
 def run_campaign(options: argparse.Namespace) -> int:
     from mla_spec.front.campaign_command import campaign
 

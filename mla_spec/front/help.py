@@ -13,6 +13,7 @@ EXIT_CODES: Mapping[str, str] = {
     "export": "0 the calls are written, 2 usage, 130 interrupted",
     "answer": "0 the answers are written, 2 usage, 130 interrupted",
     "judge": _VERDICT,
+    "replay": _VERDICT,
     "merge": _VERDICT,
     "diff": "0 nothing got worse, 1 something did, 2 usage",
     "dump": "0 the file is written, 2 usage",
@@ -69,6 +70,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "answer": ("mla-spec answer calls torch-absorbed", "mla-spec answer recorded my_kernel.py:Kernel --into again"),
     "judge": ("mla-spec judge calls", "mla-spec judge calls --law decode -v"),
+    "replay": (
+        "mla-spec replay recorded my_kernel.py:Kernel",
+        "mla-spec replay flashinfer_dumps my_kernel.py:Kernel --into smallest --export repro.py",
+        "mla-spec replay dumps my_kernel.py:Kernel --map names.toml",
+    ),
     "map": (
         "mla-spec map my_kernel.py:Kernel --dtype bfloat16 -o envelope.html --json envelope.json",
         "mla-spec map torch-absorbed --dtype float32",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase
-from mla_spec.operations.operation import Answers, Exactly, Operation
+from mla_spec.operations.operation import Answers, Exactly, Operation, as_it_is
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.mla import absorb
 from mla_spec.reference.typing import Array
@@ -45,7 +45,7 @@ OPERATION = Operation(
     contract=__doc__,
     case=DecodeCase,
     build=build,
-    recordable=True,
+    recorded=as_it_is,
     arguments=(Argument("kv_b_proj", "[h·(n+v), c]", far=True),),
     keywords=("config",),
     outputs=(

@@ -20,10 +20,11 @@ from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.merge import BoundedMerge
 from mla_spec.bounds.operand_rounding import InheritedError
 from mla_spec.bounds.profile import Profile
+from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.conventions import DECODE_CONVENTIONS
 from mla_spec.operations.latent_pages import LatentPages, PagedInputs, at_half_the_scale, without_spare_pages
-from mla_spec.operations.operation import Answers, Operation, View, Within
+from mla_spec.operations.operation import Answers, Expected, Operation, View, Within, as_it_is
 from mla_spec.operations.regimes import QUERIES, SCORES, values
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.config import MLAConfig
@@ -106,7 +107,11 @@ class DecodeCase(LatentPages, Case):
 
 
 def decode_expected(
-    inputs: DecodeInputs, profile: Profile, inherited_q: Array | None = None, probable: bool = False
+    inputs: DecodeInputs,
+    profile: Profile,
+    inherited_q: Array | None = None,
+    probable: bool = False,
+    failure: float = FAILURE_PROBABILITY,
 ) -> BoundedAttention:
     """Exact decode and its bound; ``inherited_q`` is how far q may be from an exact one."""
     rows = gather_rows(inputs.kv_cache, inputs.block_table, inputs.cache_seqlens)[:, :, None]  # [b, t, 1, c+r]
@@ -124,6 +129,7 @@ def decode_expected(
         causal=inputs.causal,
         inherited=inherited,
         probable=probable or profile.coarse,
+        failure=failure,
     ).judged_by(profile)
 
 
@@ -135,6 +141,13 @@ def declared_lse(lse: Array, supports: Supports) -> Array:
 def attention_expected(want: BoundedAttention | BoundedMerge, supports: Supports) -> Answers:
     """out and LSE of an attention."""
     return Within(want.out, want.out_error, gate=True), Within(declared_lse(want.lse, supports), want.lse_error)
+
+
+def probably(want: BoundedAttention, supports: Supports) -> tuple[Expected | None, ...]:
+    """out and LSE of an attention, by the probable bound."""
+    return attention_expected(
+        replace(want, out_error=want.out_error_probable, lse_error=want.lse_error_probable), supports
+    )
 
 
 def shortened(inputs: DecodeInputs) -> DecodeInputs:
@@ -204,7 +217,7 @@ OPERATION = Operation(
     contract=__doc__,
     case=DecodeCase,
     extent=cached,
-    recordable=True,
+    recorded=as_it_is,
     arguments=(
         Argument("q", "[b, s, h, c+r]", far=True),
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),
@@ -214,6 +227,9 @@ OPERATION = Operation(
     keywords=("head_dim_v", "softmax_scale", "causal"),
     outputs=ATTENTION_OUTPUTS,
     expected=lambda inputs, profile, supports: attention_expected(decode_expected(inputs, profile), supports),
+    probable=lambda inputs, profile, supports, failure: probably(
+        decode_expected(inputs, profile, probable=True, failure=failure), supports
+    ),
     views=BATCH_VIEWS | TABLE_VIEWS | POOL_VIEWS,
     regimes=(
         *values("regime", "typical", "outlier", "ties", "offset", "sink", "cancelling", "negative", "sunken"),

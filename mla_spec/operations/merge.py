@@ -18,7 +18,7 @@ from mla_spec.bounds.merge import BoundedMerge, merge_with_bound
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
 from mla_spec.operations.decode import attention_expected
-from mla_spec.operations.operation import Operation
+from mla_spec.operations.operation import Operation, as_it_is
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.signature import Argument, Output
@@ -73,7 +73,7 @@ OPERATION = Operation(
     name="merge",
     contract=__doc__,
     case=MergeCase,
-    recordable=True,
+    recorded=as_it_is,
     arguments=(
         Argument("outs", "[parts, (b,) s, h, v]", far=True),
         Argument("lses", "[parts, (b,) h, s]", "lse", far=True),

@@ -105,7 +105,10 @@ class Operation(Signature):
         missing: from what the subject supports, why no case can be made, or "".
         tight: inputs without what no call needs: spare pages, spare columns of a table.
         conventions: others than the contract's, which a report names where a subject obeys one.
-        recordable: what it must give follows from the arguments of a call alone, so that a recorded call can be judged.
+        recorded: from the arguments of a recorded call, by name, the inputs that ``expected`` takes; None where what it must
+            give does not follow from the arguments of a call alone.
+        probable: as ``expected``, by bounds of which an honest call exceeds any with no more than a given probability; None
+            where there are none but the worst case.
     """
 
     contract: str = field(repr=False)
@@ -119,9 +122,15 @@ class Operation(Signature):
     missing: Callable[[Supports], str] = lambda _: ""
     tight: Callable[[Any], Any] = lambda inputs: inputs
     conventions: tuple[Convention, ...] = ()
-    recordable: bool = False
+    recorded: Callable[[Any], Any] | None = None
+    probable: Callable[[Any, Profile, Supports, float], tuple[Expected | None, ...]] | None = None
 
     @property
     def all_views(self) -> Mapping[str, View]:
         """``views``, and one for all arguments, which do not begin where their memory does."""
         return {**self.views, "every argument behind another in its memory": behind_others}
+
+
+def as_it_is(inputs: Any) -> Any:
+    """The arguments of a recorded call, where ``expected`` takes them so."""
+    return inputs

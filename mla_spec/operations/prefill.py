@@ -22,8 +22,8 @@ from mla_spec.bounds.prefill import prefill_with_bound
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.conventions import PREFILL_CONVENTIONS
-from mla_spec.operations.decode import attention_expected
-from mla_spec.operations.operation import Operation
+from mla_spec.operations.decode import attention_expected, probably
+from mla_spec.operations.operation import Operation, as_it_is
 from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.typing import Array, IntArray
@@ -128,7 +128,7 @@ OPERATION = Operation(
     contract=__doc__,
     case=PrefillCase,
     extent=packed,
-    recordable=True,
+    recorded=as_it_is,
     arguments=(
         Argument("q", "[tokens, h, n+r]", far=True),
         Argument("k", "[key tokens, h, n+r]", far=True),
@@ -142,6 +142,12 @@ OPERATION = Operation(
         PACKED_LSE,
     ),
     expected=lambda inputs, profile, supports: attention_expected(prefill_expected(inputs, profile), supports),
+    probable=lambda inputs, profile, supports, failure: probably(
+        prefill_with_bound(
+            **vars(inputs), profile=profile, probable=True, failure=failure / max(1, len(inputs.cu_seqlens_q) - 1)
+        ),
+        supports,
+    ),
     views={
         "q as a slice of a wider row": viewed(slice_of_wider, "q", -1, ROW_PADDING),
         "q stored with heads before tokens": viewed(transposed, "q", 0, 1),

@@ -25,6 +25,7 @@ import torch
 from mla_spec.bounds.attention import BoundedAttention
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.quantised_cache import dequantised_error, quantised_error
+from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.decode import (
     ATTENTION_OUTPUTS,
@@ -35,6 +36,7 @@ from mla_spec.operations.decode import (
     attention_expected,
     decode_expected,
     in_three_pages,
+    probably,
     shortened,
 )
 from mla_spec.operations.latent_pages import at_half_the_scale, without_spare_pages
@@ -330,10 +332,29 @@ def _dequantised(inputs: PagesInputs, profile: Profile, supports: Supports) -> A
     return (Within(rows, dequantised_error(rows, profile), read=held),)
 
 
-def quantised_decode_expected(inputs: QuantisedDecodeInputs, profile: Profile) -> BoundedAttention:
+def quantised_decode_expected(
+    inputs: QuantisedDecodeInputs, profile: Profile, probable: bool = False, failure: float = FAILURE_PROBABILITY
+) -> BoundedAttention:
     """Exact decode of the dequantised rows; unless declared otherwise they are rounded to the softmax's arithmetic."""
     rounded = profile.cache_dequantised or profile.softmax
-    return decode_expected(inputs.exact, replace(profile, cache_dequantised=rounded))
+    exact_rows = replace(profile, cache_dequantised=rounded)
+    return decode_expected(inputs.exact, exact_rows, probable=probable, failure=failure)
+
+
+def _decode_recorded(inputs: Any) -> QuantisedDecodeInputs:
+    """The arguments of a recorded call, and what its pages hold."""
+    told = {"format": inputs.format, "page_size": inputs.page_size, "tensor_scale": inputs.tensor_scale}
+    rows = dequantised_cache(inputs.pages, layout_of(inputs.format), inputs.page_size, tensor_scale=inputs.tensor_scale)
+    exact = DecodeInputs(
+        q=inputs.q,
+        kv_cache=rows,
+        block_table=inputs.block_table,
+        cache_seqlens=inputs.cache_seqlens,
+        head_dim_v=inputs.head_dim_v,
+        softmax_scale=inputs.softmax_scale,
+        causal=inputs.causal,
+    )
+    return QuantisedDecodeInputs(pages=inputs.pages, exact=exact, **told)
 
 
 def _decode_others(case: QuantisedDecodeCase) -> tuple[QuantisedDecodeInputs, ...]:
@@ -436,6 +457,7 @@ DECODE_QUANTIZED = Operation(
     contract=__doc__,
     case=QuantisedDecodeCase,
     extent=cached,
+    recorded=_decode_recorded,
     arguments=(
         Argument("q", "[b, s, h, c+r]", far=True),
         Argument("pages", "[pages, bytes per page]", "bytes", far=True),
@@ -445,6 +467,9 @@ DECODE_QUANTIZED = Operation(
     keywords=("format", "page_size", "tensor_scale", "head_dim_v", "softmax_scale", "causal"),
     outputs=ATTENTION_OUTPUTS,
     expected=lambda inputs, profile, supports: attention_expected(quantised_decode_expected(inputs, profile), supports),
+    probable=lambda inputs, profile, supports, failure: probably(
+        quantised_decode_expected(inputs, profile, True, failure), supports
+    ),
     views=BATCH_VIEWS | TABLE_VIEWS | PAGES_VIEWS,
     regimes=(
         *values("regime", "typical", "outlier", "ties", "offset", "sink", "zeros", "rope", "negative"),

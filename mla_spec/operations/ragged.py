@@ -27,9 +27,10 @@ from mla_spec.operations.decode import (
     POOL_VIEWS,
     TABLE_VIEWS,
     attention_expected,
+    probably,
 )
 from mla_spec.operations.latent_pages import LatentPages, PagedInputs, at_half_the_scale, without_spare_pages
-from mla_spec.operations.operation import Operation
+from mla_spec.operations.operation import Operation, as_it_is
 from mla_spec.operations.prefill import PACKED_LSE
 from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
 from mla_spec.reference.typing import IntArray
@@ -123,7 +124,7 @@ OPERATION = Operation(
     contract=__doc__,
     case=RaggedDecodeCase,
     extent=cached,
-    recordable=True,
+    recorded=as_it_is,
     arguments=(
         Argument("q", "[tokens, h, c+r]", far=True),
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),
@@ -137,6 +138,12 @@ OPERATION = Operation(
         PACKED_LSE,
     ),
     expected=lambda inputs, profile, supports: attention_expected(ragged_decode_expected(inputs, profile), supports),
+    probable=lambda inputs, profile, supports, failure: probably(
+        ragged_decode_with_bound(
+            **vars(inputs), profile=profile, probable=True, failure=failure / max(1, len(inputs.cache_seqlens))
+        ),
+        supports,
+    ),
     views=TABLE_VIEWS
     | POOL_VIEWS
     | {

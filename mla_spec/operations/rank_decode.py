@@ -28,9 +28,10 @@ from mla_spec.operations.decode import (
     POOL_VIEWS,
     TABLE_VIEWS,
     attention_expected,
+    probably,
 )
 from mla_spec.operations.latent_pages import LatentPages, PagedInputs, at_half_the_scale, without_spare_pages
-from mla_spec.operations.operation import Operation
+from mla_spec.operations.operation import Operation, as_it_is
 from mla_spec.operations.regimes import QUERIES, SCORES, Regime, values
 from mla_spec.reference.context_parallel import own_tokens
 from mla_spec.reference.typing import IntArray
@@ -152,7 +153,7 @@ OPERATION = Operation(
     contract=__doc__,
     case=RankDecodeCase,
     extent=cached,
-    recordable=True,
+    recorded=as_it_is,
     arguments=(
         Argument("q", "[b, s, h, c+r]", far=True),
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),
@@ -162,6 +163,9 @@ OPERATION = Operation(
     keywords=("head_dim_v", "softmax_scale", "causal", "ranks", "rank", "interleave"),
     outputs=ATTENTION_OUTPUTS,
     expected=lambda inputs, profile, supports: attention_expected(rank_decode_expected(inputs, profile), supports),
+    probable=lambda inputs, profile, supports, failure: probably(
+        rank_decode_with_bound(**vars(inputs), profile=profile, probable=True, failure=failure), supports
+    ),
     views=BATCH_VIEWS | TABLE_VIEWS | POOL_VIEWS,
     regimes=REGIMES,
     others=_others,

@@ -15,7 +15,7 @@ import numpy as np
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.operations.case import Case
-from mla_spec.operations.operation import Answers, Operation, Within
+from mla_spec.operations.operation import Answers, Operation, Within, as_it_is
 from mla_spec.operations.regimes import Regime, values
 from mla_spec.reference.config import LongRopeScaling, RopeConfig, YarnScaling
 from mla_spec.reference.formats import round_to
@@ -169,7 +169,7 @@ OPERATION = Operation(
     name="rope",
     contract=__doc__,
     case=RopeCase,
-    recordable=True,
+    recorded=as_it_is,
     arguments=(
         Argument("x", "[..., r] or [..., h, r]", far=True),
         Argument("positions", "[...]", "int64"),

@@ -26,6 +26,7 @@ import numpy as np
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.sparse import max_logits_with_bound, sparse_attention
+from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.decode import ATTENTION_OUTPUTS, declared_lse
 from mla_spec.operations.operation import Operation, View, Within
@@ -245,8 +246,10 @@ class SparseExpected:
         }
 
 
-def sparse_expected(inputs: SparseInputs, profile: Profile) -> SparseExpected:
-    """Exact attention over the selected rows, and its bound."""
+def sparse_expected(
+    inputs: SparseInputs, profile: Profile, probable: bool = False, failure: float = FAILURE_PROBABILITY
+) -> SparseExpected:
+    """Exact attention over the selected rows, and its bound; that which honest calls exceed with ``failure`` if ``probable``."""
     kv = np.broadcast_to(inputs.rows, (*inputs.q.shape[:-3], *inputs.rows.shape))
     want = sparse_attention(
         inputs.q,
@@ -257,8 +260,11 @@ def sparse_expected(inputs: SparseInputs, profile: Profile) -> SparseExpected:
         profile=profile,
         attn_sink=inputs.attn_sink,
         topk_length=inputs.topk_length,
-        probable=profile.coarse,
+        probable=probable or profile.coarse,
+        failure=failure,
     ).judged_by(profile)
+    if probable:
+        want = replace(want, out_error=want.out_error_probable, lse_error=want.lse_error_probable)
     largest, largest_error = max_logits_with_bound(
         inputs.q,
         kv,
@@ -279,6 +285,17 @@ def sparse_expected(inputs: SparseInputs, profile: Profile) -> SparseExpected:
         laid_out(want.lse),
         want.lse_error.map(laid_out),
     )
+
+
+def _recorded(inputs: Any) -> SparseInputs:
+    """The arguments of a recorded call, which have the rows under the name of either operation."""
+    given = vars(inputs)
+    kv = given.get("kv", given.get("kv_cache"))
+    return SparseInputs(**{name: kv if name == "kv" else given[name] for name in SparseInputs.__dataclass_fields__})
+
+
+def _decode_outputs(want: SparseExpected, supports: Supports) -> tuple[Within, ...]:
+    return tuple(each for name, each in want.outputs(supports).items() if name != "max_logits")
 
 
 def _others(case: Any) -> tuple[SparseInputs, ...]:
@@ -311,7 +328,7 @@ SPARSE_PREFILL = Operation(
     contract=__doc__,
     case=SparsePrefillCase,
     extent=selected_of_one,
-    recordable=True,
+    recorded=_recorded,
     arguments=(
         Argument("q", "[s, h, c+r]", far=True),
         Argument("kv", "[s_kv, 1, c+r]", far=True),
@@ -325,6 +342,9 @@ SPARSE_PREFILL = Operation(
         Output("lse", "[s, h]", lambda i: i.q.shape[:2], "float32 or better", offered=lambda s: s.lse),
     ),
     expected=lambda inputs, profile, supports: tuple(sparse_expected(inputs, profile).outputs(supports).values()),
+    probable=lambda inputs, profile, supports, failure: tuple(
+        sparse_expected(inputs, profile, True, failure).outputs(supports).values()
+    ),
     views=_views("kv"),
     regimes=REGIMES,
     others=_others,
@@ -336,7 +356,7 @@ SPARSE_DECODE = Operation(
     contract=__doc__,
     case=SparseDecodeCase,
     extent=selected,
-    recordable=True,
+    recorded=_recorded,
     arguments=(
         Argument("q", "[b, s, h, c+r]", far=True),
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),
@@ -345,8 +365,9 @@ SPARSE_DECODE = Operation(
     ),
     keywords=("head_dim_v", "softmax_scale"),
     outputs=ATTENTION_OUTPUTS,
-    expected=lambda inputs, profile, supports: tuple(
-        each for name, each in sparse_expected(inputs, profile).outputs(supports).items() if name != "max_logits"
+    expected=lambda inputs, profile, supports: _decode_outputs(sparse_expected(inputs, profile), supports),
+    probable=lambda inputs, profile, supports, failure: _decode_outputs(
+        sparse_expected(inputs, profile, True, failure), supports
     ),
     views=_views("kv_cache") | {"pages further apart than a page": viewed(slice_of_wider, "kv_cache", 1, 3)},
     regimes=(*REGIMES, *QUERIES),

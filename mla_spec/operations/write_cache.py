@@ -17,7 +17,7 @@ import torch
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
-from mla_spec.operations.operation import Answers, Exactly, Operation
+from mla_spec.operations.operation import Answers, Exactly, Operation, as_it_is
 from mla_spec.reference.formats import format_of, round_to
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Tensors
@@ -93,7 +93,7 @@ OPERATION = Operation(
     name="write_cache",
     contract=__doc__,
     case=WriteCase,
-    recordable=True,
+    recorded=as_it_is,
     arguments=(
         Argument("latent", "[n, c]", far=True),
         Argument("k_pe", "[n, r]", far=True),

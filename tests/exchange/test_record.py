@@ -7,6 +7,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from torch import Tensor
 
 import mla_spec
 from mla_spec.adapters.pytorch import TorchAbsorbed
-from mla_spec.exchange import record as recorder
 from mla_spec.exchange.folder import ANSWERS, CALLS
+from mla_spec.exchange.sample import Sample
 from mla_spec.front.cli import main
+from tests.exchange.test_rows import CASES
+from tests.exchange.test_rows import whole as whole_call_of
 
 
 def arguments(b: int = 2, keys: int = 640) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -97,7 +100,8 @@ def test_of_a_large_decode_one_sequence_is_kept(
 ) -> None:
     places, options = arguments(b=4)
     whole = sum(x.numel() * x.element_size() for x in places)
-    monkeypatch.setattr(recorder, "LARGEST", whole // 3)
+    for name in ("whole", "largest"):
+        monkeypatch.setattr(Sample, name, whole // 3)
     recorded = mla_spec.record(kernel, str(tmp_path / "calls"), rate=1, seed=0)
     recorded.decode(*places, **options)
     recorded.merge(torch.zeros(2, 100, 100, 30), torch.zeros(2, 100, 100))
@@ -177,6 +181,28 @@ def test_the_commands_of_the_page_do_what_it_says(tmp_path: Path, monkeypatch: p
     mla_spec.record(TorchAbsorbed(), "recorded", rate=1).decode(*places, **options)
     for line in block.splitlines():
         assert main(line.partition(" #")[0].split()[1:]) == 0
+
+
+@pytest.mark.parametrize(("stretch", "verdict"), [(1.0, "pass"), (1.25, "fail")], ids=["honest", "another scale"])
+@pytest.mark.parametrize("name", CASES)
+def test_rows_of_every_attention_over_a_cache_are_judged(
+    name: str, stretch: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sample, "whole", 0)
+    operation, call = whole_call_of(name)
+    places, options = call.arguments()
+    honest = TorchAbsorbed()
+
+    def method(*places: Any, softmax_scale: float, **options: Any) -> Any:
+        return getattr(honest, operation.name)(*places, softmax_scale=stretch * softmax_scale, **options)
+
+    kernel = SimpleNamespace(profile=honest.profile, **{operation.name: method})
+    recorded = mla_spec.record(kernel, str(tmp_path / "calls"), rate=1, seed=0)
+    for _ in range(4):
+        getattr(recorded, operation.name)(*places, **options)
+    code, records = judged(tmp_path / "calls")
+    assert code == (verdict == "fail")
+    assert verdict in {record["verdict"] for record in records} <= {verdict, "pass"}
 
 
 @pytest.mark.parametrize(("wrong", "verdicts"), [(False, {"pass"}), (True, {"fail"})])

@@ -10,6 +10,7 @@ from mla_spec.front.arguments.checks import (
     add_export,
     add_judge,
     add_map,
+    add_replay,
 )
 from mla_spec.front.arguments.proofs import (
     add_coverage,
@@ -45,6 +46,7 @@ COMMANDS = (
     add_export,
     add_answer,
     add_judge,
+    add_replay,
     add_map,
     add_merge,
     add_report,

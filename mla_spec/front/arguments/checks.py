@@ -153,6 +153,31 @@ def add_judge(parsers: Parsers) -> None:
     add_records(parser)
 
 
+def add_replay(parsers: Parsers) -> None:
+    parser = parsers.add_parser("replay", help="run recorded calls again, and make one that fails smaller")
+    parser.set_defaults(run=commands.run_replay)
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        help="what `mla_spec.record` or FlashInfer's flight recorder wrote, or files of tensors",
+    )
+    parser.add_argument("subject", metavar="SUBJECT", help="as for check")
+    parser.add_argument("--signature", metavar="NAME", help="as for check")
+    parser.add_argument("--map", metavar="FILE", help="of files of tensors: which is which; docs/exchange.md shows one")
+    parser.add_argument("--device", default="cpu", help="torch device (cpu)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a call may take (300)")
+    parser.add_argument(
+        "--minimise-seconds",
+        type=float,
+        default=60,
+        metavar="S",
+        help="seconds in which a smaller call is looked for, for each that fails (60)",
+    )
+    parser.add_argument("--into", metavar="NEW", help="write the smallest failing calls into a new folder")
+    parser.add_argument("--export", metavar="FILE", help="also write the first of them as a script without mla-spec")
+    parser.add_argument("--json", metavar="FILE", help="also write the records to FILE")
+
+
 def add_map(parsers: Parsers) -> None:
     parser = parsers.add_parser("map", help="for which sizes a decode is right, refuses, or is silently wrong")
     parser.set_defaults(run=commands.run_map)
