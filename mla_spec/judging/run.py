@@ -187,7 +187,7 @@ def _run_dtype(
         declare = f"{NOT_MADE_FOR} Supports({help})" if help else ""
         message = "\n".join(filter(None, (str(error), diagnosis(conventions), declare)))
         if options.tell and isinstance(error, Violation) and attempt.last is not None:
-            found = [*map(finding, conventions), *telltale(subject, attempt.last, declared, options.device)]
+            found = [*map(finding, conventions)] or telltale(subject, attempt.last, declared, options.device)
             told += [each.as_dict() for each in found]
         return record(_verdict_of(error, options), message, attempt.cases, attempt.last)
     try:
@@ -220,4 +220,5 @@ def _run_dtype(
         seconds=seconds,
         note=run.note or run.coarseness,
         regimes=by_regime(attempt.history, attempt.ratios),
+        spread=run.spread,
     )
