@@ -77,7 +77,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "map": (
         "mla-spec map my_kernel.py:Kernel --dtype bfloat16 -o envelope.html --json envelope.json",
-        "mla-spec map torch-absorbed --dtype float32",
+        "mla-spec map torch-absorbed --operation prefill --dtype float32",
     ),
     "merge": ("mla-spec merge first.jsonl second.jsonl --json report.json",),
     "campaign": (

@@ -13,10 +13,12 @@ from hypothesis.errors import Flaky
 
 from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.judging.attempts import Attempts
+from mla_spec.judging.diagnosis import diagnosis, finding
 from mla_spec.judging.drawing import FAILURES, answers_from, generate
 from mla_spec.judging.law import Law, Options, Production, Run
 from mla_spec.judging.narrowing import NOT_MADE_FOR, narrowing
 from mla_spec.judging.separation import by_regime, separation
+from mla_spec.judging.telltale import telltale
 from mla_spec.judging.verdict import Record, VacuousCase, Verdict, merge
 from mla_spec.operations.case import Case
 from mla_spec.subjects.description import Description, declared_by
@@ -158,6 +160,7 @@ def _run_dtype(
             evidence=[] if attempt is None else attempt.evidence,
             separation={} if attempt is None else separation(attempt.history),
             regimes={} if attempt is None else by_regime(attempt.history, attempt.ratios),
+            told=told,
         )
 
     def make() -> Driver:
@@ -165,7 +168,7 @@ def _run_dtype(
             driver: Driver = there(Driver, subject, dtype, options.device)
             return driver
 
-    name, run, attempt = declared.name, None, None
+    name, run, attempt, told = declared.name, None, None, list[dict[str, str]]()
     try:
         run = Run(
             make(),
@@ -189,10 +192,13 @@ def _run_dtype(
         first, case, message = attempt.flaky()
         return record(_verdict_of(first, options), _blamed(first, message), attempt.cases, case)
     except FAILURES as error:
-        convention = run.diagnosis() if isinstance(error, Violation) else ""
+        conventions = run.obeyed() if isinstance(error, Violation) else ()
         help = narrowing(attempt.history) if isinstance(error, SubjectCrashed) else ""
         declare = f"{NOT_MADE_FOR} Supports({help})" if help else ""
-        message = "\n".join(filter(None, (_blamed(error, str(error)), convention, declare)))
+        message = "\n".join(filter(None, (_blamed(error, str(error)), diagnosis(conventions), declare)))
+        told += [finding(convention).as_dict() for convention in conventions]
+        if options.tell and not told and isinstance(error, Violation) and attempt.last is not None:
+            told += [each.as_dict() for each in telltale(subject, attempt.last, declared, options.device)]
         return record(_verdict_of(error, options), message, attempt.cases, attempt.last)
     except Exception as error:  # no case: what draws or counts them
         if not isinstance(subject, Handle):  # for debuggers
@@ -228,4 +234,5 @@ def _run_dtype(
         seconds=seconds,
         note=run.note or run.coarseness,
         regimes=by_regime(attempt.history, attempt.ratios),
+        spread=run.spread,
     )

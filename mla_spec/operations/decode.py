@@ -24,7 +24,8 @@ from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.conventions import DECODE_CONVENTIONS
 from mla_spec.operations.latent_pages import LatentPages, PagedInputs, at_half_the_scale, without_spare_pages
-from mla_spec.operations.operation import Answers, Expected, Operation, View, Within, as_it_is
+from mla_spec.operations.lattice import LENGTHS, PAGED_AXES, Lattice, latent_dims, lengths, takes_pages
+from mla_spec.operations.operation import Answers, Operation, View, Within, as_it_is
 from mla_spec.operations.regimes import QUERIES, SCORES, values
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.config import MLAConfig
@@ -143,7 +144,7 @@ def attention_expected(want: BoundedAttention | BoundedMerge, supports: Supports
     return Within(want.out, want.out_error, gate=True), Within(declared_lse(want.lse, supports), want.lse_error)
 
 
-def probably(want: BoundedAttention, supports: Supports) -> tuple[Expected | None, ...]:
+def probably(want: BoundedAttention, supports: Supports) -> Answers:
     """out and LSE of an attention, by the probable bound."""
     return attention_expected(
         replace(want, out_error=want.out_error_probable, lse_error=want.lse_error_probable), supports
@@ -212,6 +213,22 @@ POOL_VIEWS: dict[str, View] = {
     "kv_cache with pages further apart than a page": viewed(slice_of_wider, "kv_cache", 1, 3),
 }
 
+LATTICE = Lattice(
+    law="test_decode_agrees_with_reference",
+    kind="length",
+    classes=tuple(LENGTHS),
+    axes=PAGED_AXES,
+    fields=lambda supports, name, sizes: {
+        "seqlens": lengths(name, sizes),
+        "s": sizes["queries"],
+        "num_heads": sizes["heads"],
+        "page_size": sizes["page"],
+        "causal": True in supports.causal,
+        **latent_dims(supports),
+    },
+    declared=lambda supports, _, sizes: takes_pages(supports, sizes),
+)
+
 OPERATION = Operation(
     name="decode",
     contract=__doc__,
@@ -242,4 +259,5 @@ OPERATION = Operation(
     distant=_distant,
     tight=lambda inputs: without_spare_pages(inputs)[0],
     conventions=DECODE_CONVENTIONS,
+    lattice=LATTICE,
 )

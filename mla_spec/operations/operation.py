@@ -17,6 +17,7 @@ from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
 from mla_spec.operations.conventions import Convention
+from mla_spec.operations.lattice import Lattice
 from mla_spec.operations.regimes import Regime
 from mla_spec.reference.typing import Array, BoolArray
 from mla_spec.subjects.driver import Result, Tensors
@@ -109,6 +110,7 @@ class Operation(Signature):
             give does not follow from the arguments of a call alone.
         probable: as ``expected``, by bounds of which an honest call exceeds any with no more than a given probability; None
             where there are none but the worst case.
+        lattice: sizes for which ``mla-spec map`` says what a subject does; None where there are none.
     """
 
     contract: str = field(repr=False)
@@ -123,7 +125,8 @@ class Operation(Signature):
     tight: Callable[[Any], Any] = lambda inputs: inputs
     conventions: tuple[Convention, ...] = ()
     recorded: Callable[[Any], Any] | None = None
-    probable: Callable[[Any, Profile, Supports, float], tuple[Expected | None, ...]] | None = None
+    probable: Callable[[Any, Profile, Supports, float], Answers] | None = None
+    lattice: Lattice | None = None
 
     @property
     def all_views(self) -> Mapping[str, View]:
