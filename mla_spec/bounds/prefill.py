@@ -24,6 +24,8 @@ def prefill_with_bound(
     softmax_scale: float,
     profile: Profile,
     causal: bool = True,
+    window: int | None = None,
+    attn_sink: Array | None = None,
     probable: bool = False,
 ) -> BoundedAttention:
     """``prefill`` and the error of computing it as ``profile`` says; arguments and errors are those of both."""
@@ -36,6 +38,9 @@ def prefill_with_bound(
             softmax_scale=softmax_scale,
             profile=profile,
             causal=causal,
+            window=window,
+            attn_sink=attn_sink,
+            sink_joins=True,
             query_error=rounding[queries],
             probable=probable,
         )
