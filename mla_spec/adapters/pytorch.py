@@ -45,7 +45,7 @@ class TorchExplicit(
 
     name = "torch-explicit"
     profile = _profiles(form="explicit")
-    supports = Supports(backward=BACKWARD)
+    supports = Supports(backward=BACKWARD, dense_sink=("decode", "prefill"), sliding_window=("decode", "prefill"))
 
     def prefill(
         self,
@@ -57,6 +57,8 @@ class TorchExplicit(
         *,
         softmax_scale: float,
         causal: bool,
+        attn_sink: Tensor | None = None,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of packed sequences q, k [tokens, h, n+r] and v [tokens, h, v], one after the other."""
         outs, lses = [], []
@@ -64,7 +66,7 @@ class TorchExplicit(
             query, key, value = (x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys]))  # [1, h, ·, ·]
             s, t = query.shape[2], key.shape[2]
             visible = self.visible(s, t, torch.tensor([t], device=q.device), causal)  # [1, 1, s, t]
-            out, lse = self.attend(query, key, value, visible, softmax_scale)
+            out, lse = self.attend_beside(query, key, value, self.windowed(visible, window), softmax_scale, attn_sink)
             outs.append(out[0].transpose(0, 1))  # [s, h, v]
             lses.append(lse[0])  # [h, s]
         return torch.cat(outs), torch.cat(lses, dim=-1)
@@ -83,6 +85,8 @@ class TorchExplicit(
         head_dim_v: int,
         softmax_scale: float,
         causal: bool,
+        attn_sink: Tensor | None = None,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of q [b, s, h, c+r] to the cached rows of each sequence."""
         outs, lses = [], []
@@ -90,7 +94,9 @@ class TorchExplicit(
             rows = self.gather(kv_cache, block_table[i], length)[None, None]  # [1, 1, t, c+r]
             visible = self.visible(q.shape[1], rows.shape[2], cache_seqlens[i : i + 1], causal)  # [1, 1, s, t]
             query = q[i : i + 1].transpose(1, 2)  # [1, h, s, c+r]
-            out, lse = self.attend(query, rows, rows[..., :head_dim_v], visible, softmax_scale)
+            out, lse = self.attend_beside(
+                query, rows, rows[..., :head_dim_v], self.windowed(visible, window), softmax_scale, attn_sink
+            )
             outs.append(out.transpose(1, 2))  # [1, s, h, c]
             lses.append(lse)
         return torch.cat(outs), torch.cat(lses)
@@ -205,11 +211,13 @@ class TorchAbsorbed(TorchSparseByQuery, TorchBlockWeightsByBlock, TorchExplicit)
         *,
         softmax_scale: float,
         causal: bool,
+        attn_sink: Tensor | None = None,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """All sequences at once, under a mask that keeps them apart."""
         visible = self.packed_visible(cu_seqlens_q.long(), cu_seqlens_k.long(), causal)[None, None]  # [1, 1, s, t]
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, h, ·, ·]
-        out, lse = self.attend(query, key, value, visible, softmax_scale)
+        out, lse = self.attend_beside(query, key, value, self.windowed(visible, window), softmax_scale, attn_sink)
         return out[0].transpose(0, 1), lse.squeeze(0)
 
     def packed_visible(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool) -> Tensor:
@@ -238,10 +246,14 @@ class TorchAbsorbed(TorchSparseByQuery, TorchBlockWeightsByBlock, TorchExplicit)
         head_dim_v: int,
         softmax_scale: float,
         causal: bool,
+        attn_sink: Tensor | None = None,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         rows = self.gather_batch(kv_cache, block_table, cache_seqlens)[:, None]  # [b, 1, t, c+r]
         visible = self.visible(q.shape[1], rows.shape[2], cache_seqlens, causal)  # [b, 1, s, t]
-        out, lse = self.attend(q.transpose(1, 2), rows, rows[..., :head_dim_v], visible, softmax_scale)
+        out, lse = self.attend_beside(
+            q.transpose(1, 2), rows, rows[..., :head_dim_v], self.windowed(visible, window), softmax_scale, attn_sink
+        )
         return out.transpose(1, 2), lse
 
     def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
@@ -336,7 +348,7 @@ class TorchSDPA(TorchSparseSDPA, TorchAbsorbed):
         )
         for dtype in DTYPES
     }
-    supports = Supports(lse=False, attention_sink=False, backward=BACKWARD)
+    supports = Supports(lse=False, attention_sink=False, backward=BACKWARD, sliding_window=("decode", "prefill"))
 
     def shares(self, lses: Tensor) -> tuple[Tensor, Tensor]:
         """In base 2, as kernels compute it."""
