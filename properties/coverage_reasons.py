@@ -147,6 +147,12 @@ LAYERS: tuple[Reason, ...] = (
     ),
     Reason(
         ("test_layer_gradients_*", "test_every_weight_*", "test_layer_backward_*", "test_gradients_of_a_batch_*"),
+        ("output gate", "attention sink"),
+        "gradients through them are not derived",
+    ),
+    Reason(("test_every_shard_caches_*",), ("output gate", "attention sink"), "what is cached does not depend on them"),
+    Reason(
+        ("test_layer_gradients_*", "test_every_weight_*", "test_layer_backward_*", "test_gradients_of_a_batch_*"),
         ("small hidden states",),
         "rows of the 16-bit cases have a carrier of fixed size, so that the norm's own part of a gradient stays small",
         dtypes=("float16", "bfloat16"),
@@ -221,6 +227,7 @@ AT_SIZE: tuple[Reason, ...] = (
         (
             *("one token in all", "no decoded token", "query compression", "small hidden states", "a published model"),
             *("no rotary embedding", "factors on latents", "norm on k_pe", "temperature by position"),
+            *("output gate", "attention sink"),
         ),
         "the few cases are fixed, and long; other laws of layers see other options",
     ),

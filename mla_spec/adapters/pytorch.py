@@ -45,7 +45,12 @@ class TorchExplicit(
 
     name = "torch-explicit"
     profile = _profiles(form="explicit")
-    supports = Supports(backward=BACKWARD, dense_sink=("decode", "prefill"), sliding_window=("decode", "prefill"))
+    supports = Supports(
+        backward=BACKWARD,
+        dense_sink=("decode", "prefill", "layer"),
+        sliding_window=("decode", "prefill"),
+        output_gate=("head", "element"),
+    )
 
     def prefill(
         self,
@@ -319,13 +324,22 @@ class TorchAbsorbed(TorchSparseByQuery, TorchBlockWeightsByBlock, TorchExplicit)
         return groups * (1 / scales)[..., None]
 
     def attend_latent(
-        self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        latent: Tensor,
+        k_pe: Tensor,
+        w_uk: Tensor,
+        w_uv: Tensor,
+        scale: float,
+        attn_sink: Tensor | None = None,
     ) -> Tensor:
         """The absorbed form."""
         q_latent = self.linear(q_nope.transpose(1, 2), w_uk.transpose(-1, -2))  # [b, h, s, c]
         q = torch.cat([q_latent, q_pe.transpose(1, 2)], dim=-1)  # [b, h, s, c+r]
         rows = torch.cat([latent, k_pe], dim=-1)[:, None]  # [b, 1, t, c+r]
-        out, _ = self.attend(q, rows, latent[:, None], self.layer_visible(q, rows), scale)  # [b, h, s, c]
+        visible = self.layer_visible(q, rows)
+        out, _ = self.attend_beside(q, rows, latent[:, None], visible, scale, attn_sink)  # [b, h, s, c]
         return self.linear(out, w_uv).transpose(1, 2)
 
 
@@ -348,7 +362,13 @@ class TorchSDPA(TorchSparseSDPA, TorchAbsorbed):
         )
         for dtype in DTYPES
     }
-    supports = Supports(lse=False, attention_sink=False, backward=BACKWARD, sliding_window=("decode", "prefill"))
+    supports = Supports(
+        lse=False,
+        attention_sink=False,
+        backward=BACKWARD,
+        sliding_window=("decode", "prefill"),
+        output_gate=("head", "element"),
+    )
 
     def shares(self, lses: Tensor) -> tuple[Tensor, Tensor]:
         """In base 2, as kernels compute it."""

@@ -53,6 +53,7 @@ def _known(case: Case) -> dict[str, tuple[str, ...]]:
         "longrope": tuple(LONGROPE),
         "sink": SINKS,
         "weights": ("dense", "aligned"),
+        "output_gate": ("none", "head", "element"),
         "model": ("none", *layer_models()) if hasattr(case, "model") else (),
         "format": tuple(HEAD_DIM_V if case.kind == "quantised-decode" else LAYOUTS),
     }

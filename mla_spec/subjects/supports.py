@@ -53,8 +53,8 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class Supports:
-    """What a subject can be given. The default is everything but ``dense_sink``, ``sliding_window`` and ``cuda_graphs``;
-    what a subject declares otherwise shows in its report.
+    """What a subject can be given. The default is everything but ``dense_sink``, ``sliding_window``,
+    ``output_gate`` and ``cuda_graphs``; what a subject declares otherwise shows in its report.
 
     Args:
         dtypes: of the tensors.
@@ -72,7 +72,7 @@ class Supports:
         cache_formats: of quantised caches.
         topk_multiple: the number of indices per query of sparse attention is a multiple of it.
         attention_sink: whether sparse attention takes ``attn_sink``.
-        dense_sink: operations, of "decode" and "prefill", that take ``attn_sink``. Not taken for granted.
+        dense_sink: operations, of "decode", "prefill" and "layer", that take a sink. Not taken for granted.
         sliding_window: operations, of "decode" and "prefill", that take ``window``. Not taken for granted.
         topk_length: whether sparse attention takes ``topk_length``.
         indexer_dims: pairs (h, d) of ``indexer``; None for any.
@@ -101,6 +101,7 @@ class Supports:
         mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors, or "always" have them.
         k_pe_norm: whether a layer may have an RMSNorm on k_pe.
         llama_4_scaling: whether a layer's queries may have a temperature by position.
+        output_gate: the gates that a layer may have, of "head" and "element". Not taken for granted.
         layer_weights: what a layer sees when the weights it was made from are overwritten: "live" where its next call uses
             the new ones, "copied" where it keeps those it was made with, and has to be made anew.
         layer_dim_multiple: kv_lora_rank and qk_nope_head_dim of a layer must be multiples of it.
@@ -162,6 +163,7 @@ class Supports:
     mla_scale_lora: bool | Literal["always"] = True
     k_pe_norm: bool = True
     llama_4_scaling: bool = True
+    output_gate: tuple[str, ...] = ()
     layer_weights: Literal["live", "copied"] = "live"
     layer_dim_multiple: Count = 1
     layer_multiples: tuple[tuple[str, Count], ...] = ()
@@ -181,7 +183,8 @@ class Supports:
         _require_known("dtypes", self.dtypes, DTYPES)
         _require_known("cache_formats", self.cache_formats, tuple(LAYOUTS))
         _require_known("backward", self.backward or (), BACKWARD)
-        _require_known("dense_sink", self.dense_sink, WITH_OPTIONS)
+        _require_known("dense_sink", self.dense_sink, (*WITH_OPTIONS, "layer"))
+        _require_known("output_gate", self.output_gate, ("head", "element"))
         _require_known("sliding_window", self.sliding_window, WITH_OPTIONS)
         _require_known("rope_layouts", self.rope_layouts, ("interleaved", "half"))
         _require_known("indexer_rope_layouts", self.indexer_rope_layouts, ("interleaved", "half"))

@@ -23,6 +23,8 @@ TOLD = {"format", "page_size"}
 
 ADDED = {
     ("MLAConfig", "k_pe_norm"): False,
+    ("MLAConfig", "output_gate"): None,
+    ("MLAConfig", "attention_sink"): False,
     **{(inputs, name): None for inputs in ("DecodeInputs", "PrefillInputs") for name in ("attn_sink", "window")},
 }
 """Fields of classes that they have had since the digests were taken, each with the value that changes nothing."""
