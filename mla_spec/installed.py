@@ -55,6 +55,7 @@ LAW_MODULES = (
     "test_rank_decode",
     "test_statistics",
     "test_prefill",
+    "test_window_and_sink",
     "test_backward",
     "test_merge",
     "test_merge_gradients",

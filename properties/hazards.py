@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mla_spec.bounds.profile import Profile
 from mla_spec.judging.judge import changed
 from mla_spec.judging.law import CaseSource, Law, Live, Run
 from mla_spec.operations.all import CALLED
@@ -19,11 +20,12 @@ from mla_spec.operations.gradients import Branched, Gradients
 from mla_spec.operations.operation import Operation
 from mla_spec.properties.far import far_apart, left_out_where_too_large
 from mla_spec.properties.strategies.all import STRATEGIES
-from mla_spec.properties.strategies.ordinary import ORDINARY
+from mla_spec.properties.strategies.ordinary import ORDINARY, with_options
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.subjects.driver import Driver, Results, Tensors, is_tensor, tensor_bits
 from mla_spec.subjects.memory import at_the_end, filled_memory_of_any_device, ordinary_memory, share_memory
 from mla_spec.subjects.near import near, there
+from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
 
 REPETITIONS = 4
@@ -298,9 +300,14 @@ def hazard_law(operation: Operation, hazard: Hazard) -> Law:
         check,
         operation.missing,
         cost=hazard.cost,
-        first=ORDINARY[operation.name],
+        first=partial(_first, operation.name),
         live=hazard.live,
     )
+
+
+def _first(operation: str, supports: Supports, profile: Profile) -> list[Any]:
+    """Ordinary cases, and one with the options that the subject takes."""
+    return [*ORDINARY[operation](supports, profile), *with_options(operation, supports, profile)]
 
 
 def _laws() -> Iterator[Law]:

@@ -61,7 +61,7 @@ def _needs_sparse_lse(supports: Supports) -> str:
 
 def _expected(run: Run, x: PrefillBackwardInputs, lse_grad: Array | None = None) -> Expected:
     gradients = prefill_backward_with_bound(
-        **vars(x.forward), out_grad=x.out_grad, profile=run.profile, lse_grad=lse_grad
+        **x.forward.plain, out_grad=x.out_grad, profile=run.profile, lse_grad=lse_grad
     )
     return dict(zip("qkv", gradients, strict=True))
 

@@ -163,9 +163,9 @@ def _of_whole(each: Sequence[dict[str, Array]], parts: Sequence[KeyPart], x: Pre
 
 def _whole_expected(run: Run, parts: Sequence[KeyPart], x: PrefillBackwardInputs) -> Expected:
     """The gradients of attention to all keys, as far as the backward pass through the parts may be from them."""
-    bounded = ring_backward_with_bound([vars(part.forward) for part in parts], x.out_grad, profile=run.profile)
+    bounded = ring_backward_with_bound([part.forward.plain for part in parts], x.out_grad, profile=run.profile)
     errors = [{name: gradient.error for name, gradient in zip("qkv", part, strict=True)} for part in bounded]
     # The sum over the parts and the reference of the whole are computed in float64.
-    exact = prefill_backward_with_bound(**vars(x.forward), out_grad=x.out_grad, profile=Profile.default("float64"))
+    exact = prefill_backward_with_bound(**x.forward.plain, out_grad=x.out_grad, profile=Profile.default("float64"))
     error = _of_whole(errors, parts, x)
     return {name: Bounded(whole.value, error[name] + whole.error) for name, whole in zip("qkv", exact, strict=True)}

@@ -103,7 +103,7 @@ def test_ragged_decode_equals_decode(run: Run, case: DecodeCase) -> None:
     inputs = case.build()
     b, s = inputs.q.shape[:2]
     packed = RaggedDecodeInputs(
-        **vars(inputs) | {"q": inputs.q.reshape(b * s, *inputs.q.shape[2:])},
+        **inputs.plain | {"q": inputs.q.reshape(b * s, *inputs.q.shape[2:])},
         cu_seqlens_q=np.arange(b + 1, dtype=np.int32) * s,
     )
     (out, lse), (decoded, decoded_lse) = run.call(RAGGED, packed), run.call(DECODE, inputs)

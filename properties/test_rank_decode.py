@@ -65,7 +65,7 @@ def _of_rank(inputs: DecodeInputs, ranks: int, rank: int, interleave: int) -> Ra
         held = places(np.arange(n), ranks=ranks, rank=rank, interleave=interleave)
         cache[i * width : (i + 1) * width].reshape(-1, rows.shape[-1])[:n] = rows[i, held]
     table = np.arange(b * width, dtype=np.int32).reshape(b, width)
-    given = vars(inputs) | {"kv_cache": cache, "block_table": table}
+    given = inputs.plain | {"kv_cache": cache, "block_table": table}
     return RankDecodeInputs(**given, ranks=ranks, rank=rank, interleave=interleave)
 
 
@@ -73,7 +73,7 @@ def _of_rank(inputs: DecodeInputs, ranks: int, rank: int, interleave: int) -> Ra
 def test_rank_decode_of_one_rank_is_decode(run: Run, case: DecodeCase) -> None:
     """One rank that holds all keys, however they are dealt, gives what decode gives of them."""
     inputs = case.build()
-    alone = RankDecodeInputs(**vars(inputs), ranks=1, rank=0, interleave=1 + case.seed % 5)
+    alone = RankDecodeInputs(**inputs.plain, ranks=1, rank=0, interleave=1 + case.seed % 5)
     got, there, want = run.call(RANK, alone), run.call(DECODE, inputs), decode_expected(inputs, run.profile)
     why = "the only rank and decode differ"
     run.same_function(got.out, there.out, want.out_error, why)

@@ -163,7 +163,7 @@ def _boundary_keys(inputs: DecodeInputs) -> dict[str, IntArray]:
 
 def model_of(inputs: DecodeInputs, profile: Profile) -> ErrorModel:
     """The errors of decode under a profile."""
-    arguments = {name: value for name, value in vars(inputs).items() if name != "causal"}  # one query sees all keys
+    arguments = {name: value for name, value in inputs.plain.items() if name != "causal"}  # one query sees all keys
     return ErrorModel.of(**arguments, profile=profile)
 
 

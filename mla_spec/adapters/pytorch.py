@@ -45,7 +45,12 @@ class TorchExplicit(
 
     name = "torch-explicit"
     profile = _profiles(form="explicit")
-    supports = Supports(backward=BACKWARD)
+    supports = Supports(
+        backward=BACKWARD,
+        dense_sink=("decode", "prefill", "layer"),
+        sliding_window=("decode", "prefill"),
+        output_gate=("head", "element"),
+    )
 
     def prefill(
         self,
@@ -57,6 +62,8 @@ class TorchExplicit(
         *,
         softmax_scale: float,
         causal: bool,
+        attn_sink: Tensor | None = None,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of packed sequences q, k [tokens, h, n+r] and v [tokens, h, v], one after the other."""
         outs, lses = [], []
@@ -64,7 +71,7 @@ class TorchExplicit(
             query, key, value = (x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys]))  # [1, h, ·, ·]
             s, t = query.shape[2], key.shape[2]
             visible = self.visible(s, t, torch.tensor([t], device=q.device), causal)  # [1, 1, s, t]
-            out, lse = self.attend(query, key, value, visible, softmax_scale)
+            out, lse = self.attend_beside(query, key, value, self.windowed(visible, window), softmax_scale, attn_sink)
             outs.append(out[0].transpose(0, 1))  # [s, h, v]
             lses.append(lse[0])  # [h, s]
         return torch.cat(outs), torch.cat(lses, dim=-1)
@@ -83,6 +90,8 @@ class TorchExplicit(
         head_dim_v: int,
         softmax_scale: float,
         causal: bool,
+        attn_sink: Tensor | None = None,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of q [b, s, h, c+r] to the cached rows of each sequence."""
         outs, lses = [], []
@@ -90,7 +99,9 @@ class TorchExplicit(
             rows = self.gather(kv_cache, block_table[i], length)[None, None]  # [1, 1, t, c+r]
             visible = self.visible(q.shape[1], rows.shape[2], cache_seqlens[i : i + 1], causal)  # [1, 1, s, t]
             query = q[i : i + 1].transpose(1, 2)  # [1, h, s, c+r]
-            out, lse = self.attend(query, rows, rows[..., :head_dim_v], visible, softmax_scale)
+            out, lse = self.attend_beside(
+                query, rows, rows[..., :head_dim_v], self.windowed(visible, window), softmax_scale, attn_sink
+            )
             outs.append(out.transpose(1, 2))  # [1, s, h, c]
             lses.append(lse)
         return torch.cat(outs), torch.cat(lses)
@@ -205,11 +216,13 @@ class TorchAbsorbed(TorchSparseByQuery, TorchBlockWeightsByBlock, TorchExplicit)
         *,
         softmax_scale: float,
         causal: bool,
+        attn_sink: Tensor | None = None,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """All sequences at once, under a mask that keeps them apart."""
         visible = self.packed_visible(cu_seqlens_q.long(), cu_seqlens_k.long(), causal)[None, None]  # [1, 1, s, t]
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, h, ·, ·]
-        out, lse = self.attend(query, key, value, visible, softmax_scale)
+        out, lse = self.attend_beside(query, key, value, self.windowed(visible, window), softmax_scale, attn_sink)
         return out[0].transpose(0, 1), lse.squeeze(0)
 
     def packed_visible(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool) -> Tensor:
@@ -238,10 +251,14 @@ class TorchAbsorbed(TorchSparseByQuery, TorchBlockWeightsByBlock, TorchExplicit)
         head_dim_v: int,
         softmax_scale: float,
         causal: bool,
+        attn_sink: Tensor | None = None,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         rows = self.gather_batch(kv_cache, block_table, cache_seqlens)[:, None]  # [b, 1, t, c+r]
         visible = self.visible(q.shape[1], rows.shape[2], cache_seqlens, causal)  # [b, 1, s, t]
-        out, lse = self.attend(q.transpose(1, 2), rows, rows[..., :head_dim_v], visible, softmax_scale)
+        out, lse = self.attend_beside(
+            q.transpose(1, 2), rows, rows[..., :head_dim_v], self.windowed(visible, window), softmax_scale, attn_sink
+        )
         return out.transpose(1, 2), lse
 
     def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
@@ -307,13 +324,22 @@ class TorchAbsorbed(TorchSparseByQuery, TorchBlockWeightsByBlock, TorchExplicit)
         return groups * (1 / scales)[..., None]
 
     def attend_latent(
-        self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        latent: Tensor,
+        k_pe: Tensor,
+        w_uk: Tensor,
+        w_uv: Tensor,
+        scale: float,
+        attn_sink: Tensor | None = None,
     ) -> Tensor:
         """The absorbed form."""
         q_latent = self.linear(q_nope.transpose(1, 2), w_uk.transpose(-1, -2))  # [b, h, s, c]
         q = torch.cat([q_latent, q_pe.transpose(1, 2)], dim=-1)  # [b, h, s, c+r]
         rows = torch.cat([latent, k_pe], dim=-1)[:, None]  # [b, 1, t, c+r]
-        out, _ = self.attend(q, rows, latent[:, None], self.layer_visible(q, rows), scale)  # [b, h, s, c]
+        visible = self.layer_visible(q, rows)
+        out, _ = self.attend_beside(q, rows, latent[:, None], visible, scale, attn_sink)  # [b, h, s, c]
         return self.linear(out, w_uv).transpose(1, 2)
 
 
@@ -336,7 +362,13 @@ class TorchSDPA(TorchSparseSDPA, TorchAbsorbed):
         )
         for dtype in DTYPES
     }
-    supports = Supports(lse=False, attention_sink=False, backward=BACKWARD)
+    supports = Supports(
+        lse=False,
+        attention_sink=False,
+        backward=BACKWARD,
+        sliding_window=("decode", "prefill"),
+        output_gate=("head", "element"),
+    )
 
     def shares(self, lses: Tensor) -> tuple[Tensor, Tensor]:
         """In base 2, as kernels compute it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from mla_spec.adapters.pytorch_steps import TorchAttention, TorchRope, wide
 from mla_spec.reference.config import Llama4Scaling, MLAConfig
 
-TRACED_WEIGHTS = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+TRACED_WEIGHTS = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "g_proj")
 """Weights whose products and norms are stages of a layer under their names."""
 
 
@@ -90,8 +90,24 @@ class TorchLayerSteps(TorchRope, TorchAttention):
             return k_pe
         return self.rms_norm(k_pe, weights["k_rope_only_layernorm"], config.latent_norm_eps)
 
+    def gated(self, out: Tensor, hidden: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
+        """The result of attention [b, s, h, v] times its gates."""
+        gate = self.gate(self.linear(hidden, weights["g_proj"]))  # [b, s, h or h·v]
+        return self.scaled(out, gate.unflatten(-1, (config.num_heads, -1)))
+
+    def gate(self, g: Tensor) -> Tensor:
+        return g.to(wide(g.dtype)).sigmoid()
+
     def attend_latent(
-        self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        latent: Tensor,
+        k_pe: Tensor,
+        w_uk: Tensor,
+        w_uv: Tensor,
+        scale: float,
+        attn_sink: Tensor | None = None,
     ) -> Tensor:
         """Attention of the last s tokens to all t cached rows; [b, s, h, v]. The explicit form."""
         k_nope = self.linear(latent[:, None], w_uk)  # [b, h, t, n]
@@ -99,7 +115,7 @@ class TorchLayerSteps(TorchRope, TorchAttention):
         shared = k_pe[:, None].expand(-1, k_nope.shape[1], -1, -1)  # [b, h, t, r]
         q = torch.cat([q_nope, q_pe], dim=-1).transpose(1, 2)  # [b, h, s, n+r]
         k = torch.cat([k_nope, shared], dim=-1)
-        out, _ = self.attend(q, k, value, self.layer_visible(q, k), scale)
+        out, _ = self.attend_beside(q, k, value, self.layer_visible(q, k), scale, attn_sink)
         return out.transpose(1, 2)
 
     def layer_visible(self, q: Tensor, k: Tensor) -> Tensor:
@@ -134,9 +150,12 @@ class TorchLayer:
         q_nope, q_pe = self.subject.project_query(hidden, positions, self.weights, self.config)
         self.append(*self.subject.project_latent(hidden, positions, self.weights, self.config))
         assert self.cache is not None
+        sink = (self.weights["sinks"],) if self.config.attention_sink else ()
         out = self.subject.attend_latent(
-            q_nope, q_pe, *self.cache, self.w_uk, self.w_uv, self.subject.softmax_scale(self.config)
+            q_nope, q_pe, *self.cache, self.w_uk, self.w_uv, self.subject.softmax_scale(self.config), *sink
         )
+        if self.config.output_gate is not None:
+            out = self.subject.gated(out, hidden, self.weights, self.config)
         return self.subject.project_output(out, self.weights, self.config)
 
     def trace(self, method: str, hidden: Tensor, positions: Tensor) -> dict[str, Tensor]:
@@ -185,4 +204,5 @@ def watched(subject: TorchLayerSteps, weights: Mapping[str, Tensor], stages: dic
     steps.project_query = keep_result(watching.project_query, "q_nope", "q_pe")
     steps.project_latent = keep_result(watching.project_latent, "latent", "k_pe")
     steps.attend_latent = keep_result(watching.attend_latent, "attention")
+    steps.gated = keep_result(watching.gated, "gated")
     return watching

@@ -87,10 +87,6 @@ class TorchSparse(TorchAttention):
             out = out * self.sink_share(lse, attn_sink)[..., None]
         return out.to(q.dtype), lse
 
-    def sink_share(self, lse: Tensor, attn_sink: Tensor) -> Tensor:
-        """What a sink [h] leaves to the keys of rows with LSE [s, h]."""
-        return torch.sigmoid(lse.masked_fill(lse == -torch.inf, 0.0) - attn_sink)
-
     def max_logits(self, q: Tensor, rows: Tensor, selected: Tensor, softmax_scale: float) -> Tensor | None:
         """The largest score of each row, [s, h]."""
         scores = self.scores(q[:, :, None], rows[:, None], softmax_scale)  # [s, h, 1, k]

@@ -82,11 +82,39 @@ class TorchAttention:
             last = last - s + 1 + torch.arange(s, device=seqlens.device)  # [b, s]
         return (key <= last[..., None])[:, None].expand(-1, -1, s, -1)
 
+    def windowed(self, visible: Tensor, window: int | None) -> Tensor:
+        """Of the keys that each query sees the last ``window``; [..., s, t]."""
+        if window is None:
+            return visible
+        count = visible.cumsum(dim=-1)
+        return visible & (count > count[..., -1:] - window)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
         """softmax(scale · q kᵀ) v with its LSE; q [b, h, s, d], k and v [b, h or 1, t, ·], visible [b, 1, s, t]."""
+        out, lse = self.unrounded(q, k, v, visible, softmax_scale)
+        return out.to(q.dtype), lse
+
+    def unrounded(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """``attend`` before its output is stored."""
         scores = self.scores(q, k, softmax_scale)  # [b, h, s, t]
         p, lse = self.softmax(self.masked(scores, visible))
-        return self.weighted_values(p, v).to(q.dtype), lse
+        return self.weighted_values(p, v), lse
+
+    def attend_beside(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float, attn_sink: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``attend`` where a sink [h] takes its share."""
+        if attn_sink is None:
+            return self.attend(q, k, v, visible, softmax_scale)
+        out, lse = self.unrounded(q, k, v, visible, softmax_scale)
+        share = self.sink_share(lse.transpose(1, 2), attn_sink).transpose(1, 2)  # [b, h, s]
+        return (out * share[..., None]).to(q.dtype), lse
+
+    def sink_share(self, lse: Tensor, attn_sink: Tensor) -> Tensor:
+        """What a sink [h] leaves to the keys of rows with LSE [..., h]."""
+        return torch.sigmoid(lse.masked_fill(lse == -torch.inf, 0.0) - attn_sink)
 
     def scores(self, q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
         dtype = wide(q.dtype)

@@ -31,7 +31,7 @@ from mla_spec.bounds.error_bound import ErrorBound, half_ulp, overflowed
 from mla_spec.bounds.operand_rounding import InheritedError, with_roundings
 from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.bounds.shared_query import moved_by_query
-from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY, Likely, rounded_p
+from mla_spec.bounds.weight_rounding import FAILURE_PROBABILITY, Likely, beside_a_sink, rounded_p
 from mla_spec.reference.attention import (
     BLOCK_SIZE,
     SoftmaxBlock,
@@ -95,9 +95,11 @@ def attention_with_bound(
     profile: Profile,
     cache_seqlens: IntArray | int | None = None,
     causal: bool = True,
+    window: int | None = None,
     inherited: InheritedError | None = None,
     query_error: Array | None = None,
     attn_sink: Array | None = None,
+    sink_joins: bool = False,
     probable: bool = False,
     failure: float = FAILURE_PROBABILITY,
     block_size: int = BLOCK_SIZE,
@@ -110,7 +112,8 @@ def attention_with_bound(
     Args:
         query_error: what rounding q as the profile says may move, shaped as q; None where one scale is that of no more than
             this call.
-        attn_sink: score of one more key with value 0, which the LSE does not count, [h]; -inf none. Exact as stored.
+        attn_sink: that of ``attention``, exact as stored. One of +inf leaves an out of exactly 0.
+        sink_joins: whether the sink may be one of the scores, rather than what multiplies out at the end.
         probable: asks for the probable error beside the worst case.
         failure: that any element of the call lies outside its probable error.
     """
@@ -122,6 +125,7 @@ def attention_with_bound(
         softmax_scale=softmax_scale,
         cache_seqlens=cache_seqlens,
         causal=causal,
+        window=window,
         accurate=False,
         block_size=block_size,
     )
@@ -138,7 +142,14 @@ def attention_with_bound(
         if profile.query is not None and inherited is not None:
             t = max(1, k.shape[-3])
             (block,) = softmax_blocks(
-                q, k, v, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal, block_size=t
+                q,
+                k,
+                v,
+                softmax_scale=softmax_scale,
+                cache_seqlens=cache_seqlens,
+                causal=causal,
+                window=window,
+                block_size=t,
             )
             delta = _without_query(q, k, inherited, softmax_scale, rates)(block) + moments.shared
             moved = moved_by_query(block, k, inherited.q, softmax_scale, delta, moments, rates)
@@ -154,6 +165,9 @@ def attention_with_bound(
             roundings.append((np.minimum(roundings[0][0], pair[0]), np.minimum(roundings[0][1], pair[1])))
         lse_errors = [_lse_error(sums, moments, rates, rounded_sum) for _, rounded_sum in roundings]
         sinks = [_Sink.of(attn_sink, sums, lse_error, rates, q.shape[-3], k.shape[-2]) for lse_error in lse_errors]
+        if sink_joins:
+            lost = beside_a_sink(moments, rates, column)
+            sinks = [sink.joined(sums, rates, lost) for sink in sinks]
         log_domain = _log_domain_error(sums, rates) if profile.row_sum == "lse" else None
         out_errors = [
             _out_error(moments, rates, r, sink, largest, log_domain)
@@ -161,7 +175,8 @@ def attention_with_bound(
         ]
     seen = ~np.isneginf(sums.max_score)
     s, h = q.shape[-3:-1]
-    out_errors = [e.map(lambda x: rows_to_heads(np.where(seen[..., None], x, 0.0), s, h)) for e in out_errors]
+    some = seen[..., None] & ~np.isposinf(sinks[0].sink)  # one of +inf leaves exactly nothing
+    out_errors = [e.map(lambda x: rows_to_heads(np.where(some, x, 0.0), s, h)) for e in out_errors]
     lse_errors = [e.map(lambda x: rows_to_lse(np.where(seen, x, 0.0), s, h)) for e in lse_errors]
     return BoundedAttention(
         out=rows_to_heads(sinks[0].share * moments.out, s, h),
@@ -217,15 +232,24 @@ def _without_query(
 class _Sink:
     """What an attention sink leaves of the output: share = 1/(1 + exp(sink − lse)), and its relative error."""
 
-    share: Array  # [..., g, rows, 1]
+    sink: Array  # [..., g, rows, 1]
+    share: Array
     error: Array
+    shift: Array  # relative error of weights whose exponents are taken from the sink, and of their sum
+    lost: Array  # what they lose to underflow beside it, [..., g, rows, dv]
 
     @classmethod
     def of(
-        cls, attn_sink: Array | None, sums: BoundSums, lse_error: ErrorBound, rates: Rates, s: int, groups: int
+        cls,
+        attn_sink: Array | None,
+        sums: BoundSums,
+        lse_error: ErrorBound,
+        rates: Rates,
+        s: int,
+        groups: int,
     ) -> _Sink:
         if attn_sink is None:
-            return cls(np.ones(()), np.zeros(()))
+            return cls(np.full((), -np.inf), np.ones(()), *np.zeros((3, 1)))
         sink = heads_to_rows(np.broadcast_to(attn_sink[:, None], (s, *attn_sink.shape, 1)), groups)[..., 0]
         distance = finite(sums.lse) - sink  # [..., g, rows]
         share = 1 / (1 + np.exp(-distance))
@@ -233,7 +257,15 @@ class _Sink:
         size = np.abs(finite(sums.lse)) + np.where(np.isinf(sink), 0.0, np.abs(sink))
         moved = np.expm1(lse_error.total + 4 * rates.u * size) + rates.profile.exp_error * rates.u
         error = np.exp(-distance) * share * moved + 4 * rates.u + 4 * _U64
-        return cls(share[..., None], np.where(share > 0, error, 0.0)[..., None])
+        error = np.where(share > 0, error, 0.0)
+        return cls(sink[..., None], share[..., None], error[..., None], *np.zeros((2, 1)))
+
+    def joined(self, sums: BoundSums, rates: Rates, lost: Array) -> _Sink:
+        """The same where it may be one of the scores, and then the largest."""
+        some = np.isfinite(self.sink)
+        larger = np.maximum(np.where(some, self.sink, 0.0) - finite(sums.max_score)[..., None], 0.0)
+        shift = np.where(some, 2 * np.expm1(rates.u * larger), 0.0)
+        return replace(self, shift=shift, lost=np.where(some, lost, 0.0))
 
 
 def _out_error(
@@ -263,9 +295,9 @@ def _out_error(
     if log_domain is not None:
         divided = np.expm1(log_domain) * (o + before_division)
     before_sink = before_division + divided
-    sunk = sink.error * (o + before_sink)
+    sunk = sink.share * (sink.error * (o + before_sink) + sink.shift * moments.gauge) + sink.lost
     doubled = 2 if profile.output_rounding == "truncate" else 1
-    stored = doubled * half_ulp(sink.share * (o + before_sink + sunk), profile.output)
+    stored = doubled * half_ulp(sink.share * (o + before_sink) + sunk, profile.output)
     terms = {
         "error of the scores": moments.moved,
         "error of the operands": moments.inherited,
@@ -273,11 +305,12 @@ def _out_error(
         "accumulation of P·V": accumulated,
         "merging of parts by LSE": merged,
         "row sum and division": divided,
-        "attention sink": sunk,
         "the reference's own float64": rates.reference * moments.moved + gamma(rates.t + 16, _U64) * moments.gauge,
     }
-    scaled = ErrorBound({name: overflowed(sink.share * term) for name, term in terms.items()})
-    return scaled.plus(f"rounding of the output to {profile.output}", stored)
+    scaled = {name: overflowed(sink.share * term) for name, term in terms.items()}
+    return ErrorBound(scaled | {"attention sink": overflowed(sunk)}).plus(
+        f"rounding of the output to {profile.output}", stored
+    )
 
 
 def _log_domain_error(sums: BoundSums, rates: Rates) -> Array:

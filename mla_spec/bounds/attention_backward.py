@@ -24,8 +24,14 @@ from mla_spec.bounds.running import (
     perhaps_stored,
     stored,
 )
-from mla_spec.reference.attention import SoftmaxBlock, heads_to_rows, key_block, rows_to_heads, softmax_blocks
-from mla_spec.reference.backward import sink_share
+from mla_spec.reference.attention import (
+    SoftmaxBlock,
+    heads_to_rows,
+    key_block,
+    rows_to_heads,
+    sink_share,
+    softmax_blocks,
+)
 from mla_spec.reference.formats import FORMATS, format_of
 from mla_spec.reference.typing import Array, BoolArray, IntArray
 

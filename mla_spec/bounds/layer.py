@@ -21,6 +21,7 @@ from mla_spec.bounds.running import (
     product_terms,
 )
 from mla_spec.bounds.running_steps import (
+    bounded_gate,
     bounded_rms_norm,
     foldable,
     rotated,
@@ -47,6 +48,8 @@ class BoundedLayer:
             [..., s, h, c+r], [..., t, 1, c+r] and [..., t, 1, c] in the absorbed one.
         attended: the result of attention, [..., s, h, v or c].
         lse: of its scores, [..., h, s].
+        expanded: the values that it gives, [..., s, h·v].
+        g: what g_proj gives, [..., s, h or h·v]; the tokens without a gate.
         out: what o_proj takes, [..., s, h·v].
     """
 
@@ -64,6 +67,8 @@ class BoundedLayer:
     v: Bounded
     attended: Bounded
     lse: Bounded
+    expanded: Bounded
+    g: Bounded
     out: Bounded
 
 
@@ -97,10 +102,13 @@ def bounded_stages(
 ) -> dict[str, Bounded]:
     """What a layer may hand out with ``trace``, by name, in the order of computation; see ``mla_spec.operations.layer``.
 
-    Arguments are those of ``layer_with_bound``. A compressed query has the first two stages; the last one is the output.
+    Arguments are those of ``layer_with_bound``. A compressed query has the first two stages, a gate two before the output, which
+    is the last one.
     """
     layer = bounded_layer(hidden, positions, weights, config, profile)
     compressed = {} if config.q_lora_rank is None else {"q_a_proj": layer.q_down, "q_a_layernorm": layer.q_norm}
+    by_head = (*layer.out.value.shape[:-1], config.num_heads, config.v_head_dim)
+    gate = {} if config.output_gate is None else {"g_proj": layer.g, "gated": layer.out.reshape(*by_head)}
     return {
         **compressed,
         "q_nope": layer.q_nope,
@@ -110,7 +118,8 @@ def bounded_stages(
         "latent": layer.latent,
         "k_pe": layer.k_pe,
         "lse": layer.lse,
-        "attention": layer.out.reshape(*layer.out.value.shape[:-1], config.num_heads, config.v_head_dim),
+        "attention": layer.expanded.reshape(*by_head),
+        **gate,
         "o_proj": product("oe,...e->...o", weights["o_proj"], layer.out, profile),
     }
 
@@ -148,19 +157,21 @@ def bounded_layer(
         k_nope = product("hnc,...tc->...thn", w_uk, latent, profile)
         value = product("hvc,...tc->...thv", w_uv, latent, profile)
         q, k = concatenated(q_nope, q_pe), concatenated(k_nope, repeated(shared, h))
-        attended, lse = _attend(q, k, value, config, profile)
+        attended, lse = _attend(q, k, value, weights, config, profile)
         out = attended
     else:
         q_latent = product("hnc,...shn->...shc", w_uk, q_nope, profile)
         value = latent[..., None, :]  # [..., t, 1, c]
         q, k = concatenated(q_latent, q_pe), concatenated(value, shared)
-        attended, lse = _attend(q, k, value, config, profile)
+        attended, lse = _attend(q, k, value, weights, config, profile)
         out = product("hvc,...shc->...shv", w_uv, attended, profile)
     out = out.reshape(*own.value.shape[:-1], h * config.v_head_dim)
+    g = own if config.output_gate is None else product("oe,...e->...o", weights["g_proj"], own, profile)
+    gated = out if config.output_gate is None else bounded_gate(out, g, h, profile)
     return BoundedLayer(
         *(q_down, q_norm, c_q, q_nope, q_pe),
         *(kv_down, kv_norm, latent, k_pe),
-        *(q, k, value, attended, lse, out),
+        *(q, k, value, attended, lse, out, g, gated),
     )
 
 
@@ -182,7 +193,9 @@ def repeated(x: Bounded, heads: int) -> Bounded:
     return Bounded(*(np.repeat(a, heads, axis=-2) for a in (x.value, x.error)))
 
 
-def _attend(q: Bounded, k: Bounded, v: Bounded, config: MLAConfig, profile: Profile) -> tuple[Bounded, Bounded]:
+def _attend(
+    q: Bounded, k: Bounded, v: Bounded, weights: Weights, config: MLAConfig, profile: Profile
+) -> tuple[Bounded, Bounded]:
     """(out, lse)."""
     bounded = attention_with_bound(
         q.value,
@@ -191,5 +204,7 @@ def _attend(q: Bounded, k: Bounded, v: Bounded, config: MLAConfig, profile: Prof
         softmax_scale=config.scale,
         profile=replace(profile, cache_dequantised=None),  # a layer's own cache holds the dtype
         inherited=InheritedError(q.error, k.error, v.error),
+        attn_sink=weights["sinks"] if config.attention_sink else None,
+        sink_joins=True,
     )
     return Bounded(bounded.out, bounded.out_error.total), Bounded(bounded.lse, bounded.lse_error.total)

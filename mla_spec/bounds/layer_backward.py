@@ -37,6 +37,7 @@ from mla_spec.bounds.running_steps import (
     temperature,
 )
 from mla_spec.reference.config import MLAConfig
+from mla_spec.reference.layer_backward import require_differentiable
 from mla_spec.reference.mla import Weights, absorb
 from mla_spec.reference.typing import Array, IntArray
 
@@ -56,6 +57,7 @@ def layer_backward_with_bound(
     Returns:
         (gradient of hidden [..., s, e], those of the weights by name).
     """
+    require_differentiable(config)
     layer = bounded_layer(hidden, positions, weights, config, profile)
     backward = _Backward(hidden, positions, weights, config, profile, layer)
     grads = {"o_proj": weight_gradient(_exact(out_grad), layer.out, profile)}

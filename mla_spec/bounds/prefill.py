@@ -25,6 +25,8 @@ def prefill_with_bound(
     softmax_scale: float,
     profile: Profile,
     causal: bool = True,
+    window: int | None = None,
+    attn_sink: Array | None = None,
     probable: bool = False,
     failure: float = FAILURE_PROBABILITY,
 ) -> BoundedAttention:
@@ -41,6 +43,9 @@ def prefill_with_bound(
             softmax_scale=softmax_scale,
             profile=profile,
             causal=causal,
+            window=window,
+            attn_sink=attn_sink,
+            sink_joins=True,
             query_error=rounding[queries],
             probable=probable,
             failure=failure,

@@ -8,10 +8,10 @@ import numpy as np
 
 from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.bounds.rope import rope_with_bound
-from mla_spec.bounds.running import Bounded, rounded
+from mla_spec.bounds.running import Bounded, multiply, rounded
 from mla_spec.reference.config import Llama4Scaling, RopeConfig
 from mla_spec.reference.formats import FORMATS, format_of
-from mla_spec.reference.mla import rms_norm
+from mla_spec.reference.mla import rms_norm, sigmoid
 from mla_spec.reference.typing import Array, IntArray
 
 _U64 = FORMATS["float64"].unit_roundoff
@@ -56,6 +56,24 @@ def bounded_rms_norm(x: Bounded, weight: Array, eps: float, profile: Profile) ->
     relative, stored = norm_error(x.value.shape[-1], profile), format_of(profile.dtype)
     error = carried + relative * (np.abs(value) + carried) + np.abs(weight) * stored.smallest_subnormal / 2
     return rounded(Bounded(value, error), profile.dtype)
+
+
+def bounded_gate(out: Bounded, g: Bounded, heads: int, profile: Profile) -> Bounded:
+    """out [..., h·v] times sigmoid(g), g having a number for each head or for each element; both are stored.
+
+    The sigmoid is monotone, so that an error of g moves it no further than at g ± e. Computing it takes exp of −g, perhaps as a
+    power of 2 whose exponent is rounded, which counts by 1 − sigmoid(g), an addition and a division.
+    """
+    u, value = format_of(profile.softmax).unit_roundoff, sigmoid(g.value)
+    moved = np.maximum(sigmoid(g.value + g.error) - value, value - sigmoid(g.value - g.error))
+    size = np.abs(g.value) + g.error
+    taken = sigmoid(g.error - g.value)  # at most, of 1
+    relative = (1 + 4 * u) / np.maximum(1 - taken * np.expm1(u * (size + profile.exp_error)), 0.0) - 1
+    gate = rounded(Bounded(value, moved + (relative + 8 * _U64) * (value + moved)), profile.dtype)
+    width = out.value.shape[-1] // g.value.shape[-1]
+    assert width * g.value.shape[-1] == out.value.shape[-1] and g.value.shape[-1] % heads == 0
+    spread = Bounded(*(np.repeat(x, width, axis=-1) for x in (gate.value, gate.error)))
+    return rounded(multiply(out, spread, u), profile.dtype)
 
 
 def foldable(x: Bounded, factor: float, dtype: str) -> Bounded:

@@ -159,7 +159,4 @@ def sparse_attention(
         causal=False,
         attn_sink=attn_sink,
     )
-    bounded = bounded.map(lambda x: x[..., 0, :, :], lambda x: np.swapaxes(x[..., 0], -1, -2))
-    if attn_sink is None:
-        return bounded
-    return bounded.map(lambda x: np.where(np.isposinf(attn_sink)[:, None], 0.0, x), lambda x: x)
+    return bounded.map(lambda x: x[..., 0, :, :], lambda x: np.swapaxes(x[..., 0], -1, -2))

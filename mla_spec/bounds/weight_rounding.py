@@ -50,6 +50,15 @@ def rounded_p(moments: Moments, rates: Rates, column: Array) -> tuple[Array, Arr
     return change / np.maximum(1 - relative, 0), relative
 
 
+def beside_a_sink(moments: Moments, rates: Rates, column: Array) -> Array:
+    """What weights lose below the normal range of P where a sink is one of the scores: the sum of all is then at least 1."""
+    lost = underflow(moments, rates)
+    if rates.profile.row_sum not in ("normalised", "lse"):
+        lost = lost * moments.row_total
+    of_sum = rates.t * np.abs(moments.out) if rates.profile.row_sum == "rounded" else 0.0
+    return lost * (column + of_sum)
+
+
 @dataclass(frozen=True)
 class Likely:
     """What independent roundings of the weights add up to, but with a small probability that is asked for.

@@ -96,7 +96,8 @@ class Call:
 
         An LSE of +inf, by which some subjects mark rows without keys, is -inf there.
         """
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self._objects().items()}
+        values: dict[str, Any] = dict.fromkeys(self.signature.options)
+        values |= {k: tuple(v) if isinstance(v, list) else v for k, v in self._objects().items()}
         for argument in self.signature.arguments:
             if argument.kind == "config":
                 continue

@@ -271,6 +271,11 @@ def _dicts(operation: Operation, tensors: Tensors) -> list[str]:
     return lines
 
 
+def _given(operation: Operation, inputs: Any) -> list[str]:
+    """The options that the call passes."""
+    return [name for name in operation.options if getattr(inputs, name) is not None]
+
+
 def _call(operation: Operation, inputs: Any, dtype: str) -> list[str]:
     """The call, and ``got``, its outputs by name."""
     arguments, options = [], []
@@ -282,7 +287,7 @@ def _call(operation: Operation, inputs: Any, dtype: str) -> list[str]:
             arguments.append(value)
         elif not absent:
             options.append(f"{argument.name}={value}")
-    for name in operation.keywords:
+    for name in (*operation.keywords, *_given(operation, inputs)):
         value = f"torch.{dtype}" if name == "dtype" else _literal(getattr(inputs, name))
         options.append(f"{name}={value}")
     call = f"kernel({', '.join([*arguments, *options])})"

@@ -72,7 +72,8 @@ def _call(case: Case) -> tuple[Tensors, dict[str, Any]]:
     for argument in operation.arguments:
         if argument.kind == "codes":
             tensors[argument.name] = tensors[argument.name].view(torch.float8_e4m3fn)
-    names = [*operation.keywords, *(a.name for a in operation.arguments if a.kind == "config")]
+    options = [name for name in operation.options if getattr(inputs, name) is not None]
+    names = [*operation.keywords, *options, *(a.name for a in operation.arguments if a.kind == "config")]
     values = {name: case.dtype if name == "dtype" else plain(getattr(inputs, name)) for name in names}
     return tensors, {"operation": operation.name, **values}
 

@@ -10,6 +10,7 @@ from mla_spec.operations.case import Case
 from mla_spec.operations.layer import layer_models
 from mla_spec.operations.quantised_cache import HEAD_DIM_V
 from mla_spec.operations.rope import LONGROPE, YARN
+from mla_spec.operations.sinks import SINKS
 from mla_spec.reference.cache_layout import LAYOUTS
 from mla_spec.subjects.supports import DTYPES
 from mla_spec.text.terminal import shown
@@ -31,6 +32,7 @@ _NONE_ALLOWED = frozenset(
         "seqlens",
         "seqlens_q",
         "seqlens_k",
+        "window",
     ]
 )
 """Integers that may be 0."""
@@ -49,8 +51,9 @@ def _known(case: Case) -> dict[str, tuple[str, ...]]:
         "layout": ("interleaved", "half", *(("none",) if hasattr(case, "model") else ())),
         "yarn": tuple(YARN),
         "longrope": tuple(LONGROPE),
-        "sink": ("none", "finite", "infinite"),
+        "sink": SINKS,
         "weights": ("dense", "aligned"),
+        "output_gate": ("none", "head", "element"),
         "model": ("none", *layer_models()) if hasattr(case, "model") else (),
         "format": tuple(HEAD_DIM_V if case.kind == "quantised-decode" else LAYOUTS),
     }

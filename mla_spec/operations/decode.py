@@ -4,8 +4,13 @@ q is [b, s, h, c+r]. kv_cache is [pages, page_size, 1, c+r], rows [latent | k_pe
 ``head_dim_v`` elements. block_table int32 [b, max pages] names the pages of each sequence. cache_seqlens int32 [b] counts
 its tokens, the s new ones among them. Query i of s sees keys 0 .. seqlen - s + i where ``causal``, all keys otherwise.
 
+``window``, an integer that only causal calls have, leaves each query the last so many of the keys that it would see.
+attn_sink [h], float32 or float64 where the tensors are, is a logit per head that joins the softmax's sum and has no value: out
+is multiplied by 1/(1 + exp(attn_sink - lse)). -inf changes nothing, and +inf gives out exactly 0. Neither is passed to a
+subject unless ``supports.sliding_window`` and ``supports.dense_sink`` name "decode".
+
 Whatever lies beyond a sequence's length, in pages or in table entries, may hold anything. Returned are out [b, s, h,
-head_dim_v] in the dtype and the LSE [b, h, s], the natural logarithm, in float32 or better, or None where
+head_dim_v] in the dtype and the LSE [b, h, s], the natural logarithm, in float32 or better, without the sink, or None where
 ``supports.lse`` is False. A row that sees no key gives what ``supports.empty_row`` declares. The memory in use grows no
 faster than the batch.
 """
@@ -13,6 +18,7 @@ faster than the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +33,8 @@ from mla_spec.operations.latent_pages import LatentPages, PagedInputs, at_half_t
 from mla_spec.operations.lattice import LENGTHS, PAGED_AXES, Lattice, latent_dims, lengths, takes_pages
 from mla_spec.operations.operation import Answers, Operation, View, Within, as_it_is
 from mla_spec.operations.regimes import QUERIES, SCORES, values
-from mla_spec.reference.cache import gather_rows
+from mla_spec.operations.sinks import drawn_sink
+from mla_spec.reference.cache import gather_rows, paged_decode
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.mla import weight_shapes
@@ -37,10 +44,20 @@ from mla_spec.subjects.signature import Argument, Output
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.views import ROW_PADDING, every_other, slice_of_wider, transposed, viewed
 
+OPTIONS = ("attn_sink", "window")
+
 
 @dataclass(frozen=True)
 class DecodeInputs(PagedInputs):
     """Arguments of ``decode``, of which q is [b, s, h, c+r]."""
+
+    attn_sink: Array | None = None  # [h], numbers of float32 or infinite
+    window: int | None = None
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The arguments without the options."""
+        return {name: value for name, value in vars(self).items() if name not in OPTIONS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +70,13 @@ class DecodeCase(LatentPages, Case):
     scores are negative. Latents
     have a mean, as real ones do, so outputs do not average out to 0. ``qk_nope_head_dim`` and ``v_head_dim`` are those of the
     explicit form. Where ``shared_pages`` is not 0, so many pages are those of all sequences, each of which has them in an
-    order of its own, again and again where they are too few.
+    order of its own, again and again where they are too few. ``sink`` is "none", "finite", or "infinite" with both infinities
+    among the heads. A ``window`` of 0 is none.
     """
 
     kind = "decode"
     known_regimes = (*ATTENTION_REGIMES, "offset", "sink", "cancelling", "sunken")
-    optional = ("shared_pages",)
+    optional = ("shared_pages", "sink", "window")
     seqlens: tuple[int, ...] = (1,)
     s: int = 1
     num_heads: int = 1
@@ -71,6 +89,8 @@ class DecodeCase(LatentPages, Case):
     qk_nope_head_dim: int = 2
     v_head_dim: int = 3
     shared_pages: int = 0
+    sink: str = "none"
+    window: int = 0
 
     @property
     def pages_needed(self) -> list[int]:
@@ -80,7 +100,7 @@ class DecodeCase(LatentPages, Case):
         """The inputs: pages in random order in a pool with spare pages, unused slots and entries harmless."""
         b = len(self.seqlens)
         made = self.paged(self.generator(), (self.s,) * b, self.seqlens)
-        return DecodeInputs(
+        inputs = DecodeInputs(
             q=made.q.reshape(b, self.s, *made.q.shape[1:]),
             kv_cache=made.kv_cache,
             block_table=made.block_table,
@@ -88,7 +108,12 @@ class DecodeCase(LatentPages, Case):
             head_dim_v=self.kv_lora_rank,
             softmax_scale=made.softmax_scale,
             causal=self.causal,
+            window=self.window or None,
         )
+        if self.sink == "none":
+            return inputs
+        _, lse = paged_decode(**vars(inputs))
+        return replace(inputs, attn_sink=drawn_sink(np.random.default_rng([self.seed, 2]), self.sink, lse))
 
     def latent_weights(self) -> tuple[Array, MLAConfig, Array]:
         """(kv_b_proj, config, q_nope [b, s, h, n]) of the explicit form behind the case, rounded to the dtype."""
@@ -128,7 +153,10 @@ def decode_expected(
         profile=profile,
         cache_seqlens=inputs.cache_seqlens,
         causal=inputs.causal,
+        window=inputs.window,
         inherited=inherited,
+        attn_sink=inputs.attn_sink,
+        sink_joins=True,
         probable=probable or profile.coarse,
         failure=failure,
     ).judged_by(profile)
@@ -161,7 +189,13 @@ def _others(case: DecodeCase) -> tuple[DecodeInputs, ...]:
     """Half the lengths; the lengths of the same sequences in another order; and the same lengths at half the scale."""
     shorter = shortened(replace(case, seed=case.seed + 1).build())
     mirrored = replace(case, seed=case.seed + 2, seqlens=case.seqlens[::-1]).build()
-    return shorter, mirrored, at_half_the_scale(replace(case, seed=case.seed + 3).build())
+    return shorter, mirrored, flatter(replace(case, seed=case.seed + 3).build())
+
+
+def flatter(inputs: DecodeInputs) -> DecodeInputs:
+    """At half the scale, and with half of each sink, since LSEs are about half as large then."""
+    half = at_half_the_scale(inputs)
+    return half if half.attn_sink is None else replace(half, attn_sink=half.attn_sink / 2)
 
 
 DISTANT_PAGES = 3
@@ -228,6 +262,7 @@ LATTICE = Lattice(
     },
     declared=lambda supports, _, sizes: takes_pages(supports, sizes),
 )
+SINK_VIEWS: dict[str, View] = {"attn_sink as every other element": viewed(every_other, "attn_sink")}
 
 OPERATION = Operation(
     name="decode",
@@ -240,14 +275,16 @@ OPERATION = Operation(
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),
         Argument("block_table", "[b, max pages]", "int32"),
         Argument("cache_seqlens", "[b]", "int32"),
+        Argument("attn_sink", "[h]", "wide", optional=True),
     ),
     keywords=("head_dim_v", "softmax_scale", "causal"),
+    options=("window",),
     outputs=ATTENTION_OUTPUTS,
     expected=lambda inputs, profile, supports: attention_expected(decode_expected(inputs, profile), supports),
     probable=lambda inputs, profile, supports, failure: probably(
         decode_expected(inputs, profile, probable=True, failure=failure), supports
     ),
-    views=BATCH_VIEWS | TABLE_VIEWS | POOL_VIEWS,
+    views=BATCH_VIEWS | TABLE_VIEWS | POOL_VIEWS | SINK_VIEWS,
     regimes=(
         *values("regime", "typical", "outlier", "ties", "offset", "sink", "cancelling", "negative", "sunken"),
         *SCORES,

@@ -14,7 +14,13 @@ with ``mla_spec.Unsupported``. What a layer is, ``Supports`` says, and then it i
 A layer may hand out the stages of a call. Its ``trace(method, hidden, positions)`` does what "prefill" or "decode" does, and
 returns those that it has, by name: q_a_proj and q_a_layernorm [b, s, q_lora_rank], q_nope [b, s, h, n] and q_pe [b, s, h, r] as
 they meet the keys, kv_a_proj_with_mqa [b, s, c+r], kv_a_layernorm [b, s, c], latent [b, s, c] and k_pe [b, s, r] as they are
-cached, lse [b, h, s], attention [b, s, h, v], and o_proj, the output. Those named for a weight are what that module gives.
+cached, lse [b, h, s], attention [b, s, h, v], with a gate g_proj [b, s, h or h·v] and gated [b, s, h, v], and o_proj, the output.
+Those named for a weight are what that module gives.
+
+``config.output_gate`` multiplies the result of attention by sigmoid(g_proj) of the tokens before o_proj, each "head" or each
+"element" of it; ``config.attention_sink`` adds to the softmax a logit of each head without a value, ``weights["sinks"]`` [h]. A
+subject gets no layer with a gate that ``supports.output_gate`` does not name, and none with a sink unless ``supports.dense_sink``
+names "layer". Their gradients are not judged.
 
 The tensors of weights stay the caller's, who may overwrite what they hold, as an optimizer does, or a trainer that sends its
 weights to an inference engine. After that and a ``reset()`` a layer uses the new ones, unless ``supports.layer_weights`` is
@@ -92,7 +98,7 @@ class LayerCase(Case):
     """
 
     kind = "layer"
-    optional = ("k_pe_norm",)
+    optional = ("k_pe_norm", "output_gate", "attention_sink")
     batch: int = 1
     prompt: int = 1
     steps: int = 0
@@ -113,6 +119,8 @@ class LayerCase(Case):
     mla_scale_kv_lora: bool = False
     k_pe_norm: bool = False
     llama_4_scaling: bool = False
+    output_gate: str = "none"
+    attention_sink: bool = False
     model: str = "none"
     weights: str = "dense"
     gain: float = 1.0
@@ -138,6 +146,8 @@ class LayerCase(Case):
             mla_scale_kv_lora=self.mla_scale_kv_lora,
             k_pe_norm=self.k_pe_norm,
             llama_4_scaling=LLAMA_4_SCALING if self.llama_4_scaling else None,
+            output_gate=None if self.output_gate == "none" else self.output_gate,  # type: ignore[arg-type]
+            attention_sink=self.attention_sink,
         )
 
     @property
@@ -173,6 +183,8 @@ class LayerCase(Case):
         for name, shape in weight_shapes(config).items():
             if name.endswith("layernorm"):
                 weights[name] = 1 + 0.25 * rng.uniform(-1, 1, shape)
+            elif name == "sinks":
+                weights[name] = rng.uniform(-1, 2, shape)  # of scores of a few keys
             else:
                 weights[name] = rng.standard_normal(shape) / np.sqrt(shape[1])
         return self._with_gain(weights, self.gain)
@@ -183,6 +195,9 @@ class LayerCase(Case):
         for name, shape in weight_shapes(config).items():
             if name.endswith("layernorm"):
                 weights[name] = 1 + 0.25 * rng.uniform(-1, 1, shape)
+                continue
+            if name == "sinks":
+                weights[name] = rng.uniform(-1, 2, shape)
                 continue
             w = np.zeros(shape)
             w[np.arange(shape[0]), rng.integers(0, shape[1], shape[0])] = rng.uniform(0.5, 1.5, shape[0])
@@ -213,6 +228,8 @@ REGIMES: tuple[Regime, ...] = (
     ("rotary embedding", lambda case: case.config.rope is not None),
     ("factors on latents", lambda case: case.config.mla_scale_q_lora or case.config.mla_scale_kv_lora),
     ("norm on k_pe", lambda case: case.config.k_pe_norm),
+    ("output gate", lambda case: case.config.output_gate is not None),
+    ("attention sink", lambda case: case.config.attention_sink),
     ("temperature by position", lambda case: case.config.llama_4_scaling is not None),
     ("small hidden states", lambda case: case.hidden_scale < 1),
 )
@@ -240,6 +257,10 @@ def _refused(supports: Supports, config: MLAConfig) -> str:
         return "q_lora_rank is required"
     if config.rope is not None and not supports.rope_layouts:
         return "there is no rotary embedding"
+    if config.output_gate is not None and config.output_gate not in supports.output_gate:
+        return f"there is no gate of each {config.output_gate}"
+    if config.attention_sink and "layer" not in supports.dense_sink:
+        return "there is no attention sink"
     if reason := _refused_dims(supports, config):
         return reason
     if config.rope is not None and config.rope.theta not in (supports.layer_thetas or (config.rope.theta,)):

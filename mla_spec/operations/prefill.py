@@ -3,16 +3,17 @@
 q and k are [tokens, h, n+r] and v is [tokens, h, v], the tokens of all sequences on one axis. Sequence i has the tokens
 cu_seqlens[i] .. cu_seqlens[i + 1] - 1 (int32 [b + 1]), of queries and of keys. It may have more keys than queries, or
 fewer, or none of either. Query i of the s of a sequence sees keys 0 .. t - s + i of its t where ``causal`` (bottom-right),
-all of them otherwise.
+all of them otherwise. ``window`` and attn_sink [h] are those of ``decode``, where ``supports.sliding_window`` and
+``supports.dense_sink`` name "prefill".
 
-Returned are out [tokens, h, v] in the dtype and the LSE [h, tokens], the natural logarithm, in float32 or better, or None
-where ``supports.lse`` is False. A row that sees no key gives what ``supports.empty_row`` declares.
+Returned are out [tokens, h, v] in the dtype and the LSE [h, tokens], the natural logarithm, in float32 or better, without the sink,
+or None where ``supports.lse`` is False. A row that sees no key gives what ``supports.empty_row`` declares.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,11 +23,13 @@ from mla_spec.bounds.prefill import prefill_with_bound
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.conventions import PREFILL_CONVENTIONS
-from mla_spec.operations.decode import attention_expected, probably
+from mla_spec.operations.decode import OPTIONS, SINK_VIEWS, attention_expected, probably
 from mla_spec.operations.lattice import HEADS, Lattice
 from mla_spec.operations.operation import Operation, as_it_is
 from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
+from mla_spec.operations.sinks import drawn_sink
 from mla_spec.reference.formats import round_to
+from mla_spec.reference.prefill import prefill
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Tensors
 from mla_spec.subjects.extent import packed
@@ -46,6 +49,13 @@ class PrefillInputs:
     cu_seqlens_k: IntArray  # [b + 1]
     softmax_scale: float
     causal: bool
+    attn_sink: Array | None = None  # [h], numbers of float32 or infinite
+    window: int | None = None
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The arguments without the options."""
+        return {name: value for name, value in vars(self).items() if name not in OPTIONS}
 
 
 REGIMES: tuple[Regime, ...] = (*values("regime", "typical", "outlier", "ties", "negative"), *SCORES, *PACKED)
@@ -57,11 +67,12 @@ class PrefillCase(Case):
 
     ``logit_std`` is the standard deviation of the logits, reached through softmax_scale. ``regime``: "typical"; "outlier" has
     value channels 30 times the rest; "ties" repeats keys; in "negative" softmax_scale is.
-    Values have a mean, so that outputs do not average out to 0.
+    Values have a mean, so that outputs do not average out to 0. ``sink`` and ``window`` as in ``DecodeCase``.
     """
 
     kind = "prefill"
     known_regimes: ClassVar[tuple[str, ...]] = ATTENTION_REGIMES
+    optional = ("sink", "window")
     seqlens_q: tuple[int, ...] = (1,)
     seqlens_k: tuple[int, ...] = (1,)
     num_heads: int = 1
@@ -70,6 +81,8 @@ class PrefillCase(Case):
     causal: bool = True
     logit_std: float = 1.0
     regime: str = "typical"
+    sink: str = "none"
+    window: int = 0
 
     def build(self) -> PrefillInputs:
         """The inputs."""
@@ -85,7 +98,7 @@ class PrefillCase(Case):
         if self.regime == "ties":
             k[1::2] = k[: len(k) // 2]
         scale = float(self.logit_std / np.sqrt(d))
-        return PrefillInputs(
+        inputs = PrefillInputs(
             q=round_to(q, self.dtype),
             k=round_to(k, self.dtype),
             v=round_to(v, self.dtype),
@@ -93,7 +106,12 @@ class PrefillCase(Case):
             cu_seqlens_k=offsets_k,
             softmax_scale=-scale if self.regime == "negative" else scale,
             causal=self.causal,
+            window=self.window or None,
         )
+        if self.sink == "none":
+            return inputs
+        _, lse = prefill(**vars(inputs))
+        return replace(inputs, attn_sink=drawn_sink(np.random.default_rng([self.seed, 2]), self.sink, lse))
 
 
 def prefill_expected(inputs: PrefillInputs, profile: Profile) -> BoundedAttention:
@@ -105,7 +123,8 @@ def _others(case: PrefillCase) -> tuple[PrefillInputs, ...]:
     """The lengths of the same sequences in another order, and other numbers at half the scale."""
     mirrored = replace(case, seed=case.seed + 1, seqlens_q=case.seqlens_q[::-1], seqlens_k=case.seqlens_k[::-1])
     other = replace(case, seed=case.seed + 2).build()
-    return mirrored.build(), replace(other, softmax_scale=other.softmax_scale / 2)
+    sink = None if other.attn_sink is None else other.attn_sink / 2  # LSEs are about half as large then
+    return mirrored.build(), replace(other, softmax_scale=other.softmax_scale / 2, attn_sink=sink)
 
 
 @near
@@ -157,8 +176,10 @@ OPERATION = Operation(
         Argument("v", "[key tokens, h, v]", far=True),
         Argument("cu_seqlens_q", "[b+1]", "int32"),
         Argument("cu_seqlens_k", "[b+1]", "int32"),
+        Argument("attn_sink", "[h]", "wide", optional=True),
     ),
     keywords=("softmax_scale", "causal"),
+    options=("window",),
     outputs=(
         Output("out", "[tokens, h, v]", lambda inputs: (*inputs.q.shape[:2], inputs.v.shape[-1])),
         PACKED_LSE,
@@ -181,6 +202,7 @@ OPERATION = Operation(
         "cu_seqlens as every other element": lambda t: viewed(every_other, "cu_seqlens_q")(
             viewed(every_other, "cu_seqlens_k")(t)
         ),
+        **SINK_VIEWS,
     },
     regimes=REGIMES,
     others=_others,

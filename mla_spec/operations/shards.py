@@ -1,8 +1,9 @@
 """``shard_layer`` and ``gather_gradients``: tensor parallelism, whose ranks are simulated in one process.
 
 shard_layer(weights, config, *, ranks): rank i gets the weights and configuration of a ``layer`` of its own with heads
-i·h/ranks .. (i + 1)·h/ranks - 1. These are their rows of q_proj or q_b_proj and of kv_b_proj, their columns of o_proj, and
-all of the other weights. The outputs of the ranks' layers add up to the layer's. ranks divides num_heads.
+i·h/ranks .. (i + 1)·h/ranks - 1. These are their rows of q_proj or q_b_proj and of kv_b_proj, of g_proj and sinks where
+there are such, their columns of o_proj, and all of the other weights. The outputs of the ranks' layers add up to the layer's.
+ranks divides num_heads.
 
 gather_gradients(gradients, *, config): ``gradients`` are those of each rank's weights, by name, in the order of
 ``shard_layer``, of a loss that depends on the sum of the ranks' outputs. Returned is the gradient of each weight of the whole

@@ -33,6 +33,7 @@ from mla_spec.operations.decode import ATTENTION_OUTPUTS, declared_lse
 from mla_spec.operations.lattice import HEADS, Lattice, Sizes, latent_dims
 from mla_spec.operations.operation import Operation, View, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, Regime, values
+from mla_spec.operations.sinks import drawn_sink
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.sparse import selected_rows
 from mla_spec.reference.typing import Array, BoolArray, IntArray
@@ -122,7 +123,7 @@ class SparseCase(Case):
         sink = None
         if self.sink != "none":
             kv = np.broadcast_to(rows.reshape(-1, d), (*lead[:-1], rows.size // d, d))
-            sink = self._sink(rng, _least_lse(scale * q, *selected_rows(kv, indices, topk_length)))
+            sink = drawn_sink(rng, self.sink, _lse(scale * q, *selected_rows(kv, indices, topk_length)))
         return SparseInputs(
             q=q,
             kv=rows,
@@ -173,22 +174,13 @@ class SparseCase(Case):
             x[holes, -1], x[holes, 0] = x[holes, 0], x[holes, -1].copy()
         nothing[holes, :tile] = True
 
-    def _sink(self, rng: np.random.Generator, least_lse: Array) -> Array:
-        """Sinks near ``least_lse`` [h], so that they leave the keys a share that formats of 16 bits can hold."""
-        sink = round_to(least_lse + rng.uniform(-3, 3, self.num_heads), "float32")
-        if self.sink == "infinite":
-            sink = np.where(rng.random(self.num_heads) < 0.7, rng.choice([-np.inf, np.inf], self.num_heads), sink)
-        return sink
 
-
-def _least_lse(scaled_q: Array, rows: Array, count: IntArray) -> Array:
-    """The least LSE of each head over the queries [..., s, h, d] that select one of their rows [..., s, k, d]; else 0."""
+def _lse(scaled_q: Array, rows: Array, count: IntArray) -> Array:
+    """[..., h, s] of queries [..., s, h, d], each over the first ``count`` of its rows [..., s, k, d]."""
     scores = np.einsum("...shd,...skd->...hsk", scaled_q, rows)
     scores = np.where(np.arange(rows.shape[-2]) < count[..., None, :, None], scores, -np.inf)
-    lse = np.logaddexp.reduce(scores, axis=-1)  # [..., h, s]
-    heads = np.moveaxis(lse, -2, 0).reshape(lse.shape[-2], -1)
-    least = np.where(np.isneginf(heads), np.inf, heads).min(axis=-1)
-    return np.where(np.isinf(least), 0.0, least)
+    lse: Array = np.logaddexp.reduce(scores, axis=-1)
+    return lse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ lse               h             attention, which forms P anew                alw
 Attention is a fused kernel that keeps no P, of which there would be h numbers a token and key; rotary embedding and constant
 factors keep nothing; k_pe is kept as a part of kv_down, one tensor, and again in the k of every head. rms and lse are
 float32, or float64 where the rest is. Weights, their gradients, masks and tables of cos and sin, which layers share, are not
-counted, nor is the norm before the layer.
+counted, nor are an output gate and the norm before the layer.
 """
 
 from __future__ import annotations

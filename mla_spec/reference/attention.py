@@ -55,6 +55,8 @@ def attention(
     softmax_scale: float,
     cache_seqlens: IntArray | int | None = None,
     causal: bool = True,
+    window: int | None = None,
+    attn_sink: Array | None = None,
     accurate: bool = True,
     block_size: int = BLOCK_SIZE,
 ) -> tuple[Array, Array]:
@@ -68,6 +70,8 @@ def attention(
         k: [..., t, g, d], g dividing h.
         v: [..., t, g, dv].
         cache_seqlens: valid keys of each sequence, [...] or one number; t when None. Rows past it are never read.
+        window: how many keys a query sees, the last ones of those above; all when None. Rows that no query sees are not read.
+        attn_sink: score of one more key with value 0, which the LSE does not count, [h]; -inf none, and +inf gives exactly 0.
         accurate: products to about an ulp of their gauge, which takes three times as long, and not those of BLAS.
         block_size: keys held at once; memory is O(s · h · (block_size + dv)) whatever t is.
 
@@ -76,7 +80,7 @@ def attention(
         Any finite score is handled, up to 1e300 in magnitude.
 
     Raises:
-        ValueError: shapes do not fit, or a length lies outside 0 .. t.
+        ValueError: shapes do not fit, a length lies outside 0 .. t, or a window is smaller than 1.
     """
     total, out = np.zeros(()), np.zeros(())
     for block in softmax_blocks(
@@ -86,6 +90,7 @@ def attention(
         softmax_scale=softmax_scale,
         cache_seqlens=cache_seqlens,
         causal=causal,
+        window=window,
         accurate=accurate,
         block_size=block_size,
     ):
@@ -97,7 +102,16 @@ def attention(
         out = out * block.decay[..., None] + values  # [..., g, rows, dv]
     s, h = q.shape[-3], q.shape[-2]
     out = out / np.where(total == 0, 1.0, total)[..., None]
-    return rows_to_heads(out, s, h), rows_to_lse(log_sum_exp(block.max_score, total), s, h)
+    out, lse = rows_to_heads(out, s, h), rows_to_lse(log_sum_exp(block.max_score, total), s, h)
+    return out if attn_sink is None else out * sink_share(np.swapaxes(lse, -1, -2), attn_sink)[..., None], lse
+
+
+def sink_share(lse: Array, attn_sink: Array) -> Array:
+    """1 / (1 + exp(attn_sink − lse)), what a sink [h] leaves to the keys of rows with LSE [..., h]; 0 in rows without keys."""
+    shift = np.where(np.isneginf(lse), np.inf, attn_sink - np.where(np.isneginf(lse), 0.0, lse))
+    with np.errstate(over="ignore"):
+        share: Array = 1 / (1 + np.exp(shift))
+    return share
 
 
 def softmax_blocks(
@@ -108,6 +122,7 @@ def softmax_blocks(
     softmax_scale: float,
     cache_seqlens: IntArray | int | None,
     causal: bool,
+    window: int | None = None,
     accurate: bool = True,
     block_size: int,
 ) -> Iterator[SoftmaxBlock]:
@@ -116,7 +131,12 @@ def softmax_blocks(
     Arguments and errors are those of ``attention``.
     """
     limit = _visible_keys(q, k, v, cache_seqlens, causal)  # [..., 1, rows]
-    read_limit = limit.max(axis=-1, initial=0)[..., None]  # [..., 1, 1]: rows that no query sees are not read
+    first = np.zeros_like(limit) if window is None else np.maximum(limit - _counted(window), 0)  # [..., 1, rows]
+    # Rows that no query sees are not read.
+    read_limit, read_first = (
+        limit.max(axis=-1, initial=0)[..., None],
+        first.min(axis=-1, initial=k.shape[-3])[..., None],
+    )
     product = accurate_product if accurate else np.matmul
     factor, power = math.frexp(softmax_scale)  # q times a power of two is exact
     rows = heads_to_rows(np.ldexp(q, power), k.shape[-2])  # [..., g, rows, d]
@@ -124,10 +144,10 @@ def softmax_blocks(
     for start in range(0, max(1, k.shape[-3]), block_size):
         keys = slice(start, start + block_size)
         index = np.arange(start, min(start + block_size, k.shape[-3]))
-        read = index < read_limit  # [..., 1, block]
+        read = (index < read_limit) & (index >= read_first)  # [..., 1, block]
         scores = product(rows, np.swapaxes(key_block(k, keys, read), -1, -2))  # [..., g, rows, block]
         scores *= factor
-        visible = index < limit[..., None]  # [..., 1, rows, block]
+        visible = (index < limit[..., None]) & (index >= first[..., None])  # [..., 1, rows, block]
         shown = scores if visible.all() else np.where(visible, scores, -np.inf)
         m_new = np.maximum(m, shown.max(axis=-1, initial=-np.inf))
         shift = np.where(np.isneginf(m_new), 0.0, m_new)
@@ -171,6 +191,12 @@ def key_block(x: Array, keys: slice, read: BoolArray | None = None) -> Array:
     """Rows ``keys`` of [..., t, g, d] as [..., g, block, d]; rows that ``read`` [..., 1, block] excludes are 0."""
     rows = x[..., keys, :, :].swapaxes(-2, -3)
     return rows if read is None or read.all() else np.where(read[..., None], rows, 0.0)
+
+
+def _counted(window: int) -> int:
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    return window
 
 
 def _visible_keys(q: Array, k: Array, v: Array, cache_seqlens: IntArray | int | None, causal: bool) -> IntArray:

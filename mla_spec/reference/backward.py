@@ -11,7 +11,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from mla_spec.reference.attention import attention, heads_to_rows, key_block, rows_to_heads, softmax_blocks
+from mla_spec.reference.attention import (
+    attention,
+    heads_to_rows,
+    key_block,
+    rows_to_heads,
+    sink_share,
+    softmax_blocks,
+)
 from mla_spec.reference.prefill import packed_sequences
 from mla_spec.reference.product import accurate_product
 from mla_spec.reference.sparse import selected_indices, selected_rows
@@ -148,14 +155,6 @@ def sparse_prefill_backward(
     )
     dk[..., :head_dim_v] += dv
     return dq[..., 0, :, :], scattered(dk[..., 0, :], *selected_indices(kv, indices, topk_length), kv.shape[-2])
-
-
-def sink_share(lse: Array, attn_sink: Array) -> Array:
-    """1 / (1 + exp(attn_sink − lse)), what a sink [h] leaves to the keys of rows with LSE [..., h]; 0 in rows without keys."""
-    shift = np.where(np.isneginf(lse), np.inf, attn_sink - np.where(np.isneginf(lse), 0.0, lse))
-    with np.errstate(over="ignore"):
-        share: Array = 1 / (1 + np.exp(shift))
-    return share
 
 
 def scattered(rows: Array, chosen: IntArray, count: IntArray, t: int) -> Array:

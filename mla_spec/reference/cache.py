@@ -75,6 +75,8 @@ def paged_decode(
     head_dim_v: int,
     softmax_scale: float,
     causal: bool = True,
+    window: int | None = None,
+    attn_sink: Array | None = None,
 ) -> tuple[Array, Array]:
     """``attention`` of q [b, s, h, c+r] to the cached rows, whose first ``head_dim_v`` elements are the values.
 
@@ -83,7 +85,14 @@ def paged_decode(
     """
     rows = gather_rows(kv_cache, block_table, cache_seqlens)[:, :, None]  # [b, t, 1, c+r]
     return attention(
-        q, rows, rows[..., :head_dim_v], softmax_scale=softmax_scale, cache_seqlens=cache_seqlens, causal=causal
+        q,
+        rows,
+        rows[..., :head_dim_v],
+        softmax_scale=softmax_scale,
+        cache_seqlens=cache_seqlens,
+        causal=causal,
+        window=window,
+        attn_sink=attn_sink,
     )
 
 

@@ -33,6 +33,7 @@ class Architecture:
         scales_latents: whether both latents are multiplied by sqrt(hidden_size / rank).
         normalizes_k_pe: whether k_pe has an RMSNorm.
         rotary: False where the class has no rotary embedding.
+        output_gate, attention_sink: those of ``MLAConfig``.
         not_modelled: options that ``MLAConfig`` does not express.
     """
 
@@ -41,6 +42,8 @@ class Architecture:
     scales_latents: bool = False
     normalizes_k_pe: bool = False
     rotary: bool = True
+    output_gate: str | None = None
+    attention_sink: bool = False
     not_modelled: tuple[str, ...] = ()
 
 
@@ -64,15 +67,13 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     ),
     "minicpm3": Architecture(interleaved=False),
     "kimi_linear": Architecture(rotary=False),
-    "kimi_k3": Architecture(rotary=False, not_modelled=("sigmoid output gate",)),
+    "kimi_k3": Architecture(rotary=False, output_gate="element"),
     "longcat_flash": Architecture(scales_latents=True),
     **dict.fromkeys(("glm5_next", "glm5_next_text"), Architecture(passes_eps=True, rotary=False)),
     "axk2": Architecture(not_modelled=("query gate projection and sigmoid output gate",)),
-    "bailing_hybrid": Architecture(not_modelled=("head-wise sigmoid output gate",)),
-    "dots3_note_text": Architecture(
-        passes_eps=True, scales_latents=True, normalizes_k_pe=True, not_modelled=("head-wise output gate",)
-    ),
-    "hy_v4": Architecture(interleaved=False, not_modelled=("learned sink per head", "element-wise sigmoid gate")),
+    "bailing_hybrid": Architecture(output_gate="head"),
+    "dots3_note_text": Architecture(passes_eps=True, scales_latents=True, normalizes_k_pe=True, output_gate="head"),
+    "hy_v4": Architecture(interleaved=False, output_gate="element", attention_sink=True),
 }
 """By ``model_type``. A file without one, as DeepSeek's own, is of the default architecture."""
 
@@ -81,8 +82,11 @@ _OWN_NAMES: Final = {"dim": "hidden_size", "n_heads": "num_attention_heads", "n_
 
 _LAYER_TYPES: Final = ("full_attention", "indexed_attention", "deepseek_sparse_attention", "linear_attention")
 
-_REFUSED: Final = ("attention_bias", "mla_use_output_gate", "use_head_wise_attn_gate", "attn_output_gate")
-"""Options that ``MLAConfig`` does not express, where they are true. Kimi-K3's text_config is of class kimi_linear, with a gate."""
+GATE_OF_KIMI: Final = "mla_use_output_gate"
+"""Kimi-K3's text_config is of class kimi_linear, with this gate of each element."""
+
+_REFUSED: Final = ("attention_bias", "use_head_wise_attn_gate", "attn_output_gate")
+"""Options that ``MLAConfig`` does not express, where they are true."""
 
 _DIMS: Final = ("hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
 
@@ -212,6 +216,8 @@ def _entry(name: str, config: dict[str, Any]) -> PublishedModel:
         "mla_scale_q_lora": config.get("mla_scale_q_lora", architecture.scales_latents),
         "mla_scale_kv_lora": config.get("mla_scale_kv_lora", architecture.scales_latents),
         "k_pe_norm": architecture.normalizes_k_pe,
+        "output_gate": _gate(config, architecture),
+        "attention_sink": architecture.attention_sink,
         **_indexer(config),
     }
     counts = {key: fields[key] for key in (*_DIMS, "q_lora_rank", "num_mla_layers") if fields[key] is not None}
@@ -240,6 +246,13 @@ def _require_mla(config: dict[str, Any]) -> None:
 
 def _rotary(config: dict[str, Any], architecture: Architecture) -> bool:
     return config["qk_rope_head_dim"] != 0 and not config.get("mla_use_nope", not architecture.rotary)
+
+
+def _gate(config: dict[str, Any], architecture: Architecture) -> str | None:
+    stated = config.get(GATE_OF_KIMI)
+    if stated is None:
+        return architecture.output_gate
+    return "element" if stated else None
 
 
 def _options(config: dict[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mla_spec.reference.scaling import (
     Llama4Scaling,
@@ -219,11 +219,14 @@ class MLAConfig:
             sqrt(e / their rank) (LongCat-Flash).
         k_pe_norm: whether k_pe has an RMSNorm of its own before it is rotated, with latent_norm_eps (dots3).
         llama_4_scaling: temperature by position (Mistral-Large-3), or None.
+        output_gate: what the sigmoid of g_proj multiplies before o_proj: each "head" (Ling-3.0, dots3) or each "element"
+            (Kimi-K3, Hy4) of the result of attention; None where there is no gate.
+        attention_sink: whether each head has a learned logit that joins the sum of its softmax (Hy4).
         softmax_scale: overrides the default scale.
 
     Raises:
         ValueError: a dimension is not a positive integer, rope.dim differs from qk_rope_head_dim, mla_scale_q_lora is set
-            without query compression, or k_pe_norm without rope dims.
+            without query compression, k_pe_norm without rope dims, or output_gate is unknown.
     """
 
     hidden_size: int
@@ -239,6 +242,8 @@ class MLAConfig:
     mla_scale_kv_lora: bool = False
     k_pe_norm: bool = False
     llama_4_scaling: Llama4Scaling | None = None
+    output_gate: Literal["head", "element"] | None = None
+    attention_sink: bool = False
     softmax_scale: float | None = None
 
     def __post_init__(self) -> None:
@@ -265,6 +270,8 @@ class MLAConfig:
             raise ValueError("MLAConfig: mla_scale_q_lora needs a q_lora_rank, got None")
         if self.k_pe_norm and self.qk_rope_head_dim == 0:
             raise ValueError("MLAConfig: k_pe_norm needs a k_pe, got qk_rope_head_dim 0")
+        if self.output_gate not in (None, "head", "element"):
+            raise ValueError(f"MLAConfig: output_gate must be 'head', 'element' or None, got {self.output_gate!r}")
         if self.softmax_scale is not None:
             require_positive("MLAConfig", softmax_scale=self.softmax_scale)
 

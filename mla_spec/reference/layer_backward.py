@@ -32,9 +32,11 @@ def layer_backward(
         (gradient of hidden [..., s, e], those of the weights by name, each of its weight's shape): sums over all tokens.
 
     Raises:
-        ValueError: weights do not fit the configuration, or out_grad does not have the shape of hidden.
+        ValueError: weights do not fit the configuration, it has an output gate or a sink, or out_grad does not have the shape
+            of hidden.
     """
     check_weights(weights, config)
+    require_differentiable(config)
     if out_grad.shape != hidden.shape:
         raise ValueError(f"out_grad must have the shape {hidden.shape} of hidden, got {out_grad.shape}")
     h, n = config.num_heads, config.qk_nope_head_dim
@@ -60,6 +62,13 @@ def layer_backward(
         "o_proj": linear_backward(out_grad, out.reshape(*hidden.shape[:-1], -1)),
     }
     return by_query + by_latent, grads
+
+
+def require_differentiable(config: MLAConfig) -> None:
+    """Raise ValueError for options whose gradients are not derived."""
+    if config.output_gate is not None or config.attention_sink:
+        option = "attention_sink" if config.attention_sink else "output_gate"
+        raise ValueError(f"gradients of a layer with {option} are not derived; expected a configuration without it")
 
 
 def project_query_backward(

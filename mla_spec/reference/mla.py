@@ -44,6 +44,10 @@ def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
         shapes["k_rope_only_layernorm"] = (config.qk_rope_head_dim,)
     shapes["kv_b_proj"] = (h * (config.qk_nope_head_dim + config.v_head_dim), c)
     shapes["o_proj"] = (e, h * config.v_head_dim)
+    if config.output_gate is not None:
+        shapes["g_proj"] = (h if config.output_gate == "head" else h * config.v_head_dim, e)
+    if config.attention_sink:
+        shapes["sinks"] = (h,)
     return shapes
 
 
@@ -138,6 +142,7 @@ def explicit(
     softmax_scale: float,
     cache_seqlens: IntArray | int | None = None,
     causal: bool = True,
+    attn_sink: Array | None = None,
 ) -> tuple[Array, Array]:
     """Expand keys and values per head, equations 42, 44-46: k = [W_UK c; k_R], v = W_UV c, then multi-head attention.
 
@@ -145,6 +150,7 @@ def explicit(
         q_nope, q_pe: [..., s, h, n] and [..., s, h, r].
         latent, k_pe: [..., t, c] and [..., t, r].
         w_uk, w_uv: [h, n, c] and [h, v, c].
+        attn_sink: [h]; see ``attention``.
 
     Returns:
         (out [..., s, h, v], lse [..., h, s]).
@@ -159,6 +165,7 @@ def explicit(
         softmax_scale=softmax_scale,
         cache_seqlens=cache_seqlens,
         causal=causal,
+        attn_sink=attn_sink,
     )
 
 
@@ -173,6 +180,7 @@ def absorbed(
     softmax_scale: float,
     cache_seqlens: IntArray | int | None = None,
     causal: bool = True,
+    attn_sink: Array | None = None,
 ) -> tuple[Array, Array]:
     """Fold W_UK into the query and W_UV into the output: q̃ = [W_UKᵀ q_C; q_R] attends to rows [c; k_R], value c.
 
@@ -187,6 +195,7 @@ def absorbed(
         softmax_scale=softmax_scale,
         cache_seqlens=cache_seqlens,
         causal=causal,
+        attn_sink=attn_sink,
     )
     return _by_head(out, np.swapaxes(w_uv, 1, 2)), lse
 
@@ -238,8 +247,33 @@ def layer(
     latent, k_pe = project_latent(hidden, positions, weights, config)
     cache = LatentCache(latent, k_pe) if cache is None else cache.append(latent, k_pe)
     w_uk, w_uv = absorb(weights["kv_b_proj"], config)
-    out, _ = attend(q_nope, q_pe, cache.latent, cache.k_pe, w_uk, w_uv, softmax_scale=config.scale)
+    out, _ = attend(
+        *(q_nope, q_pe, cache.latent, cache.k_pe, w_uk, w_uv),
+        softmax_scale=config.scale,
+        attn_sink=weights["sinks"] if config.attention_sink else None,
+    )
+    out = gated(out, hidden, weights, config)
     return accurate_product(out.reshape(*hidden.shape[:-1], -1), weights["o_proj"].T), cache
+
+
+def gated(out: Array, hidden: Array, weights: Weights, config: MLAConfig) -> Array:
+    """The result of attention [..., s, h, v] times sigmoid(W_G h), of which each head has one number or v.
+
+    Sources: transformers 5.23.0, models/bailing_hybrid/modeling_bailing_hybrid.py, lines 395-396 (Ling-3.0), and
+    models/dots3_note/modeling_dots3_note.py, lines 601-602: one a head; models/hy_v4/modeling_hy_v4.py, lines 408 and 478
+    (Hy4), and vLLM 0.33.0, vllm/models/kimi_k3/nvidia/mla.py (Kimi-K3): one an element.
+    """
+    if config.output_gate is None:
+        return out
+    g = accurate_product(hidden, weights["g_proj"].T)  # [..., s, h or h·v]
+    return out * sigmoid(g).reshape(*out.shape[:-1], -1)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(−x)), to a few roundoffs of itself whatever its size."""
+    e = np.exp(-np.abs(x))
+    share: Array = np.where(x < 0, e, 1.0) / (1 + e)
+    return share
 
 
 def multi_head_as_mla(k: Array, v: Array, num_heads: int) -> tuple[Array, Array, Array]:

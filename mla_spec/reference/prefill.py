@@ -19,6 +19,8 @@ def prefill(
     *,
     softmax_scale: float,
     causal: bool = True,
+    window: int | None = None,
+    attn_sink: Array | None = None,
 ) -> tuple[Array, Array]:
     """``attention`` of every sequence, sequence i being tokens cu[i] .. cu[i + 1] - 1 of the packed axis.
 
@@ -27,6 +29,7 @@ def prefill(
         k, v: [key tokens, g, d] and [key tokens, g, dv], g dividing h.
         cu_seqlens_q, cu_seqlens_k: [b + 1], from 0 to the number of tokens. A sequence may have no queries or no keys.
         causal: whether query i of s sees keys 0 .. t - s + i of the t of its sequence (bottom-right), or all of them.
+        window, attn_sink: those of ``attention``.
 
     Returns:
         (out [tokens, h, dv], lse [h, tokens]); a row that sees no key gives 0 and -inf.
@@ -35,7 +38,15 @@ def prefill(
         ValueError: offsets do not fit the tokens or each other; and as ``attention``.
     """
     parts = [
-        attention(q[queries], k[keys], v[keys], softmax_scale=softmax_scale, causal=causal)
+        attention(
+            q[queries],
+            k[keys],
+            v[keys],
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window=window,
+            attn_sink=attn_sink,
+        )
         for queries, keys in packed_sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     ]
     return np.concatenate([out for out, _ in parts]), np.concatenate([lse for _, lse in parts], axis=-1)

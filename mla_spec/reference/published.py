@@ -82,6 +82,8 @@ class PublishedModel:
             mla_scale_kv_lora=self.fields.get("mla_scale_kv_lora", False),
             k_pe_norm=self.fields.get("k_pe_norm", False),
             llama_4_scaling=None if temperature is None else Llama4Scaling(**temperature),
+            output_gate=self.fields.get("output_gate"),
+            attention_sink=self.fields.get("attention_sink", False),
         )
 
     def _rope(self) -> RopeConfig | None:

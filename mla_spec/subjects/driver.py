@@ -168,6 +168,7 @@ class Driver:
         options = {
             name: TORCH_DTYPES[self.dtype] if name == "dtype" else getattr(inputs, name) for name in operation.keywords
         }
+        options |= {name: value for name in operation.options if (value := getattr(inputs, name)) is not None}
         for argument in operation.arguments:
             value = _passed(argument, inputs, tensors)
             if not argument.optional:

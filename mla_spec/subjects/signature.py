@@ -81,6 +81,7 @@ class Signature:
         name: of the subject's method.
         arguments: in the order of the call.
         keywords: attributes of the inputs that are passed by name; "dtype" is the torch dtype of the case.
+        options: likewise, but left out where the inputs hold None.
         outputs: in the order in which they are returned. A call returns one as it is, several as a tuple, and nothing where
             what it gives is an argument that it writes.
         extent: how many sequences a call has, and how many keys a query of it sees; None where it has neither.
@@ -89,6 +90,7 @@ class Signature:
     name: str
     arguments: tuple[Argument, ...]
     keywords: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     outputs: tuple[Output, ...]
     extent: CallExtent | None = None
 
@@ -103,7 +105,10 @@ class Signature:
         if inputs is None:
             return None
         names = [a.name for a in self.arguments if tensors or a.kind == "config"]
-        values = {name: getattr(inputs, name) for name in [*names, *(k for k in self.keywords if k != "dtype")]}
+        values = {
+            name: getattr(inputs, name)
+            for name in [*names, *(k for k in (*self.keywords, *self.options) if k != "dtype")]
+        }
         return Asked(**values, shapes={o.name: o.shape(inputs) for o in self.outputs} if shapes else {})
 
     @property
@@ -120,7 +125,8 @@ class Signature:
     def call(self) -> str:
         """The call as one writes it."""
         names = [argument.name for argument in self.arguments if not argument.optional]
-        by_name = [*self.keywords, *(f"{a.name}=None" for a in self.arguments if a.optional)]
+        optional = [*(a.name for a in self.arguments if a.optional), *self.options]
+        by_name = [*self.keywords, *(f"{name}=None" for name in optional)]
         return f"{self.name}({', '.join([*names, *(['*', *by_name] if by_name else [])])})"
 
     @property

@@ -14,7 +14,7 @@ import torch
 
 from mla_spec.reference.block_scales import CODE, BlockSize, dequantise_weight
 from mla_spec.reference.config import MLAConfig
-from mla_spec.reference.mla import check_weights
+from mla_spec.reference.mla import check_weights, weight_shapes
 from mla_spec.reference.typing import Array
 
 OWN_NAMES: Final = {
@@ -30,6 +30,11 @@ OWN_NAMES: Final = {
 """Names of DeepSeek's inference code (DeepSeek-V3 repository, inference/model.py, class MLA), and the checkpoints' for the same."""
 
 NAMES: Final = frozenset(OWN_NAMES.values())
+"""What all layers of MLA have, by which a layer is found."""
+
+GATE: Final = "gate_proj"
+"""Hy4's name of g_proj; beside attention, an MLP has one too."""
+
 BESIDE: Final = ("indexer.", "rotary_emb.")
 """Modules beside the weights, which are no weights of MLA."""
 
@@ -59,9 +64,12 @@ def layer_weights(
     prefix = _only_prefix(state) if prefix is None else prefix
     stored: dict[str, torch.Tensor] = {}
     scales: dict[str, torch.Tensor] = {}
+    names = NAMES | weight_shapes(config).keys()
     for key, name, kind in _parts(state, prefix):
         known, into = OWN_NAMES.get(name, name), stored if kind == "weight" else scales
-        if known not in NAMES or kind not in ("weight", *SCALES):
+        if name == GATE and config.output_gate is not None:
+            known = "g_proj"
+        if known not in names or kind not in ("weight", *SCALES):
             raise ValueError(f"weights: {key!r} is no weight of MLA; expected the names of weight_shapes")
         if known in into:
             raise ValueError(f"weights: {known} is stated twice, the second time as {key!r}")
@@ -90,6 +98,9 @@ def _parts(state: State, prefix: str) -> Iterator[tuple[str, str, str]]:
         raise ValueError(f"weights: no key begins with {prefix!r}")
     for key in below:
         if not key[len(prefix) :].startswith(BESIDE):
+            if key == f"{prefix}sinks":
+                yield key, "sinks", "weight"
+                continue
             before, name, kind = _split(key)
             yield key, before[len(prefix) :] + name, kind
 

@@ -16,6 +16,9 @@ YARN_OPTIONS = ("attention_factor", "softmax_mscale", "truncate", "applies")
 BACKWARD = ("prefill", "sparse_prefill", "layer", "rope", "merge")
 """Operations whose gradients are judged."""
 
+WITH_OPTIONS = ("decode", "prefill")
+"""Operations that may take a sink, and a window."""
+
 SIZES: dict[str, tuple[str, ...]] = {
     "dequantize_weight": ("weight_block_sizes",),
     "prefill": ("num_heads", "prefill_dims"),
@@ -50,7 +53,8 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class Supports:
-    """What a subject can be given. The default is everything but ``cuda_graphs``; declaring less shows in its report.
+    """What a subject can be given. The default is everything but ``dense_sink``, ``sliding_window``,
+    ``output_gate`` and ``cuda_graphs``; what a subject declares otherwise shows in its report.
 
     Args:
         dtypes: of the tensors.
@@ -68,6 +72,8 @@ class Supports:
         cache_formats: of quantised caches.
         topk_multiple: the number of indices per query of sparse attention is a multiple of it.
         attention_sink: whether sparse attention takes ``attn_sink``.
+        dense_sink: operations, of "decode", "prefill" and "layer", that take a sink. Not taken for granted.
+        sliding_window: operations, of "decode" and "prefill", that take ``window``. Not taken for granted.
         topk_length: whether sparse attention takes ``topk_length``.
         indexer_dims: pairs (h, d) of ``indexer``; None for any.
         indexer_top_k: values of ``top_k``; None for any.
@@ -95,6 +101,7 @@ class Supports:
         mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors, or "always" have them.
         k_pe_norm: whether a layer may have an RMSNorm on k_pe.
         llama_4_scaling: whether a layer's queries may have a temperature by position.
+        output_gate: the gates that a layer may have, of "head" and "element". Not taken for granted.
         layer_weights: what a layer sees when the weights it was made from are overwritten: "live" where its next call uses
             the new ones, "copied" where it keeps those it was made with, and has to be made anew.
         layer_dim_multiple: kv_lora_rank and qk_nope_head_dim of a layer must be multiples of it.
@@ -130,6 +137,8 @@ class Supports:
     cache_formats: tuple[str, ...] = tuple(LAYOUTS)
     topk_multiple: Count = 1
     attention_sink: bool = True
+    dense_sink: tuple[str, ...] = ()
+    sliding_window: tuple[str, ...] = ()
     topk_length: bool = True
     indexer_dims: tuple[tuple[Size, Size], ...] | None = None
     indexer_top_k: tuple[Size, ...] | None = None
@@ -154,6 +163,7 @@ class Supports:
     mla_scale_lora: bool | Literal["always"] = True
     k_pe_norm: bool = True
     llama_4_scaling: bool = True
+    output_gate: tuple[str, ...] = ()
     layer_weights: Literal["live", "copied"] = "live"
     layer_dim_multiple: Count = 1
     layer_multiples: tuple[tuple[str, Count], ...] = ()
@@ -173,6 +183,9 @@ class Supports:
         _require_known("dtypes", self.dtypes, DTYPES)
         _require_known("cache_formats", self.cache_formats, tuple(LAYOUTS))
         _require_known("backward", self.backward or (), BACKWARD)
+        _require_known("dense_sink", self.dense_sink, (*WITH_OPTIONS, "layer"))
+        _require_known("output_gate", self.output_gate, ("head", "element"))
+        _require_known("sliding_window", self.sliding_window, WITH_OPTIONS)
         _require_known("rope_layouts", self.rope_layouts, ("interleaved", "half"))
         _require_known("indexer_rope_layouts", self.indexer_rope_layouts, ("interleaved", "half"))
         _require_known("yarn_options", self.yarn_options, YARN_OPTIONS)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.prefill import PrefillCase
 from mla_spec.properties.strategies.sizes import (
     FLAGS,
     HEADS,
@@ -38,6 +40,8 @@ DECODE_REGIMES = ("typical", "outlier", "ties", "offset", "sink", "cancelling", 
 
 PUBLISHED_HEADS = (16, 128)
 """Of DeepSeek-V3 with and without tensor parallelism."""
+
+C = TypeVar("C", DecodeCase, PrefillCase)
 
 ELEMENTS = 400_000
 """Of the cache of a case, about; sequences share pages where they would need more."""
@@ -98,11 +102,14 @@ def draw_decode(
     logit_stds: tuple[float, ...] = LOGIT_STDS,
     sizes: tuple[str, ...] = DECODE_SIZES,
     shared: bool = False,
+    sinks: tuple[str, ...] = ("none",),
+    windows: tuple[int, ...] = (0,),
 ) -> DecodeCase:
     """Ragged batches over shuffled pages; lengths around boundaries of pages and of tiles of 16 keys.
 
     A quarter of the cases has many heads, sequences or queries, or one sequence of some hundred keys, and an eighth all the
     sizes of DeepSeek-V3; ``sizes`` says which may be. Keywords narrow what is drawn, for laws that need, say, two queries.
+    ``sinks`` and ``windows`` are drawn only where there is a choice, so that other laws keep their cases.
     ``shared``: many sequences may share pages, else there are fewer of them. Where the subject has no rule for rows without
     keys, none occur.
     """
@@ -129,7 +136,7 @@ def draw_decode(
     if profile.coarse and len(seqlens) <= 4 and draw(FLAGS):
         seqlens = [long_enough(n, page_size, profile) for n in seqlens]
     heads = PUBLISHED_HEADS if published else MANY_HEADS if size == "heads" else HEADS
-    return DecodeCase(
+    case = DecodeCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
         seqlens=tuple(seqlens),
@@ -145,6 +152,14 @@ def draw_decode(
         v_head_dim=draw(between(1, 8)),
         shared_pages=_shared_pages(len(seqlens), max(seqlens), page_size, c + r) if shared else 0,
     )
+    return with_options(draw, case, sinks, windows)
+
+
+def with_options(draw: DrawFn, case: C, sinks: tuple[str, ...], windows: tuple[int, ...]) -> C:
+    """The case with a sink and a window, each drawn only where there is a choice."""
+    sink = sinks[0] if len(sinks) == 1 else draw(choice(*sinks))
+    window = windows[0] if len(windows) == 1 else draw(choice(*windows))
+    return replace(case, sink=sink, window=window)
 
 
 @st.composite

@@ -45,6 +45,8 @@ def _supported(model: PublishedModel, supports: Supports) -> bool:
         and (supports.mla_scale_lora != "always" or bool(fields.get("mla_scale_kv_lora")))
         and (supports.q_lora_rank == "any" or fields["q_lora_rank"] is not None)
         and (supports.llama_4_scaling or fields.get("llama_4_scaling") is None)
+        and fields.get("output_gate") in (None, *supports.output_gate)
+        and ("layer" in supports.dense_sink or not fields.get("attention_sink"))
         and (supports.layer_thetas is None or not rotary or float(fields["rope_theta"]) in supports.layer_thetas)
         and supports.latent_norm_eps in (None, fields["latent_norm_eps"])
     )
@@ -199,6 +201,9 @@ def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
         cases += [replace(base, start=250, k_pe_norm=True), replace(base, start=250, k_pe_norm=True, layout="none")][
             : 1 + supports.rope_optional
         ]
+    cases += [replace(base, output_gate=gate, num_heads=2, hidden_size=6) for gate in supports.output_gate]
+    if "layer" in supports.dense_sink:
+        cases.append(replace(base, attention_sink=True, num_heads=2, hidden_size=6))
     cases.append(replace(base, kv_lora_rank=512, qk_rope_head_dim=64, num_heads=2, hidden_size=6))
     return list(dict.fromkeys(fitted(case, supports) for case in cases))
 
@@ -230,6 +235,8 @@ def layer_options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rop
         "mla_scale_kv_lora": draw(scaled),
         "llama_4_scaling": supports.llama_4_scaling and draw(FLAGS),
         "k_pe_norm": supports.k_pe_norm and rope_dim > 0 and draw(FLAGS),
+        "output_gate": draw(choice("none", *supports.output_gate)) if supports.output_gate else "none",
+        "attention_sink": "layer" in supports.dense_sink and draw(FLAGS),
     }
 
 

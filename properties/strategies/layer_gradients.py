@@ -16,6 +16,11 @@ from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
 
 
+def differentiable(supports: Supports) -> Supports:
+    """Without the options of a layer whose gradients are not derived."""
+    return replace(supports, output_gate=(), dense_sink=())
+
+
 @st.composite
 def layer_gradient_cases(
     draw: DrawFn, supports: Supports, profile: Profile, *, min_batch: int = 1
@@ -26,6 +31,7 @@ def layer_gradient_cases(
     norm on k_pe: the gradient of its weight is a sum of terms that cancel, of which 16 bits leave nothing.
     """
     narrow, coarse = (format_of(profile.dtype).precision <= bits for bits in (11, 8))
+    supports = differentiable(supports)
     names = supported_models(supports)
     name = draw(choice(*names)) if names and draw(FLAGS) else "none"
     fields = {} if name == "none" else layer_models()[name].fields

@@ -7,6 +7,7 @@ which little can go wrong.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mla_spec.bounds.profile import Profile
@@ -73,6 +74,17 @@ def prefill(supports: Supports, profile: Profile) -> list[PrefillCase]:
             causal=supports.causal[0],
         )
     ]
+
+
+def with_options(operation: str, supports: Supports, profile: Profile) -> list[Any]:
+    """The ordinary case of ``decode`` or ``prefill`` with the sink and the window that it takes; none where it takes neither."""
+    case = ORDINARY[operation](supports, profile)[0]
+    options: dict[str, Any] = {}
+    if operation in supports.dense_sink:
+        options["sink"] = "finite"
+    if operation in supports.sliding_window and True in supports.causal:
+        options |= {"window": 4, "causal": True}
+    return [replace(case, **options)] if options else []
 
 
 def ragged_decode(supports: Supports, profile: Profile) -> list[RaggedDecodeCase]:

@@ -7,6 +7,7 @@ from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.prefill import PrefillCase
+from mla_spec.properties.strategies.decode import with_options
 from mla_spec.properties.strategies.sizes import (
     HEADS,
     LOGIT_STDS,
@@ -61,12 +62,14 @@ def prefill_cases(
     self_attention: bool = False,
     logit_stds: tuple[float, ...] = LOGIT_STDS,
     sizes: tuple[str, ...] = PREFILL_SIZES,
+    sinks: tuple[str, ...] = ("none",),
+    windows: tuple[int, ...] = (0,),
 ) -> PrefillCase:
     """Packed sequences of unequal lengths, some of them empty; V narrower than, as wide as, and wider than QK.
 
     A quarter of the cases has many heads or sequences, or one sequence of many queries or keys, and an eighth the heads and
     widths of DeepSeek-V3; ``sizes`` says which may be. ``min_past`` is the least number of keys before a sequence's first
-    query; None allows fewer keys than queries. ``self_attention``: as many keys as queries. Where the subject has no rule for
+    query; None allows fewer keys than queries. ``sinks`` and ``windows`` are those of ``draw_decode``. ``self_attention``: as many keys as queries. Where the subject has no rule for
     rows without keys, none occur.
     """
     is_causal = draw(choice(*(c for c in supports.causal if causal is None or c == causal)))
@@ -94,7 +97,7 @@ def prefill_cases(
         keys = [max(t, n if is_causal else min(n, 1)) for n, t in zip(queries, keys, strict=True)]
     d, v = _dims(draw, supports, published=published)
     many = (16, 128) if published else MANY_HEADS[:1] + MANY_HEADS[2:5]
-    return PrefillCase(
+    case = PrefillCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
         seqlens_q=tuple(queries),
@@ -106,3 +109,5 @@ def prefill_cases(
         logit_std=draw(choice(*judgeable_stds(logit_stds, profile, d))),
         regime=draw(choice(*supported(PREFILL_REGIMES, supports))),
     )
+    chosen: PrefillCase = with_options(draw, case, sinks, windows)
+    return chosen

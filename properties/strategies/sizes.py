@@ -30,6 +30,12 @@ HEADS = (1, 2, 3, 4, 5, 8, 16, 20)
 MANY_HEADS = (72, 128, 24, 32, 48, 64, 96, 112)
 """More than a tile of 64, and in the first no whole number of tiles; and what tensor parallelism leaves of 128 or 96."""
 
+SINK_STDS = (1.0, 4.0, 0.1)
+"""Standard deviations of logits for which the LSE is known well enough to be compared with a sink."""
+
+WINDOWS = (1, 2, 5, 16, 17, 64)
+"""Keys that a query sees: one, a few, a tile or page, and one more."""
+
 MANY_SEQUENCES = (9, 17, 33, 65, 128, 200)
 PREFILL_REGIMES = ("typical", "outlier", "ties", "negative")
 LOGIT_STDS = (1.0, 4.0, 0.1, 16.0, 64.0, 0.01, 256.0, 1e3, 1e4, 1e5)

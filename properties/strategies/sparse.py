@@ -17,6 +17,7 @@ from mla_spec.properties.strategies.sizes import (
     PAGE_SIZES,
     PREFILL_REGIMES,
     SEEDS,
+    SINK_STDS,
     among,
     between,
     choice,
@@ -26,9 +27,6 @@ from mla_spec.properties.strategies.sizes import (
     supported,
 )
 from mla_spec.subjects.supports import Supports
-
-SINK_STDS = (1.0, 4.0, 0.1)
-"""Standard deviations of logits for which the LSE is known well enough to be compared with a sink."""
 
 
 def _shared(

@@ -77,7 +77,7 @@ def query_error(x: float, sharing: list[float], scale: float, profile: Profile) 
 
 @dataclass(frozen=True)
 class Row:
-    """One query of one head; the first ``seen`` of t keys are visible to it."""
+    """One query of one head; of the first ``seen`` of t keys those from ``first`` on are visible to it."""
 
     profile: Profile
     q: list[float]  # [d]
@@ -90,14 +90,20 @@ class Row:
     scale: float  # σ
     sink: float
     outputs: int  # of the whole call
+    first: int = 0
 
     @cached_property
     def t(self) -> int:
         return len(self.k)
 
     @cached_property
+    def own(self) -> slice:
+        """The visible keys."""
+        return slice(self.first, self.seen)
+
+    @cached_property
     def s(self) -> list[float]:
-        return [self.scale * math.fsum(a * b for a, b in zip(self.q, key, strict=True)) for key in self.k[: self.seen]]
+        return [self.scale * math.fsum(a * b for a, b in zip(self.q, key, strict=True)) for key in self.k[self.own]]
 
     @cached_property
     def m(self) -> float:
@@ -120,7 +126,7 @@ class Row:
         return math.fsum(p * y for p, y in zip(self.p, x, strict=True))
 
     def column(self, d: int) -> list[float]:
-        return [row[d] for row in self.v[: self.seen]]
+        return [row[d] for row in self.v[self.own]]
 
     def out(self, d: int) -> float:
         return self.mean(self.column(d))
@@ -184,7 +190,7 @@ class Row:
     def delta(self) -> list[float]:
         """Δ_j."""
         found = []
-        for s, key, e_key in zip(self.s, self.k, self.e_k, strict=False):
+        for s, key, e_key in zip(self.s, self.k[self.own], self.e_k[self.own], strict=True):
             gauge = inherited = 0.0
             for a, b, e_a, e_b in zip(self.q, key, self.e_q, e_key, strict=True):
                 gauge += abs(self.scale) * (abs(a) + e_a) * (abs(b) + e_b)
@@ -252,7 +258,7 @@ class Row:
     def norm(self, sizes: list[float]) -> float:
         """λ sqrt(Σ p̂² x²)."""
         grown = [p * (1 + eta) * self.inverse for p, eta in zip(self.p, self.eta, strict=True)]
-        return self.tail * math.sqrt(math.fsum((p * x) ** 2 for p, x in zip(grown, sizes, strict=False)))
+        return self.tail * math.sqrt(math.fsum((p * x) ** 2 for p, x in zip(grown, sizes[self.own], strict=True)))
 
     def probable_p(self, d: int) -> float:
         """R, where the roundings of the weights are independent."""
@@ -260,12 +266,12 @@ class Row:
         if self.profile.row_sum != "rounded":
             return self.u_p * moved + self.lost * column
         size = abs(self.out(d)) + self.moved(d) + self.inherited(d)
-        moved += size * self.norm([1.0] * self.seen)
+        moved += size * self.norm([1.0] * self.t)
         return (self.u_p * moved + self.lost * (column + self.t * size)) / (1 - self.rounded_sum)
 
     @cached_property
     def probable_sum(self) -> float:
-        rounded = self.u_p * self.norm([1.0] * self.seen) + self.t * self.lost
+        rounded = self.u_p * self.norm([1.0] * self.t) + self.t * self.lost
         return rounded if self.profile.row_sum == "rounded" else 0.0
 
     # Sums of one value dim
@@ -297,15 +303,15 @@ class Row:
     def moved_with_query(self, d: int) -> float:
         """N, with what an error of q that all keys share moves to first order."""
         channels = range(len(self.q))
-        mean = [self.mean([key[i] for key in self.k[: self.seen]]) for i in channels]
-        away = [[key[i] - mean[i] for i in channels] for key in self.k[: self.seen]]
+        mean = [self.mean([key[i] for key in self.k[self.own]]) for i in channels]
+        away = [[key[i] - mean[i] for i in channels] for key in self.k[self.own]]
         e = [abs(self.scale) * x for x in self.e_q]
         from_o = [x - self.out(d) for x in self.column(d)]
         linear = math.fsum(
             e[i] * abs(self.mean([a[i] * x for a, x in zip(away, from_o, strict=True)])) for i in channels
         )
         further = []
-        for a, s, key, e_key in zip(away, self.s, self.k, self.e_k, strict=False):
+        for a, s, key, e_key in zip(away, self.s, self.k[self.own], self.e_k[self.own], strict=True):
             reach = math.fsum(x * abs(y) for x, y in zip(e, a, strict=True))
             gauge = inherited = 0.0
             for x, y, e_x, e_y in zip(self.q, key, self.e_q, e_key, strict=True):
@@ -325,7 +331,7 @@ class Row:
 
     def inherited(self, d: int) -> float:
         """Σ p̂ e_v."""
-        e = [row[d] for row in self.e_v[: self.seen]]
+        e = [row[d] for row in self.e_v[self.own]]
         return (self.mean(e) + self.root_eta * math.sqrt(self.mean([x * x for x in e]))) * self.inverse
 
     def gauge(self, d: int) -> float:
@@ -348,6 +354,22 @@ class Row:
     def share(self) -> float:
         """What a sink leaves of the output."""
         return math.exp(self.lse) / (math.exp(self.lse) + math.exp(self.sink))
+
+    @cached_property
+    def shift(self) -> float:
+        """Relative error of exp(s − sink), where the sink is the largest score, beside that of exp(s − m)."""
+        return math.expm1(self.u * max(self.sink - self.m, 0.0)) if math.isfinite(self.sink) else 0.0
+
+    def flushed(self, d: int) -> float:
+        """What underflow takes from all weights together, where the sink is one of at least 1 in all."""
+        if math.isinf(self.sink):
+            return 0.0
+        sizes = self.root_column(d)
+        if self.profile.row_sum in ("normalised", "lse"):
+            return self.lost * sizes
+        return (
+            self.lost * self.total * (sizes + (self.t * abs(self.out(d)) if self.profile.row_sum == "rounded" else 0.0))
+        )
 
     def share_error(self, lse_error: float) -> float:
         if math.isinf(self.sink):  # all, or none
@@ -377,19 +399,20 @@ class Row:
             divided = math.expm1(of_lse - math.log1p(-rho) - math.log1p(-self.eps)) * (o + error)
         error += divided
         share, share_error = (self.share, self.share_error(lse_error)) if sink else (1.0, 0.0)
-        sunk = share_error * (o + error)
+        sunk = share * (share_error * (o + error) + 2 * self.shift * self.gauge(d)) + self.flushed(d) if sink else 0.0
         own = self.reference * self.moved(d) + gamma(self.t + 16, U64) * self.gauge(d)
         ulps = 1 if profile.output_rounding == "truncate" else 0.5
-        return {
+        terms = {
             "error of the scores": share * self.moved(d),
             "error of the operands": share * self.inherited(d),
             f"rounding of P to {profile.probabilities}": share * rounding,
             "accumulation of P·V": share * accumulated,
             "merging of parts by LSE": share * merged,
             "row sum and division": share * divided,
-            "attention sink": share * sunk,
+            "attention sink": sunk,
             "the reference's own float64": share * own,
             f"rounding of the output to {profile.output}": 2
             * ulps
-            * half_ulp(share * (o + error + sunk), profile.output),
+            * half_ulp(share * (o + error) + sunk, profile.output),
         }
+        return dict.fromkeys(terms, 0.0) if sink and self.sink == math.inf else terms

@@ -531,3 +531,22 @@ def test_merge_by_shares_that_do_not_add_up_to_one_is_in_the_bound(dtype: str, c
     for std, seed in itertools.product(LOGIT_STDS, range(4)):
         case = inputs(seed, dtype, std, t=33, v_mean=30.0)
         assert max(excesses(kernel, case)) <= 1, (std, seed)
+
+
+@pytest.mark.parametrize("above", [0.0, 3.0, 12.0, 40.0])
+@pytest.mark.parametrize("probabilities", ["float32", "float16"])
+def test_a_kernel_with_the_sink_among_its_scores_stays_inside(probabilities: str, above: float) -> None:
+    """The sink is the largest score by ``above``; beside it, weights of float16 lose bits, and in the end are 0."""
+    rng = np.random.default_rng(21)
+    q, k, v = (round_to(rng.standard_normal(shape), "float32") for shape in ((1, 1, 8), (40, 1, 8), (40, 1, 3)))
+    scores = (k[:, 0] @ q[0, 0]).astype(np.float32)
+    sink = np.float32(scores.max()) + np.float32(above)
+    p = round_to(np.exp(scores - sink).astype(float), probabilities).astype(np.float32)
+    out = (p @ v[:, 0].astype(np.float32)) / (p.sum() + np.float32(1))
+    profile = Profile.default("float32", probabilities=probabilities, row_sum="rounded")
+    options: Any = {"softmax_scale": 1.0, "profile": profile, "attn_sink": np.array([float(sink)])}
+    bounded = attention_with_bound(q, k, v, sink_joins=True, **options)
+    assert (np.abs(out - bounded.out[0, 0]) <= bounded.out_error.total[0, 0]).all()
+    apart = attention_with_bound(q, k, v, **options)
+    outside = (np.abs(out - apart.out[0, 0]) > apart.out_error.total[0, 0]).any()
+    assert outside == (probabilities == "float16" and above >= 12), "what is multiplied at the end loses no weight"

@@ -7,7 +7,7 @@ or a sign differs from the same term written out.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,7 @@ class Call:
     attn_sink: Array | None  # [h]
     seqlens: IntArray  # [b]
     scale: float
+    window: int | None = None
 
     def bounded(self, profile: Profile, **options: Any) -> BoundedAttention:
         return attention_with_bound(
@@ -87,8 +88,10 @@ class Call:
             softmax_scale=self.scale,
             profile=profile,
             cache_seqlens=self.seqlens,
+            window=self.window,
             inherited=self.inherited,
             attn_sink=self.attn_sink,
+            sink_joins=True,
             **options,
         )
 
@@ -103,6 +106,7 @@ class Call:
             rows = zip(x, e.tolist(), strict=True)
             return [[b + dequantised(a, profile) for a, b in zip(*pair, strict=True)] for pair in rows]
 
+        seen = max(int(self.seqlens[b]) - s + 1 + i, 0)
         return Row(
             profile=profile,
             q=self.q[b, i, head].tolist(),
@@ -111,7 +115,8 @@ class Call:
             e_q=[e + self.rounding(j, b, i, head, profile) for j, e in enumerate(errors.q[b, i, head].tolist())],
             e_k=with_cache(k, errors.k[b, :, group]),
             e_v=with_cache(v, errors.v[b, :, group]),
-            seen=max(int(self.seqlens[b]) - s + 1 + i, 0),
+            seen=seen,
+            first=max(seen - (self.window or seen), 0),
             scale=self.scale,
             sink=-math.inf if self.attn_sink is None else float(self.attn_sink[head]),
             outputs=self.q[..., 0].size * self.v.shape[-1],
@@ -133,7 +138,7 @@ def call(inherited: bool, sink: bool, scale: float, t: int = 7, logit_std: float
     v += [1.0, -1.0, 0.5]
     k[1, ::2], v[1, 1::2] = np.round(2 * k[1, ::2]) / 2, np.round(2 * v[1, 1::2]) / 2
     errors = InheritedError(*(rng.uniform(0, 2e-3, x.shape) for x in (q, k, v)))
-    sinks = np.array([0.7, -np.inf, -1.5, np.inf])
+    sinks = np.array([0.7, -np.inf, 9.0, np.inf])
     q *= logit_std * 6**-0.5 / abs(scale)
     return Call(q, k, v, errors if inherited else None, sinks if sink else None, np.array([t, 1]), scale)
 
@@ -150,7 +155,19 @@ def check(got: ErrorBound, index: tuple[int, ...], want: dict[str, float]) -> No
 @pytest.mark.parametrize("inherited", [False, True], ids=["exact", "inherited"])
 @pytest.mark.parametrize("profile", PROFILES, ids=Profile.describe)
 def test_terms_are_those_written_out(profile: Profile, inherited: bool, sink: bool, scale: float) -> None:
-    case = call(inherited, sink, scale)
+    require_written_out(call(inherited, sink, scale), profile, sink)
+
+
+@pytest.mark.parametrize("window", [1, 4, 7])
+@pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize("profile", PROFILES, ids=Profile.describe)
+def test_terms_of_a_window_are_those_written_out(profile: Profile, sink: bool, window: int) -> None:
+    """Keys before it weigh nothing; blocks of three of them are wholly before it, or in part."""
+    require_written_out(replace(call(True, sink, 0.3), window=window), profile, sink)
+
+
+def require_written_out(case: Call, profile: Profile, sink: bool) -> None:
+    """Every term of every element."""
     bounded = case.bounded(profile, block_size=3)
     for b, i, head, d in np.ndindex(bounded.out.shape):
         row = case.row(profile, b, i, head)

@@ -6,6 +6,7 @@ test_backward_bound_written_out.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -44,6 +45,7 @@ from mla_spec.reference.config import Llama4Scaling, MLAConfig, RopeConfig
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.typing import Array, IntArray
+from tests.bounds.bound_terms import U64, UNIT_ROUNDOFF, half_ulp
 
 PLAIN = MLAConfig(
     hidden_size=9,
@@ -61,6 +63,9 @@ CONFIGS = {
     "no query compression": replace(PLAIN, q_lora_rank=None),
     "not rotated": replace(PLAIN, rope=None),
     "norm on k_pe": replace(PLAIN, k_pe_norm=True),
+    "gate of heads": replace(PLAIN, output_gate="head"),
+    "gate of elements": replace(PLAIN, output_gate="element", q_lora_rank=None),
+    "sink": replace(PLAIN, attention_sink=True),
     "scaled": replace(
         PLAIN,
         mla_scale_q_lora=True,
@@ -193,7 +198,7 @@ class Composed:
     def attention(self) -> list[tuple[Bounded, Bounded]]:
         """(out [b, s, ·], lse [b, s]) of each head."""
         result = []
-        for operands in self.operands:
+        for head, operands in enumerate(self.operands):
             q, k, v = (x[..., None, :] for x in operands)
             bound = attention_with_bound(
                 q.value,
@@ -202,6 +207,8 @@ class Composed:
                 softmax_scale=self.config.scale,
                 profile=replace(self.profile, cache_dequantised=None),
                 inherited=InheritedError(q.error, k.error, v.error),
+                attn_sink=self.weights["sinks"][head : head + 1] if self.config.attention_sink else None,
+                sink_joins=True,
             )
             out, lse = Bounded(bound.out, bound.out_error.total), Bounded(bound.lse, bound.lse_error.total)
             result.append((out[..., 0, :], lse[..., 0, :]))
@@ -212,10 +219,37 @@ class Composed:
         return [out for out, _ in self.attention]
 
     @cached_property
-    def out(self) -> Bounded:
+    def expanded(self) -> Bounded:
         if self.profile.form == "explicit":
             return side_by_side(self.attended)
         return side_by_side([self.linear(self.w_uv(head), self.attended[head]) for head in self.heads])
+
+    @cached_property
+    def g(self) -> Bounded:
+        x = exact(self.hidden)
+        return x if self.config.output_gate is None else self.linear(self.weights["g_proj"], x)
+
+    @cached_property
+    def out(self) -> Bounded:
+        """The values times their gates, each a sigmoid that is stored, and the product too."""
+        if self.config.output_gate is None:
+            return self.expanded
+        value, error = np.empty_like(self.expanded.value), np.empty_like(self.expanded.error)
+        u, dtype = UNIT_ROUNDOFF[self.profile.softmax], self.profile.dtype
+        of_gate = self.config.v_head_dim if self.config.output_gate == "head" else 1
+        for b, s, i in np.ndindex(value.shape):
+            x, e = (float(a[b, s, i // of_gate]) for a in (self.g.value, self.g.error))
+            o, e_o = (float(a[b, s, i]) for a in (self.expanded.value, self.expanded.error))
+            least, gate, most = (1 / (1 + math.exp(-y)) for y in (x - e, x, x + e))
+            off = max(most - gate, gate - least)
+            of_exp = math.expm1(u * (abs(x) + e + self.profile.exp_error)) * (1 - least)
+            off += ((1 + 4 * u) / (1 - of_exp) - 1 + 8 * U64) * (gate + off)
+            off += half_ulp(gate + off, dtype)
+            error[b, s, i] = abs(o) * off + e_o * (gate + off)
+            error[b, s, i] += (u + U64) * (abs(o * gate) + error[b, s, i])
+            error[b, s, i] += half_ulp(abs(o * gate) + error[b, s, i], dtype)
+            value[b, s, i] = o * gate
+        return Bounded(value, error)
 
     def bounded(self) -> BoundedLayer:
         shared = self.profile.form == "absorbed"
@@ -235,6 +269,8 @@ class Composed:
             v=v[..., :1, :] if shared else v,
             attended=stacked(self.attended),
             lse=stacked([lse for _, lse in self.attention]),
+            expanded=self.expanded,
+            g=self.g,
             out=self.out,
         )
 
@@ -361,7 +397,9 @@ def test_bound_of_a_layer_is_composed_of_its_steps(name: str, form: Any) -> None
 
 
 @pytest.mark.parametrize("form", ["explicit", "absorbed"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [name for name in CONFIGS if name not in ("gate of heads", "gate of elements", "sink")]
+)
 def test_bound_of_a_layers_gradients_is_composed_of_its_steps(name: str, form: Any) -> None:
     layer = composed(name, form)
     out_grad = np.random.default_rng(1).standard_normal(layer.hidden.shape)

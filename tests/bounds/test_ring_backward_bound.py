@@ -35,7 +35,7 @@ UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-24,
 
 def arguments(case: RingCase) -> tuple[list[dict[str, Any]], Array]:
     x = case.with_gradients()
-    return [vars(part.forward) for part in case.key_parts(x.forward)], x.out_grad
+    return [part.forward.plain for part in case.key_parts(x.forward)], x.out_grad
 
 
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
@@ -76,7 +76,7 @@ def test_each_part_gets_what_the_merge_gives_it_with_its_errors(dtype: str) -> N
 def test_the_gradients_of_q_add_up_to_those_of_the_whole() -> None:
     parts, out_grad = arguments(CASE)
     bounded = ring_backward_with_bound(parts, out_grad, profile=Profile.default("float64"))
-    whole = prefill_backward(**vars(CASE.with_gradients().forward), out_grad=out_grad)
+    whole = prefill_backward(**CASE.with_gradients().forward.plain, out_grad=out_grad)
     error = sum(part[0].error for part in bounded)
     assert (np.abs(sum(part[0].value for part in bounded) - whole[0]) <= error).all()
     assert error.max() < 1e-11

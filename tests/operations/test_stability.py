@@ -21,8 +21,13 @@ DIGESTS: dict[str, str] = json.loads((Path(__file__).parent / "case_digests.json
 TOLD = {"format", "page_size"}
 """Fields of the inputs of quantised caches that the case itself has."""
 
-ADDED = {"k_pe_norm": False}
-"""Fields that a configuration has had since the digests were taken, each with the value that changes nothing."""
+ADDED = {
+    ("MLAConfig", "k_pe_norm"): False,
+    ("MLAConfig", "output_gate"): None,
+    ("MLAConfig", "attention_sink"): False,
+    **{(inputs, name): None for inputs in ("DecodeInputs", "PrefillInputs") for name in ("attn_sink", "window")},
+}
+"""Fields of classes that they have had since the digests were taken, each with the value that changes nothing."""
 
 
 def digest(case: Case) -> str:
@@ -43,7 +48,7 @@ def _feed(sha: Any, value: Any) -> None:
     if is_dataclass(value):
         for name in sorted(f.name for f in fields(value)):
             told = name in TOLD and hasattr(value, "tensor_scale")
-            if not told and getattr(value, name) is not ADDED.get(name, ...):
+            if not told and getattr(value, name) is not ADDED.get((type(value).__name__, name), ...):
                 sha.update(name.encode())
                 _feed(sha, getattr(value, name))
     elif isinstance(value, Mapping):

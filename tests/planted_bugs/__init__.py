@@ -51,6 +51,7 @@ from mla_spec.planted_bugs import (
     tensor_parallel,
     variants,
     weights,
+    windows_and_sinks,
 )
 from mla_spec.planted_bugs.registry import PLANTED, PlantedBug
 
@@ -103,4 +104,5 @@ __all__ = [
     "tensor_parallel",
     "variants",
     "weights",
+    "windows_and_sinks",
 ]

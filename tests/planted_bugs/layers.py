@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mla_spec.adapters.pytorch import TorchAbsorbed, TorchLayer
+from mla_spec.adapters.pytorch import TorchAbsorbed, TorchExplicit, TorchLayer, wide
 from mla_spec.planted_bugs.registry import planted
 from mla_spec.reference.config import MLAConfig, RopeConfig
+
+PREFILL, DECODE = "test_layer_prefill_agrees_with_reference", "test_layer_decode_agrees_with_reference"
 
 
 @planted(
@@ -108,3 +111,69 @@ class AbsorbedOnce(TorchAbsorbed):
         made = super().layer(weights, config)
         made.w_uk, made.w_uv = self.absorbed.setdefault(config, (made.w_uk, made.w_uv))
         return made
+
+
+@planted(
+    "X-gate-left-out",
+    symptom="a gated model is wrong in every layer of attention",
+    shows_when="the layer has an output gate",
+    killed_by=(PREFILL, DECODE),
+)
+class GateLeftOut(TorchAbsorbed):
+    """Weights of the gate are loaded and not used."""
+
+    def gated(self, out: Tensor, hidden: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
+        return out
+
+
+@planted(
+    "X-gates-by-element-and-head",
+    symptom="another model than the one that was trained",
+    shows_when="the layer has a gate of each element, and several heads",
+    killed_by=(PREFILL, DECODE),
+)
+class GatesByElementAndHead(TorchAbsorbed):
+    """Gates are laid out [v, h], as if the heads were innermost."""
+
+    def gated(self, out: Tensor, hidden: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
+        gate = self.gate(self.linear(hidden, weights["g_proj"])).unflatten(-1, (-1, config.num_heads))
+        return self.scaled(out, gate.transpose(-1, -2))
+
+
+@planted(
+    "X-gate-of-silu",
+    symptom="another model than the one that was trained",
+    shows_when="the layer has an output gate",
+    killed_by=(PREFILL, DECODE),
+)
+class GateOfSilu(TorchExplicit):
+    """The activation of the MLP's gate is used."""
+
+    def gate(self, g: Tensor) -> Tensor:
+        return torch.nn.functional.silu(g.to(wide(g.dtype)))
+
+
+@planted(
+    "X-gate-of-the-last-token",
+    symptom="prefill is wrong, decode is right",
+    shows_when="a call of several tokens, and an output gate",
+    killed_by=(PREFILL,),
+)
+class GateOfTheLastToken(TorchAbsorbed):
+    """All tokens of a call have the gate of its last one, as if there were one."""
+
+    def gated(self, out: Tensor, hidden: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
+        return super().gated(out, hidden[:, -1:], weights, config)
+
+
+@planted(
+    "X-layer-sink-left-out",
+    symptom="a model with sinks is wrong in every layer of attention",
+    shows_when="the layer has a sink",
+    killed_by=(PREFILL, DECODE),
+)
+class LayerSinkLeftOut(TorchExplicit):
+    """The layer does not pass its sinks to attention."""
+
+    def attend_latent(self, *arguments: Any) -> Tensor:
+        return super().attend_latent(*arguments[:7])

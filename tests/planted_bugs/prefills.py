@@ -175,9 +175,9 @@ class PackedScaleOfFirstCall(TorchAbsorbed):
     def __init__(self) -> None:
         self.captured: dict[Any, float] = {}
 
-    def prefill(self, q: Tensor, k: Tensor, *args: Any, softmax_scale: float, causal: bool) -> Any:
+    def prefill(self, q: Tensor, k: Tensor, *args: Any, softmax_scale: float, **options: Any) -> Any:
         scale = self.captured.setdefault((q.shape, k.shape), softmax_scale)
-        return super().prefill(q, k, *args, softmax_scale=scale, causal=causal)
+        return super().prefill(q, k, *args, softmax_scale=scale, **options)
 
 
 @planted(

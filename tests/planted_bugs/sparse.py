@@ -74,7 +74,13 @@ class MaskOfFirstRow(TorchExplicit):
     source=("https://github.com/vllm-project/vllm/pull/54568",),
     symptom="models with sinks are a little wrong everywhere",
     shows_when="attn_sink is given",
-    killed_by=(*SINK, "test_sparse_prefill_equal_sink_takes_half", "test_sparse_decode_equal_sink_takes_half"),
+    killed_by=(
+        *SINK,
+        "test_sparse_prefill_equal_sink_takes_half",
+        "test_sparse_decode_equal_sink_takes_half",
+        "test_decode_attention_sink",
+        "test_prefill_attention_sink",
+    ),
 )
 class SinkDropped(TorchAbsorbed):
     """The backend takes the sink and does not use it."""

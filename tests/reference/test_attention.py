@@ -354,3 +354,58 @@ def test_rows_of_a_group_are_its_heads_one_after_the_other() -> None:
     np.testing.assert_array_equal(rows[1, 1, 4], x[1, 1, 3])  # group 1, its second head, query 1
     np.testing.assert_array_equal(rows_to_heads(rows, 3, 4), x)
     np.testing.assert_array_equal(rows_to_lse(rows[..., 0], 3, 4), np.swapaxes(x[..., 0], 1, 2))
+
+
+@pytest.mark.parametrize("block_size", [2, 4, 512])
+@pytest.mark.parametrize("window", [1, 3, 6, 100])
+def test_a_window_shows_the_last_keys_of_each_query(window: int, block_size: int) -> None:
+    """Against attention of each query alone, to a copy of the keys that it sees; the first of five queries sees none."""
+    q, k, v = operands(14, 5, 11, 4, 2)
+    seqlens = np.array([11, 4])
+    options: dict[str, Any] = {"softmax_scale": SCALE, "block_size": block_size}
+    both = [np.stack([x, x]) for x in (q, k, v)]
+    out, lse = attention(*both, cache_seqlens=seqlens, window=window, **options)
+    for b, i in np.ndindex(2, 5):
+        end = int(seqlens[b]) - 4 + i
+        keys = slice(max(end - window, 0), end)
+        want, want_lse = attention(q[i : i + 1], k[keys], v[keys], softmax_scale=SCALE)
+        np.testing.assert_allclose(out[b, i], want[0], rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(lse[b, :, i], want_lse[:, 0], rtol=1e-13)
+
+
+def test_keys_before_every_window_are_never_read() -> None:
+    q, k, v = operands(15, 2, 9, 2, 1)
+    clean = attention(q, k, v, softmax_scale=SCALE, window=3)
+    k[:5], v[:5] = np.nan, np.inf  # the first of two queries sees keys 5 .. 7
+    for a, b in zip(attention(q, k, v, softmax_scale=SCALE, window=3), clean, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_without_keys_is_refused(window: int) -> None:
+    q, k, v = operands(16, 1, 2, 1, 1)
+    with pytest.raises(ValueError, match=f"^window must be at least 1, got {window}$"):
+        attention(q, k, v, softmax_scale=SCALE, window=window)
+
+
+def test_a_sink_is_a_key_of_value_0() -> None:
+    """Its score joins the sum that divides, and not the LSE; -inf is no key, and +inf takes all."""
+    q, k, v = operands(17, 3, 5, 4, 2)
+    without, lse = attention(q, k, v, softmax_scale=SCALE)
+    sink = np.array([0.75, -np.inf, np.inf, -2.0])
+    out, same = attention(q, k, v, softmax_scale=SCALE, attn_sink=sink)
+    np.testing.assert_array_equal(same, lse)
+    np.testing.assert_array_equal(out[:, 1], without[:, 1])
+    np.testing.assert_array_equal(out[:, 2], 0.0)
+    for i, head in [(0, 0), (2, 3)]:
+        group, seen = head // 2, 3 + i
+        weights = np.exp([SCALE * q[i, head] @ key for key in k[:seen, group]])
+        want = weights @ v[:seen, group] / (weights.sum() + np.exp(sink[head]))
+        np.testing.assert_allclose(out[i, head], want, rtol=1e-12)
+
+
+def test_a_sink_leaves_rows_without_keys_at_0() -> None:
+    q, k, v = operands(18, 3, 2, 2, 1)
+    out, lse = attention(q, k, v, softmax_scale=SCALE, attn_sink=np.array([-np.inf, 1.0]))
+    np.testing.assert_array_equal(out[0], 0.0)
+    assert (lse[:, 0] == -np.inf).all()

@@ -64,16 +64,15 @@ MODELLED = {
     "LongCat-Flash-Lite-Sparse": (192, mscale2(120, 1.0)),
     "Youtu-LLM-2B": (192, 1.0),
     "Sarvam-105B": (192, mscale2(40, 1.0)),
+    "Kimi-K3 (text)": (192, 1.0),
+    "Ling-3.0-Flash": (192, 1.0),
+    "Ling-3.0-tiny": (192, 1.0),
+    "dots3-note-prev (DSA layers)": (192, 1.0),
 }
 
 NOT_MODELLED = {
-    "Kimi-K3 (text)": "sigmoid output gate",
     "Mistral-Large-4-1T-A52B": "LeRoPE frequencies",
     "A.X-K2-Light": "query gate projection",
-    "Ling-3.0-Flash": "head-wise sigmoid output gate",
-    "dots3-note-prev (DSA layers)": "head-wise output gate",
-    "Hy4-preview (class default)": "learned sink per head",
-    "Ling-3.0-tiny": "head-wise sigmoid output gate",
     "Ling-2.6-1T / Ring-2.6-1T": "which of its layers are MLA",
     "VAETKI-112B": "sliding window",
     "VAETKI-VL-7B": "sliding window",
@@ -81,6 +80,7 @@ NOT_MODELLED = {
 
 UNPUBLISHED = {
     "A.X-K1": "rope_theta",
+    "Hy4-preview (class default)": "rope_theta",
     "Ling-2.5-1T / Ring-2.5-1T": "hidden_size",
     "openPangu-Ultra-MoE-718B": "rope_theta",
     "GigaChat3-702B / 10B": "hidden_size",
@@ -278,7 +278,7 @@ def test_unknown_rope_type_is_named() -> None:
 def test_eps_of_the_latent_norms() -> None:
     """1e-6 by DeepSeek's code and most model classes, whatever rms_norm_eps says."""
     passed_on = {name for name in MODELLED if MLAConfig.published(name).latent_norm_eps != 1e-6}
-    assert passed_on == {"GLM-5.3-Flash (glm5_next)", "Mistral-Large-3-675B"}
+    assert passed_on == {"GLM-5.3-Flash (glm5_next)", "Mistral-Large-3-675B", "dots3-note-prev (DSA layers)"}
     for name in MODELLED:
         fields = MODELS[name].fields
         assert MLAConfig.published(name).latent_norm_eps == fields["latent_norm_eps"]
@@ -290,7 +290,7 @@ def test_longcat_scales_its_latents() -> None:
     config = MLAConfig.published("LongCat-Flash-Chat")
     assert (config.q_lora_scale, config.kv_lora_scale) == (2.0, 12**0.5)
     scaled = {name for name in MODELLED if MLAConfig.published(name).mla_scale_kv_lora}
-    assert scaled == {"LongCat-Flash-Chat", "LongCat-Flash-Lite-Sparse"}
+    assert scaled == {"LongCat-Flash-Chat", "LongCat-Flash-Lite-Sparse", "dots3-note-prev (DSA layers)"}
 
 
 def test_mistral_has_a_temperature() -> None:
@@ -325,3 +325,15 @@ def test_unknown_name_suggests_close_ones() -> None:
 def test_unknown_name_without_close_ones_says_where_they_are() -> None:
     with pytest.raises(ValueError, match=r"^unknown model 'zzz'; see `mla-spec models`$"):
         published_model("zzz")
+
+
+def test_gates_and_sinks() -> None:
+    gates = {name: MLAConfig.published(name).output_gate for name in MODELLED}
+    assert {name: gate for name, gate in gates.items() if gate} == {
+        "Kimi-K3 (text)": "element",
+        "Ling-3.0-Flash": "head",
+        "Ling-3.0-tiny": "head",
+        "dots3-note-prev (DSA layers)": "head",
+    }
+    hy4 = MODELS["Hy4-preview (class default)"].fields
+    assert (hy4["output_gate"], hy4["attention_sink"]) == ("element", True)

@@ -163,3 +163,74 @@ def test_latent_norms_of_published_models_have_the_eps_of_their_class() -> None:
         got = output(inputs)
         assert excess(got, inputs) <= 1
         assert excess(got, inputs, latent_norm_eps=1e-5) > 1
+
+
+def test_ling_gates_its_heads() -> None:
+    case = LayerCase(
+        dtype="float32", prompt=6, hidden_size=24, num_heads=3, model="ling-3.0-flash", start=100, **WIDTHS
+    )
+    inputs = case.build()
+    assert (inputs.config.output_gate, inputs.config.q_lora_rank) == ("head", None)
+    rope = {"rope_type": "default", "rope_theta": 6e6}
+    got = module_output(
+        inputs, "bailing_hybrid", "BailingHybridAttention", "BailingHybrid", rope_parameters=rope, head_dim=8
+    )
+    assert excess(got, inputs) <= 1
+    ungated = {name: w for name, w in inputs.weights.items() if name != "g_proj"}
+    assert excess(got, replace(inputs, weights=ungated), output_gate=None) > 1
+
+
+def hy4_output(inputs: LayerInputs) -> Array:
+    """Of a layer that shares the selection of an earlier one, here of all keys, and so has no indexer of its own."""
+    modeling = importlib.import_module("transformers.models.hy_v4.modeling_hy_v4")
+    configuration = importlib.import_module("transformers.models.hy_v4.configuration_hy_v4")
+    config = inputs.config
+    theirs = configuration.HYV4Config(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        num_hidden_layers=2,
+        q_lora_rank=config.q_lora_rank,
+        indexer_types=["full", "shared"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        head_dim=8,
+        attn_implementation="eager",
+        attention_bias=False,
+        **WIDTHS,
+    )
+    module = modeling.HYV4Attention(theirs, layer_idx=1).eval()
+    named = {"g_proj": "gate_proj.weight", "sinks": "sinks"}
+    module.load_state_dict(
+        {named.get(name, f"{name}.weight"): torch.from_numpy(w).float() for name, w in inputs.weights.items()}
+    )
+    hidden, positions = torch.from_numpy(inputs.hidden).float(), torch.from_numpy(inputs.positions)
+    s = hidden.shape[1]
+    mask = torch.full((s, s), -torch.inf).triu(1)[None, None]
+    every = torch.arange(s).expand(1, s, s)
+    table = modeling.HYV4RotaryEmbedding(config=theirs)(hidden, positions)
+    with torch.no_grad():
+        out: Array = module(hidden, table, mask, position_ids=positions, prev_topk_indices=every)[0].numpy()
+    return out
+
+
+def test_hy4_has_a_sink_of_each_head_and_gates_each_element() -> None:
+    """Their module stores scores, and weights beside the sink, as eager attention does."""
+    case = LayerCase(
+        dtype="float32",
+        prompt=6,
+        hidden_size=24,
+        num_heads=3,
+        q_lora_rank=12,
+        layout="half",
+        start=100,
+        output_gate="element",
+        attention_sink=True,
+        **WIDTHS,
+    )
+    inputs = case.build()
+    got = hy4_output(inputs)
+    assert excess(got, inputs) <= 1
+    for option, without in (("attention_sink", False), ("output_gate", None)):
+        name = {"attention_sink": "sinks", "output_gate": "g_proj"}[option]
+        fewer = {each: w for each, w in inputs.weights.items() if each != name}
+        assert excess(got, replace(inputs, weights=fewer), **{option: without}) > 1

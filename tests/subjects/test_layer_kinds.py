@@ -94,8 +94,12 @@ class Expanded(TorchLayer):
         assert self.cache is not None
         k, v = self.cache
         scale = self.subject.softmax_scale(self.config)
-        out, _ = self.subject.attend(q, k, v, self.subject.layer_visible(q, k), scale)
-        return self.subject.project_output(out.transpose(1, 2), self.weights, self.config)
+        visible = self.subject.layer_visible(q, k)
+        out, _ = self.subject.attend_beside(q, k, v, visible, scale, self.weights.get("sinks"))
+        out = out.transpose(1, 2)
+        if self.config.output_gate is not None:
+            out = self.subject.gated(out, hidden, self.weights, self.config)
+        return self.subject.project_output(out, self.weights, self.config)
 
     def append(self, latent: Tensor, k_pe: Tensor) -> None:
         new = latent, k_pe
