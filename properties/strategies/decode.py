@@ -116,8 +116,8 @@ def draw_decode(
     size = large_size(draw, sizes)
     published = size == "published"
     page_size = draw(choice(*supports.page_sizes or ((64,) if published else PAGE_SIZES)))
-    most = min(max_s, supports.max_s or max_s)
-    s = draw(between(5, 8) if size == "queries" and most == 8 else between(min_s, max(min_s, min(most, 4))))
+    most_s = min(max_s, supports.max_s or max_s)
+    s = draw(between(5, 8) if size == "queries" and most_s == 8 else between(min_s, max(min_s, min(most_s, 4))))
     is_causal = draw(choice(*(c for c in supports.causal if causal is None or c == causal)))
     shortest = min_length
     if supports.empty_row == "unsupported":
@@ -129,8 +129,9 @@ def draw_decode(
         stds = tuple(std for std in stds if std <= 4)
     seqlens = several(draw, lambda: _length(draw, shortest, page_size, s), min_batch, max(min_batch, 4))
     if size == "batch":
-        few = [draw(between(shortest, shortest + 8)) for _ in range(5)]
-        seqlens = cycled(few, draw(choice(*_batches(page_size * (c + r), shared=shared))))
+        batch = draw(choice(*_batches(page_size * (c + r), shared=shared)))
+        most = max(shortest + 8, ELEMENTS // (batch * (c + r)))
+        seqlens = cycled(several(draw, lambda: min(_length(draw, shortest, page_size, s), most), 5, 5), batch)
     elif size == "keys":
         seqlens[draw(between(0, len(seqlens) - 1))] = draw(choice(129, 192, 200, 255, 256, 257))
     if profile.coarse and len(seqlens) <= 4 and draw(FLAGS):

@@ -77,7 +77,7 @@ def prefill_cases(
     size = large_size(draw, sizes)
     published = size == "published"
     if size == "batch":
-        few = [draw(between(min_queries, 4)) for _ in range(5)]
+        few = several(draw, lambda: draw(between(min_queries, 4)), 5, 5)
         queries = cycled(few, draw(choice(*MANY_SEQUENCES)))
     elif size == "queries":
         queries[draw(between(0, len(queries) - 1))] = draw(choice(65, 129, 257))
@@ -85,7 +85,8 @@ def prefill_cases(
         queries = [draw(between(min_queries, 5)) for _ in queries[: max(min_batch, 2)]]
     if not any(queries):
         queries[-1] = 1
-    pasts = cycled([_few(draw, -3 if min_past is None else min_past, 12) for _ in range(7)], len(queries))
+    pasts = several(draw, lambda: _few(draw, -3 if min_past is None else min_past, 12), 7, 7)
+    pasts = cycled(pasts, len(queries))
     if size == "keys":
         pasts[draw(between(0, len(pasts) - 1))] = draw(choice(65, 128, 150))
     if profile.coarse:

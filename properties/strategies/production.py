@@ -38,6 +38,16 @@ LONG = (4161, 8193, 32769, 65606, 131142)
 """Keys of a long sequence: just beyond a power of two, but for what no kernel's part divides."""
 
 
+ALIKE = ((16, 100), (66, 37))
+"""How many sequences of one length, no whole number of pages, as a benchmark has them."""
+
+SORTED = 40
+"""Sequences whose lengths rise or fall, as a scheduler hands them on."""
+
+AROUND = 66
+"""Sequences among which one is long."""
+
+
 def shortened(lengths: tuple[int, ...], elements: int) -> tuple[int, ...]:
     """Lengths so cut that all keys of a batch, of so many elements each, are no more than ``ELEMENTS``."""
     most = max(3, ELEMENTS // (len(lengths) * elements))
@@ -57,6 +67,15 @@ def latent_dims(supports: Supports) -> tuple[int, int]:
 def prefill_dims(supports: Supports) -> tuple[int, int]:
     """The narrowest rows of keys and values, V narrower than QK."""
     return (6, 4) if supports.prefill_dims is None else min(supports.prefill_dims, key=sum)
+
+
+def arranged() -> Iterator[tuple[int, ...]]:
+    """Lengths of many sequences in the orders for which kernels and schedulers have paths of their own."""
+    for b, length in ALIKE:
+        yield (length,) * b
+    rising = tuple(range(5, 5 + SORTED))
+    yield from (rising, rising[::-1])
+    yield placed(4161, tuple(cycled(list(FEW), AROUND)), 41)
 
 
 def placed(long: int, short: tuple[int, ...], place: int) -> tuple[int, ...]:
@@ -125,7 +144,8 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
     ]
     for seed, (long, place) in enumerate(_places(3 * (c + r), most_keys(profile))):
         cases.append(case(placed(long, (5, 70), place), 1 + seed % 2, 2, 1 if long > 2**16 else 64, seed))
-    return cases
+    arrangements = (shortened(seqlens, c + r) for seqlens in arranged())
+    return cases + [case(seqlens, 1 + seed % 2, 2, 64, seed) for seed, seqlens in enumerate(arrangements)]
 
 
 def _places(elements: int, most: int) -> Iterator[tuple[int, int]]:
@@ -170,6 +190,10 @@ def prefill(supports: Supports, profile: Profile) -> list[PrefillCase]:
     for seed, (long, place) in enumerate((n, p) for n in (4100, 8193, 65700) for p in (range(3) if n < 8193 else (1,))):
         if long * heads * (d + v) <= ELEMENTS and long <= most_keys(profile):
             cases.append(case((3, 2, 1), placed(long, (5, 70), place), 1, seed))
+    for seed, keys in enumerate(shortened(keys, heads * (d + v)) for keys in arranged()):
+        cases.append(case((2,) * len(keys), keys, 1, seed))
+        if sum(keys) ** 2 * heads <= ELEMENTS:
+            cases.append(case(keys, keys, 1, seed))
     return cases
 
 
@@ -217,6 +241,8 @@ def ragged_decode(supports: Supports, profile: Profile) -> list[RaggedDecodeCase
             cases.append(case(queries, keys, heads, page_size, seed))
     for seed, (long, place) in enumerate(_places(3 * (c + r), most_keys(profile))):
         cases.append(case((1, 2, 1), placed(long, (5, 70), place), 2, 1 if long > 2**16 else 64, seed))
+    for seed, keys in enumerate(shortened(keys, c + r) for keys in arranged()):
+        cases.append(case((1 + seed % 2,) * len(keys), keys, 2, 64, seed))
     return cases
 
 

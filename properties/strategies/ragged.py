@@ -78,7 +78,7 @@ def ragged_decode_cases(
     page_size = draw(choice(*supports.page_sizes or ((64,) if published else PAGE_SIZES)))
     queries = several(draw, lambda: _queries(draw, min_queries), min_batch, max(min_batch, 4))
     if size == "batch":
-        few = [draw(between(min_queries, 3)) for _ in range(5)]
+        few = several(draw, lambda: draw(between(min_queries, 3)), 5, 5)
         queries = cycled(few, draw(choice(*MANY_SEQUENCES[: 4 if page_size > 16 else 5])))
     elif size == "queries":
         queries[draw(between(0, len(queries) - 1))] = draw(choice(65, 129, 257))
@@ -87,7 +87,7 @@ def ragged_decode_cases(
     if not any(queries):
         queries[-1] = 1
     least = -3 if min_past is None else min_past
-    pasts = cycled([_past(draw, least, page_size) for _ in range(7)], len(queries))
+    pasts = cycled(several(draw, lambda: _past(draw, least, page_size), 7, 7), len(queries))
     if size == "keys":
         pasts[draw(between(0, len(pasts) - 1))] = draw(choice(129, 200, 256))
     if profile.coarse:

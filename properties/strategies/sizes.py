@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 SEEDS = st.integers(0, 2**32 - 1)
 FLAGS = st.booleans()
+_ALIKE = st.sampled_from((False, False, False, True))
 PAGE_SIZES = (1, 2, 3, 16, 64, 7, 128, 32, 256)
 HEADS = (1, 2, 3, 4, 5, 8, 16, 20)
 MANY_HEADS = (72, 128, 24, 32, 48, 64, 96, 112)
@@ -61,8 +62,9 @@ def among(least: int, most: int, *others: int) -> SearchStrategy[int]:
 
 
 def several(draw: DrawFn, each: Callable[[], int], least: int, most: int) -> list[int]:
-    """From ``least`` to ``most`` integers."""
-    return [each() for _ in range(draw(between(least, most)))]
+    """From ``least`` to ``most`` integers; in one of four draws all are alike, for which kernels have paths of their own."""
+    count = draw(between(least, most))
+    return [each()] * count if draw(_ALIKE) else [each() for _ in range(count)]
 
 
 def near(draw: DrawFn, unit: int, least: int, most: int, *, below: int = 1, above: int = 1) -> int:

@@ -57,6 +57,57 @@ class LengthsOfEightSequences(TorchAbsorbed):
 
 
 @planted(
+    "X-equal-lengths-in-whole-pages",
+    symptom="right in every test of ragged batches, and the newest tokens are missing where all sequences are equally long",
+    shows_when="eight or more sequences of one length, no whole number of pages",
+    killed_by=("test_decode_at_production_counts",),
+)
+class EqualLengthsInWholePages(TorchAbsorbed):
+    """Batches of one length take a path without a mask, which reads whole pages only."""
+
+    def decode(self, q: Tensor, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, **options: Any) -> Any:
+        page_size = kv_cache.shape[1]
+        if len(cache_seqlens) >= 8 and bool((cache_seqlens == cache_seqlens[0]).all()) and cache_seqlens[0] > page_size:
+            cache_seqlens = cache_seqlens // page_size * page_size
+        return super().decode(q, kv_cache, block_table, cache_seqlens, **options)
+
+
+@planted(
+    "X-long-among-many",
+    symptom="one long conversation in a busy batch gets the answer of another",
+    shows_when="more than 32 sequences, a later one of which is long enough to be split",
+    killed_by=("test_decode_at_production_counts",),
+)
+class LongAmongMany(TorchAbsorbed):
+    """The parts of a split sequence are counted from the first sequence of its block of 32."""
+
+    def decode(self, q: Tensor, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, **options: Any) -> Any:
+        out, lse = super().decode(q, kv_cache, block_table, cache_seqlens, **options)
+        longest = int(cache_seqlens.argmax())
+        if longest >= 32 and cache_seqlens[longest] > 2048:
+            out[longest] = out[longest // 32 * 32]
+        return out, lse
+
+
+@planted(
+    "X-equal-prompts-without-offset",
+    symptom="prompts of one length, in a batch, do not see their cached prefix to its end",
+    shows_when="several packed sequences, alike in queries and in keys, with more keys than queries",
+    killed_by=("test_prefill_agrees_with_reference", "test_prefill_at_production_counts"),
+)
+class EqualPromptsWithoutOffset(TorchAbsorbed):
+    """Equal lengths take the path of batches that are not packed, whose mask begins at the first key."""
+
+    def packed_visible(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool) -> Tensor:
+        visible = super().packed_visible(cu_seqlens_q, cu_seqlens_k, causal)
+        queries, keys = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+        alike = bool((queries == queries[0]).all() and (keys == keys[0]).all())
+        if causal and len(queries) >= 4 and alike and keys[0] > queries[0] > 0:
+            visible &= self.places(cu_seqlens_k)[1] <= self.places(cu_seqlens_q)[1][:, None]
+        return visible
+
+
+@planted(
     "X-keys-of-eight-sequences",
     symptom="only prompts that come with many others are misread",
     shows_when="more than eight packed sequences",
