@@ -123,7 +123,9 @@ def call_of(operation: Signature, places: tuple[Any, ...], options: Mapping[str,
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for name, value in [*zip(names, places, strict=False), *options.items()]:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and name in (*operation.keywords, *operation.options):
+            values[name] = value.item()  # a number that some callers keep on the device
+        elif isinstance(value, Tensor):
             tensors[name] = value
         elif isinstance(value, Mapping):
             tensors |= {f"{name}.{key}": x for key, x in value.items()}
@@ -170,6 +172,8 @@ def _plain(value: Any) -> Any:
         return json.loads(json.dumps(asdict(value)))
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
+    if isinstance(value, np.generic):
+        return value.item()
     return list(value) if isinstance(value, tuple) else value
 
 

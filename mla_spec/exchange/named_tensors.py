@@ -89,7 +89,7 @@ def read_names(path: str) -> Names:
             f"{shown(path)}: the operation is {shown(said.operation)}, which takes no tensors or is unknown"
         )
     known = {"tensors": [a.name for a in operation.arguments], "outputs": [o.name for o in operation.outputs]}
-    known["values"] = list(operation.keywords)
+    known["values"] = [*operation.keywords, *operation.options]
     for part, allowed in known.items():
         for name, value in getattr(said, part).items():
             if name.partition(".")[0] not in allowed:

@@ -62,6 +62,11 @@ def _pages_of(table: Tensor, length: int, page_size: int) -> tuple[Tensor, Tenso
     return table[:needed].long(), torch.arange(needed, dtype=torch.int32)[None].to(table.device)
 
 
+def _sinks(call: Call, heads: Tensor) -> dict[str, Tensor]:
+    """The sinks of these heads, where the call has any."""
+    return {name: x.index_select(0, heads) for name, x in call.tensors.items() if name == "attn_sink"}
+
+
 def _sequence(call: Call, drawn: Random, heads: Tensor) -> _Chosen:
     """One sequence of ``decode`` or ``decode_quantized``."""
     q, table, lengths = (call.tensors[name] for name in ("q", "block_table", "cache_seqlens"))
@@ -75,6 +80,7 @@ def _sequence(call: Call, drawn: Random, heads: Tensor) -> _Chosen:
         pool: call.tensors[pool][pages],
         "block_table": own,
         "cache_seqlens": lengths[one],
+        **_sinks(call, heads),
     }
 
     def outputs(answer: Answer) -> Answer:
@@ -123,9 +129,8 @@ def _selecting_query(call: Call, drawn: Random, heads: Tensor) -> _Chosen:
         "q": q[sequence, query].index_select(2, heads),
         "kv_cache": rows,
         "indices": moved[None, None].to(indices.dtype),
+        **_sinks(call, heads),
     }
-    if "attn_sink" in call.tensors:
-        tensors["attn_sink"] = call.tensors["attn_sink"].index_select(0, heads)
     if "topk_length" in call.tensors:
         tensors["topk_length"] = call.tensors["topk_length"][sequence]
 

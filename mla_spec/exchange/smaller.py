@@ -18,10 +18,10 @@ AXES: dict[str, dict[str, dict[str, int]]] = {
     "decode": {
         "sequences": {"q": 0, "block_table": 0, "cache_seqlens": 0},
         "queries": {"q": 1},
-        "heads": {"q": 2},
+        "heads": {"q": 2, "attn_sink": 0},
     },
     "ragged_decode": {"heads": {"q": 1}},
-    "prefill": {"heads": {"q": 1, "k": 1, "v": 1}},
+    "prefill": {"heads": {"q": 1, "k": 1, "v": 1, "attn_sink": 0}},
     "sparse_decode": {
         "sequences": {"q": 0, "indices": 0, "topk_length": 0},
         "queries": {"q": 1, "indices": 1},

@@ -1,4 +1,4 @@
-"""Calls recorded elsewhere, as cases: a file of JSON objects, one a line.
+"""Calls recorded elsewhere, as cases: a file of JSON objects, one a line, or a folder of recorded calls.
 
     {"operation": "decode", "seqlens": [8192, 3071], "s": 1, "num_heads": 128, "page_size": 64}
 
@@ -9,14 +9,17 @@ the seed. Empty lines count nothing.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mla_spec.exchange.tensor_file import ExchangeError
 from mla_spec.operations.case import Case
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.quantised_cache import HEAD_DIM_V, QuantisedDecodeCase
+from mla_spec.operations.recorded_shapes import recorded_shapes
 from mla_spec.operations.sparse import SparseDecodeCase
 from mla_spec.text.files import read_text
 
@@ -106,11 +109,13 @@ FIELDS: Final[dict[str, dict[str, Field]]] = {
 
 
 def read_workload(path: str) -> tuple[Case, ...]:
-    """The cases of a file, in its order; their dtype means nothing.
+    """The cases of a file, in its order, or of the calls in a folder; their dtype means nothing.
 
     Raises:
         WorkloadError: the file cannot be read or is empty, or a line is no case or larger than a host should hold.
     """
+    if os.path.isdir(path):
+        return _of_folder(path)
     try:
         lines = read_text(path).splitlines()
     except (OSError, ValueError) as error:
@@ -118,6 +123,16 @@ def read_workload(path: str) -> tuple[Case, ...]:
     cases = tuple(_case(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
     if not cases:
         raise WorkloadError(f"{path}: holds no line; expected one JSON object a line")
+    return cases
+
+
+def _of_folder(path: str) -> tuple[Case, ...]:
+    try:
+        cases = tuple(_case(json.dumps(entry), f"{path}/{name}") for name, entry in recorded_shapes(path))
+    except ExchangeError as error:
+        raise WorkloadError(str(error)) from error
+    if not cases:
+        raise WorkloadError(f"{path}: holds no recorded call of {', '.join(FIELDS)}")
     return cases
 
 

@@ -120,6 +120,14 @@ def test_strides_are_told_and_contents_are_dense() -> None:
     assert same(call.tensors["outs"], outs)
 
 
+def test_numbers_of_other_kinds_are_numbers() -> None:
+    (operation,) = [o for o in CALLED if o.name == "decode"]
+    places, options = asked(operation)
+    odd = {**options, "softmax_scale": torch.tensor(0.25), "head_dim_v": np.int64(options["head_dim_v"])}
+    read = read_call(call_of(operation, places, odd).encoded(), "call")
+    assert same(read.arguments()[1], {**options, "softmax_scale": 0.25})
+
+
 def test_inputs_are_numbers_and_an_empty_row_has_one_name() -> None:
     (operation,) = [o for o in CALLED if o.name == "merge"]
     lses = torch.tensor([[[torch.inf, 1.0]], [[-torch.inf, 2.0]]])

@@ -196,7 +196,7 @@ def test_rows_of_every_attention_over_a_cache_are_judged(
     def method(*places: Any, softmax_scale: float, **options: Any) -> Any:
         return getattr(honest, operation.name)(*places, softmax_scale=stretch * softmax_scale, **options)
 
-    kernel = SimpleNamespace(profile=honest.profile, **{operation.name: method})
+    kernel = SimpleNamespace(profile=honest.profile, supports=honest.supports, **{operation.name: method})
     recorded = mla_spec.record(kernel, str(tmp_path / "calls"), rate=1, seed=0)
     for _ in range(4):
         getattr(recorded, operation.name)(*places, **options)

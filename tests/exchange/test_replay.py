@@ -144,6 +144,10 @@ def test_what_the_subject_does_not_offer_is_unsupported(recorded: Path) -> None:
 WIDE: dict[str, Any] = {"dtype": "float32", "num_heads": 4}
 OPERATED = {
     **{name: CASES[name] for name in CASES if "," not in name},
+    "decode, sinks": CASES["decode, sinks and a window"],
+    "prefill, sinks": PrefillCase(
+        **WIDE, qk_head_dim=6, v_head_dim=4, seqlens_q=(3, 2), seqlens_k=(9, 4), sink="finite", window=4
+    ),
     "prefill": PrefillCase(**WIDE, qk_head_dim=6, v_head_dim=4, seqlens_q=(5, 0, 3), seqlens_k=(9, 4, 3)),
     "merge": MergeCase(**WIDE, head_dim_v=4, s=2, parts=9),
 }
@@ -151,10 +155,10 @@ OPERATED = {
 
 @pytest.mark.parametrize("name", OPERATED)
 def test_smaller_calls_are_calls_that_an_honest_kernel_passes(name: str) -> None:
-    operation = OPERATIONS[name]
+    operation = OPERATIONS[name.partition(",")[0]]
     assert isinstance(operation, Operation)
     call, drawn, honest = whole_call(operation, OPERATED[name]), random.Random(0), TorchAbsorbed()
-    declared = Declared("honest", (name,), Supports(), honest.profile)
+    declared = Declared("honest", (operation.name,), Supports(), honest.profile)
     deep = 0
     while found := list(smaller(call, Supports())):
         for each in found:

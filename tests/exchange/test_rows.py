@@ -26,6 +26,7 @@ from mla_spec.subjects.supports import Supports
 SIZES: dict[str, Any] = {"dtype": "float32", "num_heads": 6, "kv_lora_rank": 5, "qk_rope_head_dim": 2, "page_size": 4}
 CASES: dict[str, Case] = {
     "decode": DecodeCase(**SIZES, seqlens=(9, 0, 17, 4), s=2),
+    "decode, sinks and a window": DecodeCase(**SIZES, seqlens=(9, 17), s=2, sink="finite", window=6),
     "ragged_decode": RaggedDecodeCase(**SIZES, seqlens_q=(1, 4, 0, 3), seqlens_k=(9, 7, 5, 2)),
     "ragged_decode, every key": RaggedDecodeCase(**SIZES, seqlens_q=(1, 4), seqlens_k=(9, 7), causal=False),
     "sparse_decode": SparseDecodeCase(

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import mla_spec
+from mla_spec.adapters.pytorch import TorchAbsorbed
+from mla_spec.operations.all import OPERATIONS
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.quantised_cache import QuantisedDecodeCase
+from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.sparse import SparseDecodeCase
 from mla_spec.operations.workload import ELEMENTS, FIELDS, REQUIRED, WorkloadError, read_workload
+from mla_spec.subjects.driver import Driver
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "production.md").read_text(encoding="utf-8")
 
@@ -164,3 +170,47 @@ def test_every_field_is_one_of_its_case() -> None:
     assert kinds.keys() == FIELDS.keys()
     for operation, known in FIELDS.items():
         assert set(known) <= {field.name for field in fields(kinds[operation])}
+
+
+def test_a_folder_of_recorded_calls_is_its_shapes(tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    given = read_workload(
+        written(
+            tmp_path / "given",
+            {"operation": "decode", "seqlens": [70, 3], "s": 2, "num_heads": 6, "page_size": 32, "causal": False},
+            {"operation": "prefill", "seqlens_q": [4, 2], "seqlens_k": [9, 2], "num_heads": 3, "v_head_dim": 16},
+            {"operation": "decode_quantized", "seqlens": [5], "num_heads": 2, "format": "fp8_per_tensor"},
+            {"operation": "sparse_decode", "batch": 3, "num_heads": 2, "topk": 64, "pages": 2},
+        )
+    )
+    recorded = mla_spec.record(TorchAbsorbed(), str(tmp_path / "calls"), rate=1)
+    for name, case in zip(FIELDS, given, strict=True):
+        operation = OPERATIONS[name]
+        for seed in (case.seed, case.seed + 1):  # other numbers, the same shape
+            case = replace(case, seed=seed)
+            driver = Driver(recorded, case.dtype)
+            driver.call(operation, operation.build(case))
+    pool = torch.zeros(2, 4, 1, 5)
+    recorded.write_cache(torch.ones(1, 3), torch.ones(1, 2), pool, torch.tensor([1]))
+    ragged = RaggedDecodeCase(dtype="float32", seqlens_q=(2, 2), seqlens_k=(9, 3), num_heads=2, page_size=4)
+    for case in (ragged, replace(ragged, seqlens_q=(1, 2))):
+        driver.call(OPERATIONS["ragged_decode"], case.build())
+    assert recorded.recording.taken == 11
+    found = read_workload(str(tmp_path / "calls"))
+    shapes = {(type(case), *(getattr(case, f.name) for f in fields(case) if f.name in LINE)) for case in found}
+    packed = DecodeCase(dtype="float32", seqlens=(9, 3), s=2, num_heads=2, kv_lora_rank=1, page_size=4)
+    wanted = [*given, packed]
+    assert shapes == {(type(case), *(getattr(case, f.name) for f in fields(case) if f.name in LINE)) for case in wanted}
+    assert len(found) == len(wanted)
+
+
+LINE = {name for known in FIELDS.values() for name in known}
+
+
+def test_a_folder_without_shapes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match="holds no recorded calls"):
+        read_workload(str(tmp_path))
+    recorded = mla_spec.record(TorchAbsorbed(), str(tmp_path / "calls"), rate=1)
+    recorded.merge(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1))
+    with pytest.raises(WorkloadError, match="holds no recorded call of decode, prefill"):
+        read_workload(str(tmp_path / "calls"))

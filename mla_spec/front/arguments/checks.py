@@ -238,7 +238,7 @@ def add_production(parser: argparse.ArgumentParser) -> None:
         "--workload",
         metavar="FILE",
         help='--production with recorded shapes, a JSON object a line, e.g. {"operation": "decode", "seqlens": [8192, 300], '
-        '"s": 1, "num_heads": 128, "page_size": 64}; docs/production.md has the fields',
+        '"s": 1, "num_heads": 128, "page_size": 64}, or a folder of recorded calls; docs/production.md has the fields',
     )
 
 
