@@ -11,8 +11,8 @@ from mla_spec.text.terminal import show_progress
 SHARE, MOST = 0.2, 30.0
 """Of the work of the run, and in seconds: what may be spent where nobody says."""
 
-LEAST = 5.0
-"""Seconds below which it is not begun: a process has to start."""
+LEAST = 8.0
+"""Seconds that a run which took no time may spend: processes have to start, and the known faults of an operation take a few."""
 
 TRIED = 3
 """Causes on which known faults are tried."""
@@ -25,8 +25,9 @@ def explain(found: Sequence[Cause], budget: float | None = None) -> None:
         budget: seconds; None for a share of what the run took.
     """
     if budget is None:
-        budget = min(MOST, SHARE * sum(record.seconds for cause in found for record in (*cause.alike, *cause.follows)))
-    if not found or budget < LEAST:
+        worked = sum(record.seconds for cause in found for record in (*cause.alike, *cause.follows))
+        budget = min(MOST, max(LEAST, SHARE * worked))
+    if not found or budget <= 0:
         return
     from mla_spec.proof.suspects import named_suspects, room
 

@@ -113,16 +113,18 @@ def named_suspects(
     candidates = [each for each in suspects() if each.operations & set(law.needs) and each.id not in left_out]
     candidates.sort(key=lambda each: (record.law not in each.laws, not each.source))
     cases = list(dict.fromkeys([record.case, *(each["case"] for each in record.evidence)]))
-    for number, case in enumerate(cases):
-        running = [(each, pool.submit(record.law, each.id, _options(each, case, record))) for each in candidates]
-        kept = []
-        for each, future in running:
-            if time.monotonic() > end and future.cancel():
-                continue
-            if _alike(record, future.result(), number):
-                kept.append(each)
-        candidates = kept
-    return [each.as_dict() for each in candidates]
+    found = []
+    for each in candidates:
+        if time.monotonic() > end:
+            break
+        if all(_tried(record, each, case, number, pool) for number, case in enumerate(cases)):
+            found.append(each.as_dict())
+    return found
+
+
+def _tried(record: Record, suspect: Suspect, case: str, number: int, pool: WorkerPool) -> bool:
+    """Whether a suspect shows on case ``number`` of the evidence what the subject does."""
+    return _alike(record, pool.submit(record.law, suspect.id, _options(suspect, case, record)).result(), number)
 
 
 def _options(suspect: Suspect, case: str, record: Record) -> Options:

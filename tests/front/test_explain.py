@@ -9,8 +9,12 @@ import pytest
 
 from mla_spec.front.cli import main
 from mla_spec.front.explain_command import laws_of
+from mla_spec.front.explanation import explain
 from mla_spec.front.selftest_command import lengths, report_lines
-from mla_spec.installed import planted_bugs
+from mla_spec.installed import all_laws, planted_bugs
+from mla_spec.judging.causes import causes
+from mla_spec.judging.law import Options
+from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import parse_case
 from mla_spec.operations.decode import DecodeCase
@@ -96,3 +100,14 @@ def test_reports_that_do_not_fit_a_screen_are_counted() -> None:
     assert len(report_lines(long)) > 24
     assert lengths([short, long]).startswith("1 of 2 reports do not fit 24 lines of 80 columns: long; the longest has ")
     assert report_lines(Explained("none", "", (), "")) == []
+
+
+def test_a_run_that_took_no_time_names_its_suspects() -> None:
+    law = all_laws()["test_decode_agrees_with_reference"]
+    record = run_law(law, planted_bugs()["F22"].make(), Options(case=parse_case(CASE), minimise=False))
+    (found,) = causes([record])
+    assert record.seconds < 5
+    explain([found], 0)
+    assert found.suspects == []
+    explain([found])
+    assert [each["id"] for each in found.suspects] == ["F22"]

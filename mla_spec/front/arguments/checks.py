@@ -88,7 +88,7 @@ def add_check(parsers: Parsers) -> None:
         "--explain",
         type=float,
         metavar="S",
-        help="seconds in which known faults are tried on what fails (a fifth of the work done, at most 30)",
+        help="seconds in which known faults are tried on what fails (a fifth of the work done, at least 8, at most 30)",
     )
     add_script(parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="also every law, and each failure in full")
