@@ -166,7 +166,7 @@ class _Check:
         records, screen = self._records_of(asked), Screen.of()
         found = causes(record for record in records if not record.holds)
         if not self.options.in_process:
-            explain(found, self.options.explain)
+            explain(found, asked, self.options.explain)
         self.found[asked.spec] = found
         self.store.explained(asked.spec, found)
         self._export(asked, found)

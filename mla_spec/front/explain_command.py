@@ -11,15 +11,14 @@ from mla_spec.front.report import exit_code
 from mla_spec.installed import all_laws
 from mla_spec.judging.causes import Cause, error_text, with_causes
 from mla_spec.judging.check import find_laws
+from mla_spec.judging.findings import find_out
 from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Options
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import CALLED, parse_case
 from mla_spec.operations.case import Case
 from mla_spec.proof.suspects import named_suspects, room
-from mla_spec.proof.telltale import telltale
 from mla_spec.subjects.description import Description
-from mla_spec.subjects.process import apart
 from mla_spec.subjects.violation import UnknownSubject
 from mla_spec.text.layout import Screen
 from mla_spec.text.terminal import UsageError, require_output, show_progress, write_json
@@ -45,17 +44,18 @@ def explain_case(options: argparse.Namespace) -> int:
         return exit_code([record])
     cause = Cause(record, [record])
     print("\n".join(screen.wrapped(f"what: {error_text(record)}", rest="  ")), flush=True)
-    show_progress("known faults are tried")
+    show_progress("the subject is asked again, and known faults are tried")
     with room() as pool:
+        asked = Options(device=options.device, spec=spec_of(options))
+        cause.findings += [finding.as_dict() for finding in find_out(record, asked, pool, options.signature)]
         cause.suspects += named_suspects(record, pool)
     show_progress("")
-    told = [] if cause.suspects else _told(record, options)
-    print("\n".join(_said(cause, told, screen)))
+    print("\n".join(_said(cause, screen)))
     if options.export is not None:
         export(options.export, lambda: script(record, declared, spec_of(options), options.device))
     if options.json is not None:
         (whole,) = with_causes([record], [cause])
-        write_json(options.json, whole.as_dict() | {"telltale": told})
+        write_json(options.json, whole.as_dict())
     return exit_code([record])
 
 
@@ -88,14 +88,8 @@ def _first_failure(laws: list[str], case: Case, options: argparse.Namespace) -> 
     return record, declared
 
 
-def _told(record: Record, options: argparse.Namespace) -> list[str]:
-    """What inputs tell that show which key was read."""
-    with apart(options.subject, options.device, signature=options.signature, limit=options.timeout) as subject:
-        return telltale(subject, parse_case(record.case), options.device)
-
-
-def _said(cause: Cause, told: list[str], screen: Screen) -> list[str]:
-    lines = [line for each in cause.suspects for line in screen.wrapped(suspect_text(each), rest="  ")]
-    lines += [line for text in told for line in screen.wrapped(text, rest="  ")]
-    lines = lines or ["no known fault gives these numbers"]
+def _said(cause: Cause, screen: Screen) -> list[str]:
+    known = [*(f"found out: {each['says']}" for each in cause.findings), *map(suspect_text, cause.suspects)]
+    lines = [line for text in known for line in screen.wrapped(text, rest="  ")]
+    lines += [] if cause.suspects else ["no known fault gives these numbers"]
     return [*lines, "try:", *screen.command(short_replay(cause.lead))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 from mla_spec.front.report import summary
 from mla_spec.installed import operation_names
@@ -165,6 +166,7 @@ def _first_cause(cause: Cause, screen: Screen) -> list[str]:
         lines.append(screen.cut(f"{_INDENT}{shown[0].strip()}"))
     if cause.declare:
         lines += screen.wrapped(cause.declare, _INDENT, _INDENT, most=2)
+    lines += _found_out(cause, screen, 3)
     for suspect, most in zip(cause.suspects, (3, 2), strict=False):
         lines += screen.wrapped(suspect_text(suspect), _INDENT, _INDENT, most=most)
     return lines + screen.command(short_replay(cause.lead), _INDENT)
@@ -180,9 +182,20 @@ def _later_cause(number: int, cause: Cause, first: Cause, screen: Screen) -> lis
     lines[0] = screen.paint(lines[0], "bold")
     if cause.declare:
         lines += screen.wrapped(cause.declare, _INDENT, _INDENT, most=2)
+    lines += _found_out(cause, screen, 2)
     for suspect in cause.suspects[:1]:
         lines += screen.wrapped(suspect_text(suspect), _INDENT, _INDENT, most=2)
     return lines
+
+
+def _found_out(cause: Cause, screen: Screen, most: int) -> list[str]:
+    """What was found out, in so many lines at most."""
+    return screen.wrapped(found_out(cause.findings), _INDENT, _INDENT, most=most) if cause.findings else []
+
+
+def found_out(findings: Iterable[dict[str, str]]) -> str:
+    """What was found out of a fault, in one sentence."""
+    return f"found out: {'; '.join(finding['says'].rstrip('.') for finding in findings)}"
 
 
 def suspect_text(suspect: dict[str, object]) -> str:

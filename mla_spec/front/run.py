@@ -12,6 +12,7 @@ from mla_spec.judging.plan import Cell, Judged
 from mla_spec.judging.records import (
     CauseLine,
     EndLine,
+    FoundOut,
     NamedSuspect,
     RecordFile,
     RecordsError,
@@ -131,6 +132,7 @@ def cause_line(run: str, spec: tuple[str, ...], cause: Cause) -> CauseLine:
         laws=tuple(record.law for record in cause.alike),
         follows=tuple(record.law for record in cause.follows),
         suspects=tuple(NamedSuspect(**suspect) for suspect in cause.suspects),
+        findings=tuple(FoundOut(**finding) for finding in cause.findings),
     )
 
 

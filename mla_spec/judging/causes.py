@@ -22,12 +22,15 @@ class Cause:
         lead: the most elementary law that fails.
         alike: laws whose results are wrong by the same pattern, ``lead`` first.
         follows: laws that judge a number which ``lead`` shows to be wrong.
+        findings: what was found out by asking the subject again (``mla_spec.judging.finding``), the finest first; filled in by who
+            asks.
         suspects: faults that give the same wrong numbers, the likeliest first; filled in by who tries them.
     """
 
     lead: Record
     alike: list[Record] = field(default_factory=list)
     follows: list[Record] = field(default_factory=list)
+    findings: list[dict[str, str]] = field(default_factory=list)
     suspects: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -60,6 +63,7 @@ class Cause:
             "operation": self.operation,
             "laws": [record.law for record in self.alike],
             "follows": [record.law for record in self.follows],
+            "findings": self.findings,
             "suspects": self.suspects,
             "try": [*declare, *([self.lead.replay] if self.lead.replay else [])],
         }

@@ -337,6 +337,7 @@ class Options:
         isolated: whether a subject that ends the process costs one law only.
         spec: arguments by which ``mla-spec check`` finds the subject, for replay commands; None where it cannot.
         announce: called with each case before it runs.
+        tell: whether a subject that fails is also given inputs that tell which part of its computation is wrong.
     """
 
     examples: int | None = None
@@ -358,6 +359,7 @@ class Options:
     isolated: bool = False
     spec: tuple[str, ...] | None = None
     announce: Callable[[Case], None] | None = None
+    tell: bool = False
 
     @property
     def count(self) -> int:

@@ -181,7 +181,7 @@ def _plain(line: VerdictLine) -> dict[str, Any]:
     return plain
 
 
-_RECORD = [f.name for f in fields(Record) if f.name not in ("dtypes", "cause")]
+_RECORD = [f.name for f in fields(Record) if f.name not in ("dtypes", "told", "cause")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +196,16 @@ class NamedSuspect:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoundOut:
+    """What was found out of a fault: which part of the computation it is about, and a sentence."""
+
+    topic: str
+    says: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class CauseLine:
-    """A fault that the report of a run shows: the law that shows it first, and known faults that give the same wrong numbers."""
+    """A fault that the report of a run shows: the law that shows it first, what was found out, and known faults with the same numbers."""
 
     type: Literal["cause"] = "cause"
     run: str
@@ -207,6 +215,7 @@ class CauseLine:
     laws: tuple[str, ...]
     follows: tuple[str, ...]
     suspects: tuple[NamedSuspect, ...]
+    findings: tuple[FoundOut, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from mla_spec.judging.drawing import FAILURES, answers_from, generate
 from mla_spec.judging.law import Law, Options, Production, Run
 from mla_spec.judging.narrowing import NOT_MADE_FOR, narrowing
 from mla_spec.judging.separation import by_regime, separation
+from mla_spec.judging.telltale import telltale
 from mla_spec.judging.verdict import Record, VacuousCase, Verdict, merge
 from mla_spec.operations.case import Case
 from mla_spec.subjects.description import Description, declared_by
@@ -158,6 +159,7 @@ def _run_dtype(
             evidence=[] if attempt is None else attempt.evidence,
             separation={} if attempt is None else separation(attempt.history),
             regimes={} if attempt is None else by_regime(attempt.history, attempt.ratios),
+            told=told,
         )
 
     def make() -> Driver:
@@ -165,7 +167,7 @@ def _run_dtype(
             driver: Driver = there(Driver, subject, dtype, options.device)
             return driver
 
-    name, run, attempt = declared.name, None, None
+    name, run, attempt, told = declared.name, None, None, list[dict[str, str]]()
     try:
         run = Run(
             make(),
@@ -193,6 +195,8 @@ def _run_dtype(
         help = narrowing(attempt.history) if isinstance(error, SubjectCrashed) else ""
         declare = f"{NOT_MADE_FOR} Supports({help})" if help else ""
         message = "\n".join(filter(None, (_blamed(error, str(error)), convention, declare)))
+        if options.tell and isinstance(error, Violation) and attempt.last is not None:
+            told += [each.as_dict() for each in telltale(subject, attempt.last, declared, options.device)]
         return record(_verdict_of(error, options), message, attempt.cases, attempt.last)
     except Exception as error:  # no case: what draws or counts them
         if not isinstance(subject, Handle):  # for debuggers

@@ -127,7 +127,7 @@ def header(options: Options, laws: Sequence[str], shard: Shard = Shard(), device
 def verdict_line(run: str, cell: Cell, record: Record) -> VerdictLine:
     """What is recorded of a cell."""
     values = record.as_dict()
-    del values["dtypes"], values["cause"]
+    del values["dtypes"], values["told"], values["cause"]
     values["evidence"] = tuple(Evidence(**each) for each in values["evidence"])
     values["regimes"] = {name: RegimeCount(**count) for name, count in values["regimes"].items()}
     return VerdictLine(run=run, spec=cell.spec, seed=cell.seed, **values)

@@ -49,6 +49,7 @@ class Record:
             one with the most elements, each with its ``case``; empty where nothing was compared.
         separation: what separates the cases that failed from those that passed (``mla_spec.judging.separation``).
         regimes: what came of the cases of each regime (``mla_spec.judging.regime_count``).
+        told: what inputs that tell on themselves say (``mla_spec.judging.finding``); empty where they were not asked for.
         cause: in the report of a run, of the law that shows a fault first what that is (``mla_spec.judging.causes``), of the
             others which law they follow.
     """
@@ -70,6 +71,7 @@ class Record:
     evidence: list[dict[str, Any]] = field(default_factory=list)
     separation: dict[str, Any] = field(default_factory=dict)
     regimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    told: list[dict[str, str]] = field(default_factory=list)
     cause: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -10,15 +10,20 @@ import pytest
 from mla_spec.front.cli import main
 from mla_spec.front.explain_command import laws_of
 from mla_spec.front.explanation import explain
+from mla_spec.front.overview import overview
 from mla_spec.front.selftest_command import lengths, report_lines
 from mla_spec.installed import all_laws, planted_bugs
 from mla_spec.judging.causes import causes
+from mla_spec.judging.finding import Finding
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
+from mla_spec.judging.session import Asked
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import parse_case
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.proof.explained import Explained, explicable, score
+from mla_spec.subjects.description import describe
+from mla_spec.text.layout import Screen
 
 CASE = "decode:dtype=float32,seqlens=5+7,kv_lora_rank=4,page_size=2"
 
@@ -77,6 +82,24 @@ def test_the_score_counts_a_bug_only_among_the_first() -> None:
     assert "something with the same wrong numbers is named for 1 of 3 (33 %)" in text
 
 
+def test_what_is_found_out_counts_where_it_is_about_the_part_that_is_wrong() -> None:
+    def of(bug: str, about: str, *findings: Finding) -> Explained:
+        return Explained(bug, "law", (), "case", findings=findings, about=frozenset([about]))
+
+    reads, law, other = Finding("reads", "reads slot 3"), Finding("mask", "law: it is causal"), Finding("norm", "right")
+    text = score(
+        [
+            of("A", "reads", reads),
+            of("B", "mask", reads, law),
+            of("C", "size", reads, other),
+            of("D", "norm", reads, law, law, other),
+            Explained("E", "", (), "", findings=(other,), about=frozenset(["norm"])),
+        ]
+    )
+    assert "names the part that is wrong for 2 of 4 (50 %), for 1 of these by the statement of the law alone" in text
+    assert text.endswith("what is found out of another bug would for 42 %")
+
+
 def test_a_sample_of_bugs_is_spread_over_all() -> None:
     every = explicable(list(planted_bugs().values()))
     few = explicable(list(planted_bugs().values()), 7)
@@ -104,10 +127,19 @@ def test_reports_that_do_not_fit_a_screen_are_counted() -> None:
 
 def test_a_run_that_took_no_time_names_its_suspects() -> None:
     law = all_laws()["test_decode_agrees_with_reference"]
-    record = run_law(law, planted_bugs()["F22"].make(), Options(case=parse_case(CASE), minimise=False))
+    bug = planted_bugs()["F22"]
+    record = run_law(law, bug.make(), Options(case=parse_case(CASE), minimise=False))
+    asked = Asked(Options(spec=(bug.spec,)), None, describe(bug.make()))
     (found,) = causes([record])
     assert record.seconds < 5
-    explain([found], 0)
-    assert found.suspects == []
-    explain([found])
+    explain([found], asked, 0)
+    assert found.suspects == found.findings == []
+    explain([found], asked)
+    assert found.findings[0]["topic"] == "reads"
+    found.findings.clear()
+    found.suspects.clear()
+    explain([found], asked, 120)
     assert [each["id"] for each in found.suspects] == ["F22"]
+    assert found.as_dict()["findings"] == found.findings
+    told = overview([record], Screen(), [found])
+    assert f"found out: {found.findings[0]['says'][:30]}" in told

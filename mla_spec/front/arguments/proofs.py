@@ -40,7 +40,7 @@ def add_selftest(parsers: Parsers) -> None:
         type=int,
         const=0,
         metavar="N",
-        help="only count for how many bugs of decode, prefill, rope and layer the cause is named; of N, evenly chosen",
+        help="only count for how many bugs of decode, prefill, rope and layer the cause is named, and by what; of N, evenly chosen",
     )
     parser.add_argument("--catalogue", action="store_true", help="only list the reported faults, planted or not")
     parser.add_argument("--examples", type=int, default=100, metavar="N", help="generated cases per law (100)")

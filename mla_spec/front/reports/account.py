@@ -76,9 +76,11 @@ def _account(gathered: Gathered, line: SubjectLine) -> Account:
     cells = tuple((cell, record) for cell, record in gathered.ordered() if cell.spec == line.spec)
     records = tuple(merged(record for _, record in cells))
     found = causes(record for record in records if not record.holds)
-    named = {cause.law: cause.suspects for run in gathered.runs for cause in run.causes if cause.spec == line.spec}
+    known = {cause.law: cause for run in gathered.runs for cause in run.causes if cause.spec == line.spec}
     for cause in found:
-        cause.suspects += [_plain(suspect) for suspect in named.get(cause.lead.law, ())]
+        if cause.lead.law in known:
+            cause.findings += [asdict(finding) for finding in known[cause.lead.law].findings]
+            cause.suspects += [_plain(suspect) for suspect in known[cause.lead.law].suspects]
     part = any(cell.spec == line.spec for cell in gathered.missing)
     return Account(line, cells, records, tuple(found), part)
 

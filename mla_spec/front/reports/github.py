@@ -42,4 +42,5 @@ def _subject(account: Account) -> list[str]:
 
 def _cause(cause: Cause) -> str:
     lines = [cause.statement, *(line.strip() for line in cause.lead.message.splitlines() if "got" in line)]
+    lines += [finding["says"] for finding in cause.findings]
     return "\n".join([*lines, *map(suspect_text, cause.suspects), short_replay(cause.lead)]).rstrip()

@@ -117,11 +117,12 @@ _LEGEND = (
 
 def _cause(number: int, cause: Cause) -> str:
     got = "".join(tag("p", line.strip(), "code") for line in cause.lead.message.splitlines() if "got" in line)
-    suspects = "".join(f"{tag('li', suspect_text(suspect))}\n" for suspect in cause.suspects)
+    known = [*(finding["says"] for finding in cause.findings), *map(suspect_text, cause.suspects)]
+    items = "".join(f"{tag('li', text)}\n" for text in known)
     replay = short_replay(cause.lead)
     return (
         f"<article>\n{tag('h3', f'{number}. {cause.statement}')}\n{got}"
-        + (f"<ul>\n{suspects}</ul>\n" if suspects else "")
+        + (f"<ul>\n{items}</ul>\n" if items else "")
         + (f"{tag('pre', replay)}\n" if replay else "")
         + "</article>\n"
     )

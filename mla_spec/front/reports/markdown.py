@@ -115,7 +115,8 @@ def _exact(group: list[Record]) -> str:
 
 def _cause(number: int, cause: Cause) -> str:
     got = [md(line) for line in cause.lead.message.splitlines() if "got" in line][:1]
-    lines = [f"**{number}. {md(cause.statement)}**", *got, *(f"* {_linked(suspect)}" for suspect in cause.suspects)]
+    known = [*(md(finding["says"]) for finding in cause.findings), *map(_linked, cause.suspects)]
+    lines = [f"**{number}. {md(cause.statement)}**", *got, *(f"* {text}" for text in known)]
     replay = f"\n\n{code(short_replay(cause.lead), 'sh')}" if cause.lead.replay else ""
     return "\n\n".join(lines[: 1 + len(got)]) + "".join(f"\n{line}" for line in ["", *lines[1 + len(got) :]]) + replay
 

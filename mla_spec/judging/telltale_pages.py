@@ -12,19 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mla_spec.operations.case import Case
+from mla_spec.judging.finding import Finding
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs
-from mla_spec.operations.prefill import PrefillCase
-from mla_spec.operations.rope import RopeCase
-from mla_spec.proof.telltale_prefill import prefill_telltale
-from mla_spec.proof.telltale_rope import rope_telltale
 from mla_spec.reference.typing import Array, IntArray
-from mla_spec.subjects.description import declared_by
+from mla_spec.subjects.description import Description
 from mla_spec.subjects.driver import Driver
-from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
-from mla_spec.subjects.violation import SubjectCrashed, UnknownSubject, Violation
 
 SHARPNESS = 64.0
 """λ: the next key has a weight of exp(-64)."""
@@ -44,29 +38,14 @@ class Reading:
     slot: int | None
 
 
-def telltale(subject: object, case: Case, device: str = "cpu") -> list[str]:
-    """Sentences on what a subject reads in place of the right thing; empty where it reads that, or cannot be asked.
-
-    The subject may be in a process of its own. Of ``decode`` and ``prefill`` they name keys, pages, heads and sequences, of ``rope`` columns, angles and positions.
-    """
-    try:
-        declared = declared_by(subject)
-        if "float32" not in declared.supports.dtypes or case.kind not in declared.operations:
-            return []
-        return _told(there(Driver, subject, "float32", device), case, declared.supports)
-    except (SubjectCrashed, UnknownSubject, Violation):
-        return []
+def pages_telltale(driver: Driver, case: DecodeCase, declared: Description) -> list[Finding]:
+    """Findings on the keys, pages and sequences that a decode reads in place of others; the driver's dtype is float32."""
+    inputs = _inputs(case, declared.supports)
+    return [] if inputs is None else _findings(_wrong_readings(driver, inputs), inputs)
 
 
-def _told(driver: Driver, case: Case, supports: Supports) -> list[str]:
-    if isinstance(case, PrefillCase):
-        return prefill_telltale(driver, case, supports, SHARPNESS)
-    if isinstance(case, RopeCase):
-        return rope_telltale(driver, replace(case, dtype="float32"))
-    if not isinstance(case, DecodeCase):
-        return []
-    inputs = _inputs(case, supports)
-    return [] if inputs is None else _sentences(_wrong_readings(driver, inputs), inputs)
+def _topic(way: str) -> str:
+    return "softmax" if way.startswith("gets no single key") else "mask" if "last key" in way else "reads"
 
 
 def _inputs(case: DecodeCase, supports: Supports) -> DecodeInputs | None:
@@ -128,7 +107,7 @@ def _queries(inputs: DecodeInputs, asked: Array) -> Array:
     return q
 
 
-def _sentences(wrong: list[Reading], inputs: DecodeInputs) -> list[str]:
+def _findings(wrong: list[Reading], inputs: DecodeInputs) -> list[Finding]:
     """The commonest ways in which readings are wrong, each with how often."""
     each = {(reading.sequence, reading.key): reading for reading in wrong}
     counts = Counter(_kind(reading, inputs) for reading in each.values())
@@ -138,7 +117,7 @@ def _sentences(wrong: list[Reading], inputs: DecodeInputs) -> list[str]:
         several = f"{ways[way]} of {len(inputs.cache_seqlens)} sequences, such as {sequence}: {way}"
         one = f"sequence {sequence} {way} ({count} of its {int(inputs.cache_seqlens[sequence])} keys)"
         said.setdefault(way, one if ways[way] == 1 else several)
-    return list(said.values())[:3]
+    return [Finding(_topic(way), text) for way, text in said.items()]
 
 
 def _kind(reading: Reading, inputs: DecodeInputs) -> tuple[int, str]:
