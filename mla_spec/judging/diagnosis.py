@@ -8,8 +8,10 @@ import numpy as np
 
 from mla_spec.bounds.error_bound import ErrorBound, InvalidBound
 from mla_spec.bounds.profile import Profile
+from mla_spec.judging.finding import Finding
 from mla_spec.judging.judge import judge_within, require_bounded
 from mla_spec.judging.verdict import VacuousCase
+from mla_spec.operations.conventions import Convention
 from mla_spec.operations.operation import Operation
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.driver import Result, Results
@@ -34,8 +36,10 @@ class _Judge:
             raise Violation(message)
 
 
-def diagnosis(operation: Operation, inputs: Any, got: Results, profile: Profile, supports: Supports) -> str:
-    """Sentences on the conventions under which results are right that are wrong under the contract's; "" where there is none."""
+def obeyed(
+    operation: Operation, inputs: Any, got: Results, profile: Profile, supports: Supports
+) -> tuple[Convention, ...]:
+    """The conventions under which results are right that are wrong under the contract's."""
 
     def right(inputs: Any, got: Results) -> bool:
         try:
@@ -47,10 +51,20 @@ def diagnosis(operation: Operation, inputs: Any, got: Results, profile: Profile,
         return True
 
     if not operation.conventions or _is_large(inputs) or right(inputs, got):
-        return ""
-    seen = ((convention.what, convention.seen(inputs, got)) for convention in operation.conventions)
-    obeyed = [what for what, other in seen if other is not None and right(*other)]
-    return f"all would be right if {', or '.join(obeyed)}" if obeyed else ""
+        return ()
+    seen = ((convention, convention.seen(inputs, got)) for convention in operation.conventions)
+    return tuple(convention for convention, other in seen if other is not None and right(*other))
+
+
+def diagnosis(conventions: tuple[Convention, ...]) -> str:
+    """A sentence on the conventions that a subject obeys; "" where there is none."""
+    return f"all would be right if {', or '.join(convention.what for convention in conventions)}" if conventions else ""
+
+
+def finding(convention: Convention) -> Finding:
+    """What is found out where a subject obeys a convention."""
+    declare = f"; if that is intended, declare Supports({convention.declare})" if convention.declare else ""
+    return Finding(convention.topic, f"all would be right if {convention.what}{declare}")
 
 
 def _is_large(inputs: Any) -> bool:

@@ -15,12 +15,13 @@ import numpy as np
 from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.anatomy import Anatomy, anatomy_of
-from mla_spec.judging.diagnosis import diagnosis
+from mla_spec.judging.diagnosis import obeyed
 from mla_spec.judging.judge import judge_same_bits, judge_within, require_bounded, require_meaningful
 from mla_spec.judging.quick import EXAMPLES as QUICK_EXAMPLES
 from mla_spec.judging.quick import MINIMISING as QUICK_MINIMISING
 from mla_spec.judging.verdict import TrivialCase, VacuousCase
 from mla_spec.operations.case import Case
+from mla_spec.operations.conventions import Convention
 from mla_spec.operations.operation import Answers, Operation, Within
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.configured import Dims
@@ -92,9 +93,9 @@ class Run:
         self.last = operation, inputs, results
         return results
 
-    def diagnosis(self) -> str:
-        """Which other convention the results of the last call obey, where they are wrong; "" where none is recognized."""
-        return "" if self.last is None else diagnosis(*self.last, self.profile, self.supports)
+    def obeyed(self) -> tuple[Convention, ...]:
+        """Which other conventions the results of the last call obey, where they are wrong."""
+        return () if self.last is None else obeyed(*self.last, self.profile, self.supports)
 
     def expected(self, operation: Operation, inputs: Any) -> Answers:
         """What each output of a call on ``inputs`` must be; None for one that is not offered."""

@@ -13,6 +13,7 @@ from hypothesis.errors import Flaky
 
 from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.judging.attempts import Attempts
+from mla_spec.judging.diagnosis import diagnosis, finding
 from mla_spec.judging.drawing import FAILURES, answers_from, generate
 from mla_spec.judging.law import Law, Options, Production, Run
 from mla_spec.judging.narrowing import NOT_MADE_FOR, narrowing
@@ -191,12 +192,13 @@ def _run_dtype(
         first, case, message = attempt.flaky()
         return record(_verdict_of(first, options), _blamed(first, message), attempt.cases, case)
     except FAILURES as error:
-        convention = run.diagnosis() if isinstance(error, Violation) else ""
+        conventions = run.obeyed() if isinstance(error, Violation) else ()
         help = narrowing(attempt.history) if isinstance(error, SubjectCrashed) else ""
         declare = f"{NOT_MADE_FOR} Supports({help})" if help else ""
-        message = "\n".join(filter(None, (_blamed(error, str(error)), convention, declare)))
+        message = "\n".join(filter(None, (_blamed(error, str(error)), diagnosis(conventions), declare)))
         if options.tell and isinstance(error, Violation) and attempt.last is not None:
-            told += [each.as_dict() for each in telltale(subject, attempt.last, declared, options.device)]
+            found = [*map(finding, conventions), *telltale(subject, attempt.last, declared, options.device)]
+            told += [each.as_dict() for each in found]
         return record(_verdict_of(error, options), message, attempt.cases, attempt.last)
     except Exception as error:  # no case: what draws or counts them
         if not isinstance(subject, Handle):  # for debuggers

@@ -24,12 +24,16 @@ class Convention:
 
     Attributes:
         what: a sentence on the subject.
+        topic: what it is about, of ``mla_spec.judging.finding.TOPICS``.
         seen: from inputs and results, inputs and results of a call that obeys the contract, if the subject obeys this convention;
             None where the two conventions say the same.
+        declare: what a subject that has it by intent should declare; empty where nothing allows it.
     """
 
     what: str
+    topic: str
     seen: Callable[[Any, Results], Seen | None]
+    declare: str = ""
 
 
 def _with_scale(scale: Callable[[Any], float]) -> Callable[[Any, Results], Seen]:
@@ -108,52 +112,77 @@ def _top_left_ragged(inputs: Any, got: Results) -> Seen | None:
     return alone, got
 
 
-_SHARED = (
-    Convention("the LSE is a logarithm of base 2", _with_lse(lambda _, lse: lse * np.log(2))),
-    Convention("the LSE is a natural logarithm, converted as one of base 2", _with_lse(lambda _, lse: lse / np.log(2))),
-    Convention("softmax_scale is left out: it is 1", _with_scale(lambda _: 1.0)),
+SCALES = (
+    Convention("softmax_scale is left out: it is 1", "scores", _with_scale(lambda _: 1.0)),
     Convention(
         "softmax_scale is not the one that is passed but the root of the head dim, q.shape[-1]^-1/2",
+        "scores",
         _with_scale(lambda inputs: float(inputs.q.shape[-1]) ** -0.5),
     ),
     Convention(
-        "the softmax takes powers of 2, not of e", _with_scale(lambda inputs: float(inputs.softmax_scale * np.log(2)))
+        "the softmax takes powers of 2, not of e",
+        "scores",
+        _with_scale(lambda inputs: float(inputs.softmax_scale * np.log(2))),
     ),
-    Convention("causal is not honored: it is taken for its opposite", _another_mask),
-    Convention("rows without keys have an LSE of the other sign", _with_lse(_infinite_with_other_sign)),
 )
+"""Of scores: any attention."""
+
+_SHARED = (
+    Convention("the LSE is a logarithm of base 2", "lse", _with_lse(lambda _, lse: lse * np.log(2))),
+    Convention(
+        "the LSE is a natural logarithm, converted as one of base 2", "lse", _with_lse(lambda _, lse: lse / np.log(2))
+    ),
+    *SCALES,
+    Convention(
+        "causal is not honored: it is taken for its opposite", "mask", _another_mask, "causal=(...), what is honored"
+    ),
+    Convention(
+        "rows without keys have an LSE of the other sign",
+        "lse",
+        _with_lse(_infinite_with_other_sign),
+        'empty_row="zero/+inf"',
+    ),
+)
+
+_ROPE_FIRST = Convention(
+    "the values are the last elements of a row, as if the rope part came first", "values", _rope_first
+)
+
+
+def _top_left(seen: Callable[[Any, Results], Seen | None]) -> Convention:
+    return Convention("the mask is top-left: query i sees keys 0 .. i", "mask", seen)
+
 
 DECODE_CONVENTIONS = (
     *_SHARED,
     Convention(
         "the LSE is laid out [b, s, h], not [b, h, s]",
+        "lse",
         _with_lse(lambda _, lse: lse.reshape(lse.shape[0], lse.shape[2], lse.shape[1]).swapaxes(1, 2)),
     ),
     Convention(
         "the LSE is laid out [h, b·s] where [b·s, h] was expected",
+        "lse",
         _with_lse(lambda _, lse: lse.swapaxes(1, 2).reshape(lse.shape[1], lse.shape[0], -1).swapaxes(0, 1)),
     ),
-    Convention("the values are the last elements of a row, as if the rope part came first", _rope_first),
-    Convention("the mask is top-left: query i sees keys 0 .. i", _top_left_decode),
+    _ROPE_FIRST,
+    _top_left(_top_left_decode),
 )
 
 _BY_TOKEN = Convention(
-    "the LSE is laid out [tokens, h], not [h, tokens]", _with_lse(lambda _, lse: lse.reshape(lse.shape[::-1]).T)
+    "the LSE is laid out [tokens, h], not [h, tokens]", "lse", _with_lse(lambda _, lse: lse.reshape(lse.shape[::-1]).T)
 )
 
-PREFILL_CONVENTIONS = (
-    *_SHARED,
-    _BY_TOKEN,
-    Convention("the mask is top-left: query i sees keys 0 .. i", _top_left_prefill),
-)
+PREFILL_CONVENTIONS = (*_SHARED, _BY_TOKEN, _top_left(_top_left_prefill))
 
 RAGGED_CONVENTIONS = (
     *_SHARED,
     _BY_TOKEN,
     Convention(
         "the LSE is laid out [h, tokens] where [tokens, h] was expected",
+        "lse",
         _with_lse(lambda _, lse: lse.T.reshape(lse.shape)),
     ),
-    Convention("the values are the last elements of a row, as if the rope part came first", _rope_first),
-    Convention("the mask is top-left: query i sees keys 0 .. i", _top_left_ragged),
+    _ROPE_FIRST,
+    _top_left(_top_left_ragged),
 )

@@ -27,6 +27,7 @@ from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.sparse import max_logits_with_bound, sparse_attention
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
+from mla_spec.operations.conventions import SCALES
 from mla_spec.operations.decode import ATTENTION_OUTPUTS, declared_lse
 from mla_spec.operations.operation import Operation, View, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, Regime, values
@@ -329,6 +330,7 @@ SPARSE_PREFILL = Operation(
     regimes=REGIMES,
     others=_others,
     distant=lambda case: replace(case, s_q=3, s_kv=3).build(),
+    conventions=SCALES,
 )
 
 SPARSE_DECODE = Operation(
@@ -352,4 +354,5 @@ SPARSE_DECODE = Operation(
     regimes=(*REGIMES, *QUERIES),
     others=_others,
     distant=lambda case: replace(case, batch=3, pages=3).build(),
+    conventions=SCALES,
 )

@@ -9,9 +9,12 @@ import pytest
 
 from mla_spec.adapters.pytorch import TorchExplicit
 from mla_spec.bounds.profile import Profile
-from mla_spec.judging.diagnosis import diagnosis
+from mla_spec.installed import all_laws
+from mla_spec.judging.diagnosis import diagnosis, finding, obeyed
+from mla_spec.judging.law import Options
+from mla_spec.judging.run import run_law
 from mla_spec.operations.case import Case
-from mla_spec.operations.conventions import DECODE_CONVENTIONS, PREFILL_CONVENTIONS, RAGGED_CONVENTIONS
+from mla_spec.operations.conventions import DECODE_CONVENTIONS, PREFILL_CONVENTIONS, RAGGED_CONVENTIONS, SCALES
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.operation import Operation
@@ -19,6 +22,7 @@ from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.ragged import OPERATION as RAGGED
 from mla_spec.operations.ragged import RaggedDecodeCase
+from mla_spec.operations.sparse import SPARSE_DECODE, SparseDecodeCase
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.supports import Supports
 
@@ -39,10 +43,14 @@ PACKED = RaggedDecodeCase(
     qk_rope_head_dim=4,
     page_size=2,
 )
+SELECTED = SparseDecodeCase(
+    dtype="float32", seed=1, batch=2, s=2, pages=5, page_size=4, topk=8, num_heads=3, kv_lora_rank=8, qk_rope_head_dim=4
+)
 CASES: dict[str, tuple[Operation, Case]] = {
     "decode": (DECODE, DECODED),
     "prefill": (PREFILL, PREFILLED),
     "ragged_decode": (RAGGED, PACKED),
+    "sparse_decode": (SPARSE_DECODE, SELECTED),
 }
 
 
@@ -66,6 +74,10 @@ class Of(TorchExplicit):
         out, lse = super().ragged_decode(q, *args, **self.options(options, q))
         return out, self.lse(lse)
 
+    def sparse_decode(self, q: Any, *args: Any, **options: Any) -> Any:
+        out, lse = super().sparse_decode(q, *args, **self.options(options, q))
+        return out, self.lse(lse)
+
 
 class RopeFirst(TorchExplicit):
     def ragged_decode(self, q: Any, kv_cache: Any, *args: Any, head_dim_v: int, **options: Any) -> Any:
@@ -87,7 +99,7 @@ def told(subject: Any, *, supports: Supports = Supports(), name: str = "decode")
     operation, case = CASES[name]
     inputs = operation.build(case)
     got = Driver(subject, "float32").call(operation, inputs)
-    return diagnosis(operation, inputs, got, Profile.default("float32"), supports)
+    return diagnosis(obeyed(operation, inputs, got, Profile.default("float32"), supports))
 
 
 def unchanged(options: Any, q: Any) -> Any:
@@ -127,6 +139,8 @@ WRONG = [
         "ragged_decode",
     ),
     ("as if the rope part came first", RopeFirst(), "ragged_decode"),
+    ("the root of the head dim", Of(scaled(lambda scale, q: q.shape[-1] ** -0.5)), "sparse_decode"),
+    ("powers of 2, not of e", Of(scaled(lambda scale, q: scale * np.log(2))), "sparse_decode"),
     ("the mask is top-left", TopLeft(), "ragged_decode"),
 ]
 
@@ -139,9 +153,27 @@ def test_each_convention_is_recognized(sentence: str, subject: Any, name: str) -
     assert ", or " not in obeyed
 
 
+KNOWN = (*DECODE_CONVENTIONS, *PREFILL_CONVENTIONS, *RAGGED_CONVENTIONS, *SCALES)
+
+
 def test_every_convention_is_tested() -> None:
-    known = {convention.what for convention in (*DECODE_CONVENTIONS, *PREFILL_CONVENTIONS, *RAGGED_CONVENTIONS)}
+    known = {convention.what for convention in KNOWN}
     assert {what for what in known if not any(sentence in what for sentence, *_ in WRONG)} == set()
+
+
+def test_a_convention_is_found_out_with_what_declares_it() -> None:
+    for convention in KNOWN:
+        assert finding(convention).says.startswith(f"all would be right if {convention.what}")
+    (sign,) = {each for each in KNOWN if each.declare.startswith("empty_row")}
+    assert finding(sign).says.endswith('; if that is intended, declare Supports(empty_row="zero/+inf")')
+
+
+def test_a_record_that_is_asked_for_tells_of_conventions_first() -> None:
+    wrong = Of(scaled(lambda scale, q: 1.0))
+    options = Options(case=DECODED, minimise=False, tell=True)
+    record = run_law(all_laws()["test_decode_agrees_with_reference"], wrong, options)
+    assert record.told[0] == finding(SCALES[0]).as_dict()
+    assert finding(SCALES[0]).says in record.message
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -46,10 +46,10 @@ def test_a_fault_that_nobody_knows_is_not_named(pool: WorkerPool) -> None:
 
 
 def test_a_convention_is_named_with_what_declares_it(pool: WorkerPool) -> None:
-    (hypothesis,) = (each for each in HYPOTHESES if each.id == "empty-rows-of-positive-infinity")
-    record = failure(hypothesis.make(), "test_decode_lse_agrees_with_reference")
+    (hypothesis,) = (each for each in HYPOTHESES if each.id == "empty-rows-of-nan")
+    record = failure(hypothesis.make(), "test_decode_agrees_with_reference")
     (found,) = (each for each in named_suspects(record, pool) if each["id"] == hypothesis.id)
-    assert found["declare"] == 'Supports(empty_row="zero/+inf")'
+    assert found["declare"] == 'Supports(empty_row="unsupported")'
 
 
 def test_a_bug_may_be_left_out_of_the_suspects(pool: WorkerPool) -> None:
