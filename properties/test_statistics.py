@@ -204,6 +204,8 @@ def test_decode_error_is_as_small_as_declared(run: Run, case: DecodeCase) -> Non
     error = model.error(run.call(DECODE, inputs)[0].value)
     require_allowance(model.mean_square)
     ratios = (error**2).sum(-1) / model.mean_square  # [b, h]
+    deviation = np.sqrt(model.mean_square / error.shape[-1])[..., None]  # [b, h, 1], of one element at most
+    run.counts("predicted", np.abs(error) / deviation)
     _judge(
         run,
         excess_p_value(ratios),

@@ -16,9 +16,10 @@ from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.anatomy import Anatomy, anatomy_of
 from mla_spec.judging.diagnosis import obeyed
-from mla_spec.judging.judge import judge_same_bits, judge_within, require_bounded, require_meaningful
+from mla_spec.judging.judge import judge_same_bits, judge_within, ratios, require_bounded, require_meaningful
 from mla_spec.judging.quick import EXAMPLES as QUICK_EXAMPLES
 from mla_spec.judging.quick import MINIMISING as QUICK_MINIMISING
+from mla_spec.judging.spread import Spread, added, counted
 from mla_spec.judging.verdict import TrivialCase, VacuousCase
 from mla_spec.operations.case import Case
 from mla_spec.operations.conventions import Convention
@@ -59,7 +60,7 @@ class Run:
     comparisons whose probable bound says something, and those whose does not; ``calls`` are the last ones of a subject that is not
     deterministic. ``compile``, ``isolated`` and ``production`` are those of the options.
     ``last`` is the last call of an operation: inputs and results. ``anatomy`` is that of the result that failed, and
-    ``case_worst`` the largest error / bound of the last case.
+    ``case_worst`` the largest error / bound of the last case. ``spread`` counts elements by their errors.
     """
 
     driver: Driver
@@ -82,6 +83,7 @@ class Run:
     production: Production = Production()
     last: tuple[Operation, Any, Results] | None = None
     anatomy: Anatomy = field(default_factory=dict)
+    spread: Spread = field(default_factory=dict)
 
     def call(self, operation: Operation, inputs: Any, tensors: Tensors | None = None) -> Results:
         """The outputs of an operation of the subject. ``tensors`` replace those built from ``inputs``."""
@@ -120,9 +122,14 @@ class Run:
             gate = self._counted(want, bound)
         with self._dissected(got, want, bound.total):
             ratio = judge_within(got, want, bound, gate=gate)
+        self.counts("bound", ratios(got, want, np.broadcast_to(bound.total, want.shape)))
         self.case_worst = max(ratio, self.case_worst or 0.0)
         if self.worst is None or ratio > self.worst:
             self.worst, self.worst_case = ratio, self.case_id
+
+    def counts(self, kind: str, ratio: Array) -> None:
+        """Count errors of a kind of ``mla_spec.judging.spread``."""
+        self.spread = added([self.spread, {kind: counted(kind, ratio)}])
 
     def _counted(self, want: Array, bound: ErrorBound) -> bool:
         """Count a comparison as sharp or loose; whether it is sharp."""

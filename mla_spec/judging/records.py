@@ -159,6 +159,7 @@ class VerdictLine:
     evidence: tuple[Evidence, ...] = ()
     separation: dict[str, Any] = field(default_factory=dict)
     regimes: dict[str, RegimeCount] = field(default_factory=dict)
+    spread: dict[str, dict[str, Size]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         found = self.separation

@@ -197,7 +197,7 @@ def _run_dtype(
         declare = f"{NOT_MADE_FOR} Supports({help})" if help else ""
         message = "\n".join(filter(None, (_blamed(error, str(error)), diagnosis(conventions), declare)))
         if options.tell and isinstance(error, Violation) and attempt.last is not None:
-            found = [*map(finding, conventions), *telltale(subject, attempt.last, declared, options.device)]
+            found = [*map(finding, conventions)] or telltale(subject, attempt.last, declared, options.device)
             told += [each.as_dict() for each in found]
         return record(_verdict_of(error, options), message, attempt.cases, attempt.last)
     except Exception as error:  # no case: what draws or counts them
@@ -234,4 +234,5 @@ def _run_dtype(
         seconds=seconds,
         note=run.note or run.coarseness,
         regimes=by_regime(attempt.history, attempt.ratios),
+        spread=run.spread,
     )

@@ -207,7 +207,7 @@ def _findings(rows: list[Row]) -> list[Finding]:
 def _offset(row: Row, rows: list[Row]) -> list[Finding]:
     """Whether something was added to every column."""
     added = row.got - row.want
-    if len(added) < 3 or not _close(added, added[:1], row):
+    if len(added) < 3 or not row.finite or not _close(added, np.full_like(added, np.median(added)), row.bound):
         return []
     return [Finding("values", "out is off by one amount everywhere, whatever the weights and the values are")]
 
@@ -217,13 +217,13 @@ def _of_another(row: Row, rows: list[Row]) -> list[Finding]:
     for axis, (name, topic) in ((2, ("head", "heads")), (1, ("query", "mask"))):
         for other in rows:
             apart = [i for i in range(3) if other.place[i] != row.place[i]]
-            if apart == [axis] and len(row.keys) > 1 and _close(row.got, other.want, row):
+            if apart == [axis] and len(row.keys) > 1 and _close(row.got, other.want, other.bound):
                 return [Finding(topic, f"{name} {row.place[axis]} has the weights of {name} {other.place[axis]}")]
     return []
 
 
-def _close(one: Array, other: Array, row: Row) -> bool:
-    return bool((np.abs(one - other) <= 2 * row.bound.max()).all())
+def _close(got: Array, want: Array, bound: Array) -> bool:
+    return bool((np.abs(got - want) <= 2 * bound).all())
 
 
 def _read_elsewhere(row: Row, rows: list[Row]) -> list[Finding]:
@@ -262,12 +262,14 @@ def _masked(row: Row, rows: list[Row]) -> list[Finding]:
 
 def _shifted(row: Row, rows: list[Row]) -> list[Finding]:
     """Whether the weights are the right ones, of other keys."""
-    got, want = row.got[row.keys], row.want[row.keys]
+    got, want, bound = row.got[row.keys], row.want[row.keys], row.bound[row.keys]
     if len(got) < 3 or not row.finite:
         return []
-    if _close(got[1:], want[:-1], row) or _close(got[:-1], want[1:], row):
+    if _close(got[1:], want[:-1], bound[:-1]) or _close(got[:-1], want[1:], bound[1:]):
         return [Finding("reads", "each key has the weight of the one beside it")]
-    return [Finding("reads", "keys have the weights of others")] if _close(np.sort(got), np.sort(want), row) else []
+    order = np.argsort(want)
+    same = _close(np.sort(got), want[order], bound[order])
+    return [Finding("reads", "keys have the weights of others")] if same else []
 
 
 def _scaled(row: Row, rows: list[Row]) -> list[Finding]:
@@ -304,7 +306,7 @@ def _factors(factors: list[float], apart: bool) -> list[Finding]:
 def _unnormalized(row: Row, rows: list[Row]) -> list[Finding]:
     """Whether the weights have one factor too many."""
     factor = float((row.got * row.want).sum() / (row.want * row.want).sum())
-    if not row.finite or not _close(row.got, factor * row.want, row):
+    if not row.finite or not _close(row.got, factor * row.want, abs(factor) * row.bound):
         return []
     return [Finding("softmax", f"weights are {factor:.3g} times what they should be")]
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from mla_spec.judging.regime_count import together
+from mla_spec.judging.spread import Spread, added
 from mla_spec.text.terminal import one_line, printable
 
 Verdict = Literal["pass", "fail", "unsupported", "crashed", "incomplete"]
@@ -49,6 +50,7 @@ class Record:
             one with the most elements, each with its ``case``; empty where nothing was compared.
         separation: what separates the cases that failed from those that passed (``mla_spec.judging.separation``).
         regimes: what came of the cases of each regime (``mla_spec.judging.regime_count``).
+        spread: of a law that holds, how many elements have how large an error (``mla_spec.judging.spread``).
         told: what inputs that tell on themselves say (``mla_spec.judging.finding``); empty where they were not asked for.
         cause: in the report of a run, of the law that shows a fault first what that is (``mla_spec.judging.causes``), of the
             others which law they follow.
@@ -71,6 +73,7 @@ class Record:
     evidence: list[dict[str, Any]] = field(default_factory=list)
     separation: dict[str, Any] = field(default_factory=dict)
     regimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spread: Spread = field(default_factory=dict)
     told: list[dict[str, str]] = field(default_factory=list)
     cause: dict[str, Any] = field(default_factory=dict)
 
@@ -123,6 +126,7 @@ def merge(records: list[Record]) -> Record:
         note="\n".join(r.note for r in records if r.note),
         dtypes={r.dtype: _gravest(r.dtype, records) for r in records if r.dtype},
         regimes=together(r.regimes for r in records),
+        spread=added(r.spread for r in records),
     )
 
 

@@ -10,6 +10,7 @@ from mla_spec.front.overview import short_replay, suspect_text
 from mla_spec.front.report import outcome
 from mla_spec.front.reports.account import Account, Document, declared_rows, environment_rows
 from mla_spec.front.reports.heat import Heat, Square, operations_by_dtype, queries_by_head, regimes_by_law
+from mla_spec.front.reports.spread import pictures, spreads
 from mla_spec.front.reports.statement import LEVELS, sentence, waivers
 from mla_spec.front.reports.statement import table as levels_of
 from mla_spec.front.reports.style import STYLE
@@ -74,6 +75,7 @@ def _subject(account: Account, document: Document) -> str:
         section("Operations and dtypes", drawn(operations_by_dtype(account)) + _LEGEND),
         section("Where results are wrong", _places(account.causes)),
         section("Laws and regimes", "".join(_regimes(heat) for heat in regimes_by_law(account))),
+        section("How large errors are", pictures(spreads(account))),
         section("Laws that do not hold", "".join(map(_failure, account.records))),
         section("Not judged", _not_judged(account.records)),
         section("Statement of conformance", _statement(account, document)),

@@ -39,9 +39,14 @@ td small { margin-left: .5em; font-size: 1em; opacity: .85; }
 .dense { border-spacing: 1px; font-size: .7rem; } .dense td { min-width: 1rem; height: 1rem; padding: 0; }
 .dense th { padding: 0 .3rem; white-space: nowrap; }
 .dense thead th:not(:first-child) span { writing-mode: vertical-rl; }
+.spreads { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
+figure { margin: 0; } figcaption { font-size: .78rem; color: var(--soft); } figcaption strong { display: block; color: var(--ink); }
+svg { display: block; width: 100%; height: auto; background: var(--card); border-radius: 4px; }
+svg .bar { fill: var(--r4); } svg .axis { stroke: var(--soft); fill: none; }
+svg .limit { stroke: var(--wrong); stroke-width: 1.5; fill: none; } svg text { font-size: 10px; fill: var(--soft); }
 .none { color: var(--soft); } .none::before { content: "·"; }
 .exact { background: var(--exact); } .unclear { background: var(--unclear); }
-.refuses { background: var(--line); } .pale { opacity: .45; } td.within { background: var(--r1); }
+.refuses { background: var(--line); } .pale { opacity: .45; } :where(td.within) { background: var(--r1); }
 .wrong { background: var(--wrong); color: #fff; }
 .r0 { background: var(--r0); } .r1 { background: var(--r1); } .r2 { background: var(--r2); }
 .r3 { background: var(--r3); } .r4 { background: var(--r4); color: var(--deep); }
