@@ -71,7 +71,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "judge": ("mla-spec judge calls", "mla-spec judge calls --law decode -v"),
     "map": (
         "mla-spec map my_kernel.py:Kernel --dtype bfloat16 -o envelope.html --json envelope.json",
-        "mla-spec map torch-absorbed --dtype float32",
+        "mla-spec map torch-absorbed --operation prefill --dtype float32",
     ),
     "merge": ("mla-spec merge first.jsonl second.jsonl --json report.json",),
     "campaign": (

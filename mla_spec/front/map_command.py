@@ -12,16 +12,21 @@ from mla_spec.judging.law import Options
 from mla_spec.judging.plan import Shard
 from mla_spec.judging.session import Asked, header
 from mla_spec.judging.verdict import Record
-from mla_spec.operations.decode import DecodeCase
-from mla_spec.proof.envelope import LAW, Cell, envelope
+from mla_spec.operations.case import Case
+from mla_spec.operations.operation import Operation
+from mla_spec.proof.envelope import MAPPED, Cell, envelope, lattice_of
+from mla_spec.subjects.description import Description
 from mla_spec.subjects.find import UnknownSubject
 from mla_spec.subjects.supports import DTYPES
 from mla_spec.text.terminal import UsageError, show_progress, shown, write_text
 
 
 def chart(options: argparse.Namespace) -> int:
-    """Map what a decode does with calls of many sizes; 1 where it is silently wrong, 3 where nothing was judged."""
+    """Map what a subject does with calls of many sizes; 1 where it is silently wrong, 3 where nothing was judged."""
     require_device(options.device)
+    for name in options.operation:
+        if name not in MAPPED:
+            raise UsageError(f"--operation {shown(name)} is not mapped; those that are: {', '.join(MAPPED)}")
     for dtype in options.dtype or ():
         if dtype not in DTYPES:
             raise UsageError(f"unknown dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
@@ -43,21 +48,21 @@ def _found(options: argparse.Namespace) -> Envelope:
             declared = pool.describe(given, options.signature).result()
             if declared.fault:
                 raise UsageError(declared.fault)
-            if "decode" not in declared.operations:
-                raise UsageError(f"{declared.name} does not offer decode, which alone is mapped")
+            dtypes, laws = tuple(options.dtype or declared.supports.dtypes), []
+            for operation in _asked(declared, options.operation):
+                laws.append(law := lattice_of(operation).law)
 
-            def judge(case: DecodeCase) -> Record:
-                own = Options(minimise=False, device=options.device, spec=spec, case=case)
-                return pool.submit(LAW, declared.name, own, options.signature).result()
+                def judge(case: Case, law: str = law) -> Record:
+                    own = Options(minimise=False, device=options.device, spec=spec, case=case)
+                    return pool.submit(law, declared.name, own, options.signature).result()
 
-            dtypes = tuple(options.dtype or declared.supports.dtypes)
-            for part in envelope(judge, declared.supports, dtypes, options.seed):
-                cells += part
-                show_progress(f"{part[0].dtype}, {part[0].length}")
+                for part in envelope(operation, judge, declared.supports, dtypes, options.seed):
+                    cells += part
+                    show_progress(f"{part[0].operation}, {part[0].dtype}, {part[0].part}")
             show_progress("")
     except UnknownSubject as error:
         raise UsageError(str(error)) from error
-    run, line = header(given, [LAW], Shard()), Asked(given, options.signature, declared).line("")
+    run, line = header(given, laws, Shard()), Asked(given, options.signature, declared).line("")
     about = [
         ("suite", f"mla-spec {run.suite}"),
         ("code", code_text(line) or "part of the suite"),
@@ -67,3 +72,13 @@ def _found(options: argparse.Namespace) -> Envelope:
         ("seed", str(options.seed)),
     ]
     return Envelope(declared.name, tuple(about), tuple(cells))
+
+
+def _asked(declared: Description, names: list[str]) -> list[Operation]:
+    """The operations to map: those that are named, or all that the subject offers; UsageError where it lacks one."""
+    offered = [name for name in MAPPED if name in declared.operations]
+    missing = [name for name in names if name not in offered]
+    what = ", ".join(missing) or f"any of {', '.join(MAPPED)}"
+    if missing or not offered:
+        raise UsageError(f"{declared.name} does not offer {what}")
+    return [MAPPED[name] for name in dict.fromkeys(names or offered)]

@@ -23,6 +23,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.conventions import DECODE_CONVENTIONS
 from mla_spec.operations.latent_pages import LatentPages, PagedInputs, at_half_the_scale, without_spare_pages
+from mla_spec.operations.lattice import LENGTHS, PAGED_AXES, Lattice, latent_dims, lengths, takes_pages
 from mla_spec.operations.operation import Answers, Operation, View, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, values
 from mla_spec.reference.cache import gather_rows
@@ -199,6 +200,22 @@ POOL_VIEWS: dict[str, View] = {
     "kv_cache with pages further apart than a page": viewed(slice_of_wider, "kv_cache", 1, 3),
 }
 
+LATTICE = Lattice(
+    law="test_decode_agrees_with_reference",
+    kind="length",
+    classes=tuple(LENGTHS),
+    axes=PAGED_AXES,
+    fields=lambda supports, name, sizes: {
+        "seqlens": lengths(name, sizes),
+        "s": sizes["queries"],
+        "num_heads": sizes["heads"],
+        "page_size": sizes["page"],
+        "causal": True in supports.causal,
+        **latent_dims(supports),
+    },
+    declared=lambda supports, _, sizes: takes_pages(supports, sizes),
+)
+
 OPERATION = Operation(
     name="decode",
     contract=__doc__,
@@ -226,4 +243,5 @@ OPERATION = Operation(
     distant=_distant,
     tight=lambda inputs: without_spare_pages(inputs)[0],
     conventions=DECODE_CONVENTIONS,
+    lattice=LATTICE,
 )

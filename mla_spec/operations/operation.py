@@ -17,6 +17,7 @@ from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import Case
 from mla_spec.operations.conventions import Convention
+from mla_spec.operations.lattice import Lattice
 from mla_spec.operations.regimes import Regime
 from mla_spec.reference.typing import Array, BoolArray
 from mla_spec.subjects.driver import Result, Tensors
@@ -105,6 +106,7 @@ class Operation(Signature):
         missing: from what the subject supports, why no case can be made, or "".
         tight: inputs without what no call needs: spare pages, spare columns of a table.
         conventions: others than the contract's, which a report names where a subject obeys one.
+        lattice: sizes for which ``mla-spec map`` says what a subject does; None where there are none.
         recordable: what it must give follows from the arguments of a call alone, so that a recorded call can be judged.
     """
 
@@ -119,6 +121,7 @@ class Operation(Signature):
     missing: Callable[[Supports], str] = lambda _: ""
     tight: Callable[[Any], Any] = lambda inputs: inputs
     conventions: tuple[Convention, ...] = ()
+    lattice: Lattice | None = None
     recordable: bool = False
 
     @property

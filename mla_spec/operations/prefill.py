@@ -23,6 +23,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.conventions import PREFILL_CONVENTIONS
 from mla_spec.operations.decode import attention_expected
+from mla_spec.operations.lattice import HEADS, Lattice
 from mla_spec.operations.operation import Operation
 from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
 from mla_spec.reference.formats import round_to
@@ -123,6 +124,27 @@ PACKED_LSE = Output(
     offered=lambda supports: supports.lse,
 )
 
+_BESIDE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "one sequence": ((), ()),
+    "a short one before it": ((3,), (5,)),
+    "one without queries before it": ((0,), (4,)),
+}
+"""Queries and keys of the sequences before the one whose sizes are mapped."""
+
+LATTICE = Lattice(
+    law="test_prefill_agrees_with_reference",
+    kind="batch",
+    classes=tuple(_BESIDE),
+    axes={"heads": HEADS, "queries": (1, 2, 3, 16, 64, 65, 130), "cached": (0, 1, 16, 63, 64, 256)},
+    fields=lambda supports, name, sizes: {
+        "seqlens_q": _BESIDE[name][0] + (sizes["queries"],),
+        "seqlens_k": _BESIDE[name][1] + (sizes["queries"] + sizes["cached"],),
+        "num_heads": sizes["heads"],
+        "causal": True in supports.causal,
+        **dict(zip(("qk_head_dim", "v_head_dim"), (supports.prefill_dims or ((192, 128),))[0], strict=True)),
+    },
+    declared=lambda supports, _, sizes: supports.num_heads is None or sizes["heads"] in supports.num_heads,
+)
 OPERATION = Operation(
     name="prefill",
     contract=__doc__,
@@ -158,4 +180,5 @@ OPERATION = Operation(
     others=_others,
     distant=lambda case: replace(case, seqlens_q=(3,), seqlens_k=(3,)).build(),
     conventions=PREFILL_CONVENTIONS,
+    lattice=LATTICE,
 )

@@ -38,6 +38,7 @@ from mla_spec.operations.decode import (
     shortened,
 )
 from mla_spec.operations.latent_pages import at_half_the_scale, without_spare_pages
+from mla_spec.operations.lattice import PAGED_AXES, Lattice, lengths, takes_pages
 from mla_spec.operations.operation import Answers, Judge, Operation, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, values
 from mla_spec.reference.cache_layout import Bytes, CacheLayout, QuantisedRows, layout_of, pack, unpack
@@ -431,6 +432,24 @@ DEQUANTIZE_CACHE = Operation(
     missing=no_format,
 )
 
+QUANTIZED_LATTICE = Lattice(
+    law="test_quantised_decode_agrees_with_reference",
+    kind="format, length",
+    classes=tuple(f"{name}, {length}" for name in HEAD_DIM_V for length in ("a key beyond a page", "a thousand keys")),
+    axes=PAGED_AXES,
+    fields=lambda supports, name, sizes: {
+        "format": name.partition(", ")[0],
+        "seqlens": lengths(name.partition(", ")[2], sizes),
+        "s": sizes["queries"],
+        "num_heads": sizes["heads"],
+        "page_size": sizes["page"],
+        "causal": True in supports.causal,
+    },
+    declared=lambda supports, name, sizes: (
+        name.partition(", ")[0] in supports.cache_formats and takes_pages(supports, sizes)
+    ),
+)
+
 DECODE_QUANTIZED = Operation(
     name="decode_quantized",
     contract=__doc__,
@@ -456,4 +475,5 @@ DECODE_QUANTIZED = Operation(
     distant=_decode_distant,
     missing=no_latent_format,
     tight=_decode_tight,
+    lattice=QUANTIZED_LATTICE,
 )

@@ -29,6 +29,7 @@ from mla_spec.operations.decode import (
     attention_expected,
 )
 from mla_spec.operations.latent_pages import LatentPages, PagedInputs, at_half_the_scale, without_spare_pages
+from mla_spec.operations.lattice import LENGTHS, PAGED_AXES, Lattice, latent_dims, lengths, takes_pages
 from mla_spec.operations.operation import Operation
 from mla_spec.operations.prefill import PACKED_LSE
 from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
@@ -118,6 +119,22 @@ def _distant(case: RaggedDecodeCase) -> RaggedDecodeInputs:
     )
 
 
+LATTICE = Lattice(
+    law="test_ragged_decode_agrees_with_reference",
+    kind="length",
+    classes=tuple(LENGTHS),
+    axes=PAGED_AXES,
+    fields=lambda supports, name, sizes: {
+        "seqlens_q": (sizes["queries"],) * len(lengths(name, sizes)),
+        "seqlens_k": lengths(name, sizes),
+        "num_heads": sizes["heads"],
+        "page_size": sizes["page"],
+        "causal": True in supports.causal,
+        **latent_dims(supports),
+    },
+    declared=lambda supports, _, sizes: takes_pages(supports, sizes),
+)
+
 OPERATION = Operation(
     name="ragged_decode",
     contract=__doc__,
@@ -148,4 +165,5 @@ OPERATION = Operation(
     distant=_distant,
     tight=lambda inputs: without_spare_pages(inputs)[0],
     conventions=RAGGED_CONVENTIONS,
+    lattice=LATTICE,
 )

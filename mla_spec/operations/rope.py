@@ -15,6 +15,7 @@ import numpy as np
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.rope import rope_with_bound
 from mla_spec.operations.case import Case
+from mla_spec.operations.lattice import Lattice
 from mla_spec.operations.operation import Answers, Operation, Within
 from mla_spec.operations.regimes import Regime, values
 from mla_spec.reference.config import LongRopeScaling, RopeConfig, YarnScaling
@@ -165,6 +166,23 @@ def _others(case: RopeCase) -> tuple[RopeInputs, ...]:
     return later, replace(permuted, positions=permuted.positions[::-1]), faster
 
 
+LATTICE = Lattice(
+    law="test_rope_agrees_with_reference",
+    kind="layout",
+    classes=("interleaved", "half", "interleaved, YaRN", "half, YaRN"),
+    axes={"heads": (1, 2, 3, 8, 16, 32, 64, 128), "dims": (2, 8, 16, 32, 64, 128), "tokens": (1, 2, 3, 17, 128)},
+    fields=lambda supports, name, sizes: {
+        "s": sizes["tokens"],
+        "heads": sizes["heads"],
+        "dim": sizes["dims"],
+        "layout": name.partition(",")[0],
+        "yarn": "deepseek-v3" if "YaRN" in name else "none",
+    },
+    declared=lambda supports, name, _: (
+        name.partition(",")[0] in supports.rope_layouts and (supports.yarn or "YaRN" not in name)
+    ),
+)
+
 OPERATION = Operation(
     name="rope",
     contract=__doc__,
@@ -187,4 +205,5 @@ OPERATION = Operation(
     regimes=REGIMES,
     others=_others,
     distant=lambda case: replace(case, batch=3).build(),
+    lattice=LATTICE,
 )

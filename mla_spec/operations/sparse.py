@@ -29,6 +29,7 @@ from mla_spec.bounds.sparse import max_logits_with_bound, sparse_attention
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
 from mla_spec.operations.conventions import SCALES
 from mla_spec.operations.decode import ATTENTION_OUTPUTS, declared_lse
+from mla_spec.operations.lattice import HEADS, Lattice, Sizes, latent_dims
 from mla_spec.operations.operation import Operation, View, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, Regime, values
 from mla_spec.reference.formats import round_to
@@ -333,6 +334,39 @@ SPARSE_PREFILL = Operation(
     conventions=SCALES,
 )
 
+SPARSE_PAGE = 64
+"""Tokens of a page of a map, where a subject leaves the choice."""
+
+
+def _sparse_fields(supports: Supports, name: str, sizes: Sizes) -> dict[str, Any]:
+    """Two sequences, and a quarter more slots than each query selects."""
+    page = (supports.page_sizes or (SPARSE_PAGE,))[0]
+    return {
+        "batch": 2,
+        "s": sizes["queries"],
+        "num_heads": sizes["heads"],
+        "topk": sizes["selected"],
+        "pages": -(-5 * sizes["selected"] // (4 * page)),
+        "page_size": page,
+        "invalid": 0.3 if name == "with holes" else 0.0,
+        "with_length": name == "with topk_length",
+        **latent_dims(supports),
+    }
+
+
+SPARSE_LATTICE = Lattice(
+    law="test_sparse_decode_agrees_with_reference",
+    kind="selection",
+    classes=("keys alone", "with holes", "with topk_length"),
+    axes={"heads": HEADS, "queries": (1, 2, 3, 4), "selected": (1, 16, 64, 128, 512, 2048)},
+    fields=_sparse_fields,
+    declared=lambda supports, name, sizes: (
+        (supports.num_heads is None or sizes["heads"] in supports.num_heads)
+        and sizes["selected"] % supports.topk_multiple == 0
+        and (supports.topk_length or name != "with topk_length")
+    ),
+)
+
 SPARSE_DECODE = Operation(
     name="sparse_decode",
     contract=__doc__,
@@ -355,4 +389,5 @@ SPARSE_DECODE = Operation(
     others=_others,
     distant=lambda case: replace(case, batch=3, pages=3).build(),
     conventions=SCALES,
+    lattice=SPARSE_LATTICE,
 )

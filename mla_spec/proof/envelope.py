@@ -1,39 +1,30 @@
-"""The envelope in which a decode is right: a lattice of sizes, bisected into what is right, refused and silently wrong.
+"""The envelope of an operation: a lattice of sizes, bisected into what is right, refused and silently wrong.
 
-Of each dtype and class of lengths, a box of heads, queries and page sizes is judged in its corners and its middle. Where these
-are alike, so is the rest of the box, as far as anybody knows; where they differ, its longest side is halved.
+Of each dtype and class of cases, a box of sizes is judged in its corners and its middle. Where these are alike, so is the rest of
+the box, as far as anybody knows; where they differ, its longest side is halved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
 from mla_spec.judging.verdict import Record
-from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.all import CALLED
+from mla_spec.operations.case import Case
+from mla_spec.operations.lattice import Lattice
+from mla_spec.operations.operation import Operation
 from mla_spec.subjects.supports import Supports
 
-LAW = "test_decode_agrees_with_reference"
-
-HEADS = (1, 2, 3, 8, 16, 24, 32, 64, 128)
-QUERIES = (1, 2, 3, 4, 8)
-PAGES = (1, 2, 16, 32, 64, 128)
-
-LENGTHS: dict[str, Callable[[int], tuple[int, ...]]] = {
-    "one key": lambda page: (1,),
-    "a whole page": lambda page: (page,),
-    "a key beyond a page": lambda page: (page + 1,),
-    "ragged, several pages": lambda page: (3 * page + 5, 1, page, 2 * page - 1),
-    "a thousand keys": lambda page: (1025,),
-}
-"""Classes of lengths: from a page size, how many keys each sequence has; at least as many as queries."""
+MAPPED: dict[str, Operation] = {operation.name: operation for operation in CALLED if operation.lattice is not None}
+"""Operations that have a lattice, by name."""
 
 Kind = Literal["right", "refuses", "wrong", "ends the process", "not judged"]
 
-Sizes = tuple[int, int, int]
-"""Heads, queries, tokens of a page."""
+Point = tuple[int, int, int]
+"""A value of each axis."""
 
 _Box = tuple[range, range, range]
 """Indices into the three axes."""
@@ -41,9 +32,11 @@ _Box = tuple[range, range, range]
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What a decode does with calls of one size.
+    """What a subject does with calls of one size.
 
     Attributes:
+        part: the class of the case.
+        sizes: by the names of the axes.
         kind: "right"; "refuses" by an exception; "wrong" without a word; "ends the process", or hangs; "not judged".
         measured: whether it was called; else it is what the corners and the middle of its box are.
         declared: whether it says that it takes such a call.
@@ -52,11 +45,10 @@ class Cell:
         message: what it said, or what is wrong.
     """
 
+    operation: str
     dtype: str
-    length: str
-    heads: int
-    queries: int
-    page: int
+    part: str
+    sizes: dict[str, int] = field(default_factory=dict)
     kind: Kind
     measured: bool
     declared: bool
@@ -65,81 +57,87 @@ class Cell:
     message: str = ""
 
 
-Judge = Callable[[DecodeCase], Record]
-"""Runs ``LAW`` on one case of the subject."""
+Judge = Callable[[Case], Record]
+"""Runs the law of the lattice on one case of the subject."""
 
 
-def envelope(judge: Judge, supports: Supports, dtypes: tuple[str, ...], seed: int = 0) -> Iterator[list[Cell]]:
-    """The cells of each dtype and class of lengths, in the order of the axes."""
-    for dtype, length in product(dtypes, LENGTHS):
-        part = _Part(judge, supports, dtype, length, seed)
-        part.bisect((range(len(HEADS)), range(len(QUERIES)), range(len(PAGES))))
-        yield part.cells()
+def lattice_of(operation: Operation) -> Lattice:
+    """The lattice of one that is mapped."""
+    assert operation.lattice is not None
+    return operation.lattice
+
+
+def envelope(
+    operation: Operation, judge: Judge, supports: Supports, dtypes: tuple[str, ...], seed: int = 0
+) -> Iterator[list[Cell]]:
+    """The cells of each dtype and class, in the order of the axes."""
+    for dtype, part in product(dtypes, lattice_of(operation).classes):
+        box = _Part(operation, judge, supports, dtype, part, seed)
+        first, second, third = (range(len(axis)) for axis in box.axes)
+        box.bisect((first, second, third))
+        yield box.cells()
 
 
 class _Part:
-    """One dtype and class of lengths."""
+    """One dtype and class of an operation."""
 
-    def __init__(self, judge: Judge, supports: Supports, dtype: str, length: str, seed: int) -> None:
-        self.judge, self.supports, self.dtype, self.length, self.seed = judge, supports, dtype, length, seed
-        self.found: dict[Sizes, Cell] = {}
-        self.inferred: dict[Sizes, Kind] = {}
+    def __init__(
+        self, operation: Operation, judge: Judge, supports: Supports, dtype: str, part: str, seed: int
+    ) -> None:
+        self.operation, self.lattice = operation, lattice_of(operation)
+        self.judge, self.supports, self.dtype, self.part, self.seed = judge, supports, dtype, part, seed
+        self.axes = tuple(self.lattice.axes.values())
+        self.found: dict[Point, Cell] = {}
+        self.inferred: dict[Point, Kind] = {}
 
     def bisect(self, box: _Box) -> None:
         """Judge the corners and the middle of a box, and of its halves where they differ."""
         ends = [sorted({side[0], side[-1]}) for side in box]
         points = [*product(*ends), tuple(side[len(side) // 2] for side in box)]
-        kinds = {self._cell(_sizes(point)).kind for point in points}
+        kinds = {self._cell(self._at(point)).kind for point in points}
         longest = max(range(3), key=lambda axis: len(box[axis]))
         if len(kinds) == 1:
             (kind,) = kinds
-            self.inferred |= {_sizes(point): kind for point in product(*box)}
+            self.inferred |= {self._at(point): kind for point in product(*box)}
         elif len(box[longest]) > 1:
             middle = len(box[longest]) // 2
             for half in (box[longest][:middle], box[longest][middle:]):
                 first, second, third = (half if axis == longest else side for axis, side in enumerate(box))
                 self.bisect((first, second, third))
 
-    def _cell(self, sizes: Sizes) -> Cell:
-        if sizes not in self.found:
-            heads, queries, page = sizes
-            dims = (self.supports.latent_dims or ((512, 64),))[0]
-            case = DecodeCase(
-                dtype=self.dtype,
-                seed=self.seed,
-                seqlens=tuple(max(n, queries) for n in LENGTHS[self.length](page)),
-                s=queries,
-                num_heads=heads,
-                kv_lora_rank=dims[0],
-                qk_rope_head_dim=dims[1],
-                page_size=page,
-                causal=True in self.supports.causal,
-            )
+    def _at(self, point: tuple[int, ...]) -> Point:
+        first, second, third = (axis[i] for axis, i in zip(self.axes, point, strict=True))
+        return first, second, third
+
+    def _sizes(self, point: Point) -> dict[str, int]:
+        return dict(zip(self.lattice.axes, point, strict=True))
+
+    def _cell(self, point: Point) -> Cell:
+        if point not in self.found:
+            fields = self.lattice.fields(self.supports, self.part, self._sizes(point))
+            case = self.operation.case(dtype=self.dtype, seed=self.seed, **fields)
             record = self.judge(case)
-            self.found[sizes] = self._made(sizes, kind_of(record), True, **_told(record, case))
-        return self.found[sizes]
+            self.found[point] = self._made(point, kind_of(record), True, **_told(record, case))
+        return self.found[point]
 
-    def _made(self, sizes: Sizes, kind: Kind, measured: bool, **told: Any) -> Cell:
-        heads, queries, page = sizes
-        where = {"dtype": self.dtype, "length": self.length, "heads": heads, "queries": queries, "page": page}
-        return Cell(**where, kind=kind, measured=measured, declared=self._declared(sizes), **told)  # type: ignore[arg-type]
-
-    def _declared(self, sizes: Sizes) -> bool:
-        heads, queries, page = sizes
-        s = self.supports
-        allowed = [(heads, s.num_heads), (page, s.page_sizes), (self.dtype, s.dtypes)]
-        return all(known is None or value in known for value, known in allowed) and queries <= (s.max_s or queries)
+    def _made(self, point: Point, kind: Kind, measured: bool, **told: Any) -> Cell:
+        sizes = self._sizes(point)
+        declared = self.dtype in self.supports.dtypes and self.lattice.declared(self.supports, self.part, sizes)
+        return Cell(
+            operation=self.operation.name,
+            dtype=self.dtype,
+            part=self.part,
+            sizes=sizes,
+            kind=kind,
+            measured=measured,
+            declared=declared,
+            **told,
+        )
 
     def cells(self) -> list[Cell]:
         """All of them, what was measured as it was."""
-        return [
-            self.found.get(sizes) or self._made(sizes, self.inferred[sizes], False)
-            for sizes in product(HEADS, QUERIES, PAGES)
-        ]
-
-
-def _sizes(point: tuple[int, ...]) -> Sizes:
-    return HEADS[point[0]], QUERIES[point[1]], PAGES[point[2]]
+        points = ((first, second, third) for first, second, third in product(*self.axes))
+        return [self.found.get(point) or self._made(point, self.inferred[point], False) for point in points]
 
 
 _ENDS = ("the process", "did not return", "it could not be made again")
@@ -154,7 +152,7 @@ def kind_of(record: Record) -> Kind:
     return kinds.get(record.verdict, "not judged")
 
 
-def _told(record: Record, case: DecodeCase) -> dict[str, Any]:
+def _told(record: Record, case: Case) -> dict[str, Any]:
     ratios = [record.worst, *(float(each["excess"]) for each in record.evidence)]
     finite = [ratio for ratio in ratios if ratio is not None and ratio < float("inf")]
     message = "" if record.verdict == "pass" else next(iter(record.message.splitlines()), record.verdict)

@@ -1,4 +1,4 @@
-"""The sizes for which a decode is right, refuses, or is silently wrong."""
+"""The sizes for which an operation is right, refuses, or is silently wrong."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from mla_spec.adapters.pytorch import TorchAbsorbed
 from mla_spec.front.cli import main
+from mla_spec.installed import all_laws
+from mla_spec.judging.law import Options
+from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
 from mla_spec.operations.all import parse_case
+from mla_spec.operations.case import Case
+from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase
-from mla_spec.proof import envelope as module
-from mla_spec.proof.envelope import HEADS, LENGTHS, PAGES, QUERIES, Cell, Kind, envelope, kind_of
+from mla_spec.proof.envelope import MAPPED, Cell, Kind, envelope, kind_of, lattice_of
 from mla_spec.subjects.supports import Supports
 
 KERNEL = """
@@ -45,9 +52,12 @@ class Ends(Kernel):
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A file of kernels, and a lattice that is small enough to be judged for real."""
     (tmp_path / "kernel.py").write_text(KERNEL)
-    for name, values in (("HEADS", (1, 2, 3)), ("QUERIES", (1, 2)), ("PAGES", (2, 16))):
-        monkeypatch.setattr(module, name, values)
-    monkeypatch.setattr(module, "LENGTHS", {name: LENGTHS[name] for name in ("one key", "a key beyond a page")})
+    small = replace(
+        lattice_of(DECODE),
+        axes={"heads": (1, 2, 3), "queries": (1, 2), "page": (2, 16)},
+        classes=("one key", "a key beyond a page"),
+    )
+    monkeypatch.setitem(MAPPED, "decode", replace(DECODE, lattice=small))
     return str(tmp_path / "kernel.py")
 
 
@@ -55,9 +65,9 @@ def test_each_size_is_right_refused_or_silently_wrong(kernel: str, tmp_path: Pat
     page, data = tmp_path / "map.md", tmp_path / "map.json"
     assert main(["map", f"{kernel}:Kernel", "-o", str(page), "--json", str(data)]) == 1
     content = json.loads(data.read_text())
-    assert (content["schema"], content["version"], content["subject"]) == ("mla-spec-map", 1, "<mine>")
+    assert (content["schema"], content["version"], content["subject"]) == ("mla-spec-map", 2, "<mine>")
     assert content["about"]["code"].startswith("SHA-256 ")
-    assert content["axes"]["heads"] == [1, 2, 3]
+    assert content["axes"]["decode"]["heads"] == [1, 2, 3]
     assert len(content["cells"]) == 2 * 3 * 2 * 2
     for cell in content["cells"]:
         expected = (
@@ -75,7 +85,7 @@ def test_each_size_is_right_refused_or_silently_wrong(kernel: str, tmp_path: Pat
     text = page.read_text()
     assert "# Envelope of decode of &lt;mine&gt;" in text
     assert "4 silently wrong, 8 refuses, 12 right" in text
-    assert "| float32 | one key | 6 | 4 |  |  | 2 |" in text
+    assert "| decode | float32 | one key | 6 | 4 |  |  | 2 |" in text
 
 
 def test_a_kernel_that_ends_its_process_does_not_refuse(kernel: str, tmp_path: Path) -> None:
@@ -102,6 +112,10 @@ def test_two_maps_differ_in_the_lines_of_the_cells_that_changed(kernel: str, tmp
     ("arguments", "message"),
     [
         (["torch-absorbed", "--dtype", "float7"], "unknown dtype 'float7'"),
+        (
+            ["torch-absorbed", "--operation", "merge"],
+            "--operation 'merge' is not mapped; those that are: rope, prefill",
+        ),
         (["nothing.py:Kernel"], "nothing.py"),
         (["torch-absorbed", "-o", "no/such/folder.md"], "--output"),
     ],
@@ -115,8 +129,8 @@ def test_what_cannot_be_mapped_is_said(arguments: list[str], message: str, capsy
 
 def test_a_subject_without_decode_has_no_envelope(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rope.py").write_text("class R:\n    def rope(self, x, positions, *, rope):\n        return x\n")
-    assert main(["map", f"{tmp_path / 'rope.py'}:R"]) == 2
-    assert "R does not offer decode, which alone is mapped" in capsys.readouterr().err
+    assert main(["map", f"{tmp_path / 'rope.py'}:R", "--operation", "decode"]) == 2
+    assert "R does not offer decode" in capsys.readouterr().err
 
 
 Truth = Callable[[int, int, int], Kind]
@@ -125,13 +139,14 @@ Truth = Callable[[int, int, int], Kind]
 def mapped(truth: Truth) -> list[Cell]:
     """The whole lattice of one dtype and class of lengths, judged by what is true of each size."""
 
-    def judge(case: DecodeCase) -> Record:
+    def judge(case: Case) -> Record:
+        assert isinstance(case, DecodeCase)
         kind = truth(case.num_heads, case.s, case.page_size)
         verdicts = {"right": ("pass", ""), "wrong": ("fail", "wrong"), "refuses": ("crashed", "ValueError: no")}
         verdict, message = verdicts[kind]
-        return Record(module.LAW, "s", verdict, message=message, case=case.id)  # type: ignore[arg-type]
+        return Record("law", "s", verdict, message=message, case=case.id)  # type: ignore[arg-type]
 
-    return next(iter(envelope(judge, Supports(), ("float32",))))
+    return next(iter(envelope(DECODE, judge, Supports(), ("float32",))))
 
 
 @pytest.mark.parametrize(
@@ -145,13 +160,76 @@ def mapped(truth: Truth) -> list[Cell]:
 )
 def test_boundaries_are_found_wherever_they_run(truth: Truth) -> None:
     cells = mapped(truth)
-    assert len(cells) == len(HEADS) * len(QUERIES) * len(PAGES)
-    assert [cell for cell in cells if cell.kind != truth(cell.heads, cell.queries, cell.page)] == []
+    assert [tuple(cell.sizes.values()) for cell in cells] == list(product(*lattice_of(DECODE).axes.values()))
+    assert [cell for cell in cells if cell.kind != truth(*cell.sizes.values())] == []
 
 
 def test_a_uniform_box_is_judged_in_its_corners_and_its_middle() -> None:
     assert sum(cell.measured for cell in mapped(lambda *sizes: "right")) == 9
     assert 9 < sum(cell.measured for cell in mapped(lambda heads, *_: "wrong" if heads > 16 else "right")) < 100
+
+
+def corner(name: str, index: int, part: str) -> tuple[dict[str, int], Case]:
+    """Sizes at one end of every axis, and the case of a class."""
+    operation = MAPPED[name]
+    sizes = {axis: values[index] for axis, values in lattice_of(operation).axes.items()}
+    fields = lattice_of(operation).fields(Supports(), part, sizes)
+    return sizes, operation.case(dtype="float32", **fields)
+
+
+PARTS = [(name, part) for name, operation in MAPPED.items() for part in lattice_of(operation).classes]
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_the_law_of_each_lattice_judges_its_smallest_cases(name: str, part: str) -> None:
+    law = all_laws()[lattice_of(MAPPED[name]).law]
+    _, case = corner(name, 0, part)
+    record = run_law(law, TorchAbsorbed(), Options(case=case, minimise=False))
+    assert record.verdict == "pass", record.message
+    assert parse_case(case.id) == case
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_what_is_declared_is_told_from_what_is_not(name: str, part: str) -> None:
+    declared = lattice_of(MAPPED[name]).declared
+    small, large = corner(name, 0, part)[0], corner(name, -1, part)[0]
+    assert declared(Supports(), part, small)
+    assert declared(Supports(), part, large)
+    narrow = {
+        "rope": Supports(rope_layouts=("half" if part.startswith("interleaved") else "interleaved",)),
+        "decode_quantized": Supports(page_sizes=(1,)),
+    }.get(name, Supports(num_heads=(1,)))
+    assert not declared(narrow, part, large)
+
+
+def test_every_operation_that_is_offered_is_mapped(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rope = MAPPED["rope"]
+    small = replace(lattice_of(rope), axes={"heads": (1, 2), "dims": (2, 8), "tokens": (1, 3)}, classes=("half",))
+    monkeypatch.setitem(MAPPED, "rope", replace(rope, lattice=small))
+    source = (
+        Path(kernel).read_text().replace("    ends = False\n", "    ends = False\n    rope = TorchAbsorbed().rope\n")
+    )
+    Path(kernel).write_text(source)
+    page, data = tmp_path / "map.html", tmp_path / "map.json"
+    assert main(["map", f"{kernel}:Kernel", "-o", str(page), "--json", str(data)]) == 1
+    content = json.loads(data.read_text())
+    assert content["axes"]["rope"] == {
+        "dtype": ["float32"],
+        "layout": ["half"],
+        "heads": [1, 2],
+        "dims": [2, 8],
+        "tokens": [1, 3],
+    }
+    assert {cell["kind"] for cell in content["cells"] if cell["operation"] == "rope"} == {"right"}
+    assert {cell["length"] for cell in content["cells"] if cell["operation"] == "decode"} == {
+        "one key",
+        "a key beyond a page",
+    }
+    assert "Envelope of rope, decode" in page.read_text()
+    assert main(["map", f"{kernel}:Kernel", "--operation", "rope", "-o", str(page)]) == 0
+    assert "Envelope of rope:" in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -154,10 +154,17 @@ def add_judge(parsers: Parsers) -> None:
 
 
 def add_map(parsers: Parsers) -> None:
-    parser = parsers.add_parser("map", help="for which sizes a decode is right, refuses, or is silently wrong")
+    parser = parsers.add_parser("map", help="for which sizes an operation is right, refuses, or is silently wrong")
     parser.set_defaults(run=commands.run_map)
     parser.add_argument("subject", metavar="SUBJECT", help="as for check")
     parser.add_argument("--signature", metavar="NAME", help="as for check")
+    parser.add_argument(
+        "--operation",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this one, of decode, ragged_decode, decode_quantized, sparse_decode, prefill and rope; repeatable",
+    )
     parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (0)")

@@ -1,4 +1,4 @@
-"""The page of an envelope: Markdown or HTML, and the file that two releases can be compared by."""
+"""The page of envelopes: Markdown or HTML, and the file that two releases can be compared by."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from mla_spec.front.reports.heat import Heat, Square, ratio_text
 from mla_spec.front.reports.html import details, drawn, listed, page, section, tag
 from mla_spec.front.reports.markdown import md, table_of
-from mla_spec.proof.envelope import Cell, Kind
+from mla_spec.proof.envelope import MAPPED, Cell, Kind, lattice_of
 
-SCHEMA, VERSION = "mla-spec-map", 1
+SCHEMA, VERSION = "mla-spec-map", 2
 
 LISTED = 40
 """Cells that are silently wrong which are listed."""
@@ -42,6 +42,16 @@ class Envelope:
     cells: tuple[Cell, ...]
 
     @property
+    def operations(self) -> tuple[str, ...]:
+        """Those that were mapped."""
+        return tuple(dict.fromkeys(cell.operation for cell in self.cells))
+
+    @property
+    def title(self) -> str:
+        """What it is of."""
+        return f"Envelope of {', '.join(self.operations)}"
+
+    @property
     def headline(self) -> str:
         """One sentence."""
         counts = Counter(cell.kind for cell in self.cells)
@@ -58,21 +68,43 @@ class Envelope:
 def as_json(envelope: Envelope) -> str:
     """One cell a line, in an order of their own: two files can be compared line by line."""
     head = {"schema": SCHEMA, "version": VERSION, "subject": envelope.subject, "about": dict(envelope.about)}
-    names = ("dtype", "length", "heads", "queries", "page")
-    axes = {name: list(dict.fromkeys(getattr(cell, name) for cell in envelope.cells)) for name in names}
+    cells = [_plain(cell) for cell in envelope.cells]
+    axes = {
+        operation: {name: _values(cells, operation, name) for name in ("dtype", _kind(operation), *_axes(operation))}
+        for operation in envelope.operations
+    }
     lines = [f'"{name}": {json.dumps(value)}' for name, value in {**head, "axes": axes}.items()]
-    cells = ",\n".join(json.dumps(asdict(cell)) for cell in envelope.cells)
-    return "{" + ",\n".join(lines) + f',\n"cells": [\n{cells}\n]}}\n'
+    each = ",\n".join(map(json.dumps, cells))
+    return "{" + ",\n".join(lines) + f',\n"cells": [\n{each}\n]}}\n'
+
+
+def _axes(operation: str) -> tuple[str, ...]:
+    return tuple(lattice_of(MAPPED[operation]).axes)
+
+
+def _kind(operation: str) -> str:
+    """What its classes are."""
+    return lattice_of(MAPPED[operation]).kind
+
+
+def _plain(cell: Cell) -> dict[str, Any]:
+    """A cell as the file has it: the class under what it is, each size under its axis."""
+    where = {"operation": cell.operation, "dtype": cell.dtype, _kind(cell.operation): cell.part, **cell.sizes}
+    return where | {name: value for name, value in asdict(cell).items() if name not in (*where, "part", "sizes")}
+
+
+def _values(cells: Sequence[dict[str, Any]], operation: str, name: str) -> list[Any]:
+    return list(dict.fromkeys(cell[name] for cell in cells if cell["operation"] == operation))
 
 
 def markdown(envelope: Envelope) -> str:
-    """How many cells of each dtype and class of lengths are right, and which are silently wrong."""
+    """How many cells of each operation, dtype and class are right, and which are silently wrong."""
     rows = [
-        (dtype, length, *(str(Counter(cell.kind for cell in part)[kind] or "") for kind in reversed(_KINDS)))
-        for (dtype, length), part in _parts(envelope).items()
+        (*where, *(str(Counter(cell.kind for cell in part)[kind] or "") for kind in reversed(_KINDS)))
+        for where, part in _parts(envelope).items()
     ]
-    header = ("dtype", "length", *(_KINDS[kind] for kind in reversed(_KINDS)))
-    parts = [f"# Envelope of decode of {md(envelope.subject)}", md(envelope.headline), table_of(header, rows)]
+    header = ("operation", "dtype", "class", *(_KINDS[kind] for kind in reversed(_KINDS)))
+    parts = [f"# {envelope.title} of {md(envelope.subject)}", md(envelope.headline), table_of(header, rows)]
     if envelope.wrong:
         parts += ["## Silently wrong", table_of(_HEADER, map(_row, envelope.wrong[:LISTED]))]
         more = len(envelope.wrong) - LISTED
@@ -81,19 +113,23 @@ def markdown(envelope: Envelope) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_HEADER = ("dtype", "length", "heads", "queries", "page", "declared", "error/bound", "case")
+_HEADER = ("operation", "dtype", "class", "sizes", "declared", "error/bound", "case")
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
-    sizes = (str(cell.heads), str(cell.queries), str(cell.page))
     declared = "yes" if cell.declared else "no"
-    return (cell.dtype, cell.length, *sizes, declared, ratio_text(cell.ratio), cell.case)
+    return (cell.operation, cell.dtype, cell.part, _said(cell), declared, ratio_text(cell.ratio), cell.case)
 
 
-def _parts(envelope: Envelope) -> dict[tuple[str, str], list[Cell]]:
-    found: dict[tuple[str, str], list[Cell]] = {}
+def _said(cell: Cell) -> str:
+    """Its sizes: "heads 3, queries 2, page 16"."""
+    return ", ".join(f"{name} {size}" for name, size in cell.sizes.items())
+
+
+def _parts(envelope: Envelope) -> dict[tuple[str, str, str], list[Cell]]:
+    found: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in envelope.cells:
-        found.setdefault((cell.dtype, cell.length), []).append(cell)
+        found.setdefault((cell.operation, cell.dtype, cell.part), []).append(cell)
     return found
 
 
@@ -105,18 +141,23 @@ _LEGEND = (
 
 
 def html(envelope: Envelope) -> str:
-    """A map of each dtype and class of lengths: heads down, queries and page sizes across."""
-    maps = "".join(
-        details(_title(dtype, length, part), drawn(_map(part), "dense"), opened=_tells(part))
-        for (dtype, length), part in _parts(envelope).items()
-    )
+    """A map of each operation, dtype and class: the first axis down, the others across."""
+    maps = {
+        operation: "".join(
+            details(_title(dtype, name, part), drawn(_map(part), "dense"), opened=_tells(part))
+            for (of, dtype, name), part in _parts(envelope).items()
+            if of == operation
+        )
+        for operation in envelope.operations
+    }
+    sizes = "".join(f"<h3>{operation}</h3>\n{each}" for operation, each in maps.items())
     wrong = "".join(
         f"<article>{tag('p', f'{cell.message}')}{tag('p', cell.case, 'code')}</article>\n"
         for cell in envelope.wrong[:LISTED]
     )
     body = [
-        f"<header>\n{tag('h1', envelope.subject)}\n{tag('p', f'Envelope of decode: {envelope.headline}')}\n</header>\n",
-        section("Sizes", _LEGEND + maps),
+        f"<header>\n{tag('h1', envelope.subject)}\n{tag('p', f'{envelope.title}: {envelope.headline}')}\n</header>\n",
+        section("Sizes", _LEGEND + sizes),
         section("Silently wrong", wrong),
         section("Environment", listed(envelope.about)),
     ]
@@ -133,20 +174,18 @@ def _title(dtype: str, length: str, part: Sequence[Cell]) -> str:
 
 
 def _map(part: Sequence[Cell]) -> Heat:
-    cells = {(cell.heads, cell.queries, cell.page): cell for cell in part}
-    across = list(dict.fromkeys((cell.queries, cell.page) for cell in part))
-    rows = tuple(
-        (str(heads), tuple(_square(cells[heads, queries, page]) for queries, page in across))
-        for heads in dict.fromkeys(cell.heads for cell in part)
-    )
-    columns = tuple(f"{queries} × {page}" for queries, page in across)
-    return Heat("", "heads ↓ queries × page →", columns, rows)
+    down, *across = part[0].sizes
+    rows: dict[int, list[Square]] = {}
+    for cell in part:
+        rows.setdefault(cell.sizes[down], []).append(_square(cell))
+    columns = dict.fromkeys(" × ".join(str(cell.sizes[name]) for name in across) for cell in part)
+    named = tuple((str(size), tuple(squares)) for size, squares in rows.items())
+    return Heat("", f"{down} ↓ {' × '.join(across)} →", tuple(columns), named)
 
 
 def _square(cell: Cell) -> Square:
     kinds: dict[Kind, Any] = {"right": "within", "refuses": "refuses", "wrong": "wrong"}
-    where = f"{cell.heads} heads, {cell.queries} queries, pages of {cell.page}"
     said = f": {cell.message}" if cell.message else f", error / bound {ratio_text(cell.ratio)}" if cell.measured else ""
     declared = "" if cell.declared else ", not declared"
-    title = f"{where}: {_KINDS[cell.kind]}{declared}{said}"
+    title = f"{_said(cell)}: {_KINDS[cell.kind]}{declared}{said}"
     return Square(kinds.get(cell.kind, "unclear"), cell.ratio, title=title, pale=not cell.measured)
