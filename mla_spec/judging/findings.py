@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
@@ -16,6 +17,9 @@ from mla_spec.operations.case import Case
 
 MOST = 4
 """Findings of one failure."""
+
+LARGE = 1 << 15
+"""Elements of a result beyond which a smaller one is asked about first: it takes less time, and says less."""
 
 
 def find_out(
@@ -37,9 +41,16 @@ def find_out(
         own = replace(options, case=case, minimise=False, dtypes=None, tell=tell)
         return pool.submit(record.law, record.subject, own, signature).result()
 
-    found: list[Finding] = []
-    for case in dict.fromkeys([*(each["case"] for each in reversed(record.evidence)), record.case]):
+    found = [Finding(**each) for each in record.told]
+    for case in _cases(record):
         found = found or [Finding(**each) for each in again(parse_case(case), tell=True).told]
     needed = necessary(parse_case(record.case), again)
     law, size = stated(record)
     return list(dict.fromkeys([*found[:2], *law, *needed, *size]))[:MOST]
+
+
+def _cases(record: Record) -> list[str]:
+    """Ids of the cases that show most, then the smallest; a large one last."""
+    shown = sorted(record.evidence, key=lambda each: math.prod(each["shape"]), reverse=True)
+    few, many = ([e["case"] for e in shown if (math.prod(e["shape"]) > LARGE) is large] for large in (False, True))
+    return list(dict.fromkeys([*few, record.case, *many]))

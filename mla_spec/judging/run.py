@@ -196,9 +196,9 @@ def _run_dtype(
         help = narrowing(attempt.history) if isinstance(error, SubjectCrashed) else ""
         declare = f"{NOT_MADE_FOR} Supports({help})" if help else ""
         message = "\n".join(filter(None, (_blamed(error, str(error)), diagnosis(conventions), declare)))
-        if options.tell and isinstance(error, Violation) and attempt.last is not None:
-            found = [*map(finding, conventions)] or telltale(subject, attempt.last, declared, options.device)
-            told += [each.as_dict() for each in found]
+        told += [finding(convention).as_dict() for convention in conventions]
+        if options.tell and not told and isinstance(error, Violation) and attempt.last is not None:
+            told += [each.as_dict() for each in telltale(subject, attempt.last, declared, options.device)]
         return record(_verdict_of(error, options), message, attempt.cases, attempt.last)
     except Exception as error:  # no case: what draws or counts them
         if not isinstance(subject, Handle):  # for debuggers

@@ -51,7 +51,8 @@ class Record:
         separation: what separates the cases that failed from those that passed (``mla_spec.judging.separation``).
         regimes: what came of the cases of each regime (``mla_spec.judging.regime_count``).
         spread: of a law that holds, how many elements have how large an error (``mla_spec.judging.spread``).
-        told: what inputs that tell on themselves say (``mla_spec.judging.finding``); empty where they were not asked for.
+        told: which conventions its results obey, else what inputs that tell on themselves say, where they were asked for
+            (``mla_spec.judging.finding``).
         cause: in the report of a run, of the law that shows a fault first what that is (``mla_spec.judging.causes``), of the
             others which law they follow.
     """

@@ -168,9 +168,10 @@ def test_a_convention_is_found_out_with_what_declares_it() -> None:
     assert finding(sign).says.endswith('; if that is intended, declare Supports(empty_row="zero/+inf")')
 
 
-def test_a_record_that_is_asked_for_tells_of_conventions_alone() -> None:
+@pytest.mark.parametrize("tell", [False, True])
+def test_a_record_tells_of_conventions_asked_or_not(tell: bool) -> None:
     wrong = Of(scaled(lambda scale, q: 1.0))
-    options = Options(case=DECODED, minimise=False, tell=True)
+    options = Options(case=DECODED, minimise=False, tell=tell)
     record = run_law(all_laws()["test_decode_agrees_with_reference"], wrong, options)
     assert record.told == [finding(SCALES[0]).as_dict()]
     assert finding(SCALES[0]).says in record.message

@@ -8,7 +8,7 @@ import pytest
 
 from mla_spec.installed import all_laws, planted_bugs
 from mla_spec.judging.finding import TOPICS
-from mla_spec.judging.findings import find_out
+from mla_spec.judging.findings import _cases, find_out
 from mla_spec.judging.isolation import WorkerPool
 from mla_spec.judging.law import Options
 from mla_spec.judging.necessary import PLAIN, necessary
@@ -83,3 +83,13 @@ def test_a_subject_in_its_own_process_is_asked_again() -> None:
         assert find_out(replace(record, verdict="pass"), Options(spec=(bug.spec,)), pool) == []
     assert "mask" in {each.topic for each in found}
     assert "right with one query a sequence" in {each.says for each in found}
+
+
+def test_a_large_case_is_asked_about_last() -> None:
+    def evidence(case: str, *shape: int) -> dict[str, object]:
+        return {"case": case, "shape": list(shape)}
+
+    small, rich, large = evidence("a", 2), evidence("b", 64, 512), evidence("c", 64, 513)
+    assert _cases(Record("law", "s", "fail", case="a", evidence=[small, rich])) == ["b", "a"]
+    assert _cases(Record("law", "s", "fail", case="a", evidence=[small, large])) == ["a", "c"]
+    assert _cases(Record("law", "s", "crashed", case="a")) == ["a"]

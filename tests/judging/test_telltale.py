@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.layer import LayerCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.rope import RopeCase
-from mla_spec.subjects.description import describe
+from mla_spec.subjects.description import declared_by, describe
+from mla_spec.subjects.process import apart
 from mla_spec.subjects.supports import Supports
 
 
@@ -47,6 +49,11 @@ class Raises(TorchAbsorbed):
         raise RuntimeError("no")
 
 
+class Ends(TorchAbsorbed):
+    def decode(self, *arguments: Any, **options: Any) -> Any:
+        os._exit(0)
+
+
 class Bfloat16Only(FirstTable):
     supports = Supports(dtypes=("bfloat16",))
 
@@ -59,6 +66,13 @@ def test_the_table_of_another_sequence_is_seen() -> None:
     told = telltale(FirstTable(), CASE)
     assert told[0] == "2 of 3 sequences, such as 1: reads the table row of sequence 0"
     assert len(told) == len(set(told))
+
+
+def test_a_subject_in_a_process_of_its_own_tells_the_same() -> None:
+    for name, told in (("FirstTable", telltale(FirstTable(), CASE)), ("WholeLayer", telltale(WholeLayer(), LAYER)), ("Ends", [])):
+        case = LAYER if name == "WholeLayer" else CASE
+        with apart(f"{__file__}:{name}") as subject:
+            assert [found.says for found in findings(subject, case, declared_by(subject))] == told
 
 
 def test_a_lost_key_is_seen() -> None:
