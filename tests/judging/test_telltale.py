@@ -69,7 +69,11 @@ def test_the_table_of_another_sequence_is_seen() -> None:
 
 
 def test_a_subject_in_a_process_of_its_own_tells_the_same() -> None:
-    for name, told in (("FirstTable", telltale(FirstTable(), CASE)), ("WholeLayer", telltale(WholeLayer(), LAYER)), ("Ends", [])):
+    for name, told in (
+        ("FirstTable", telltale(FirstTable(), CASE)),
+        ("WholeLayer", telltale(WholeLayer(), LAYER)),
+        ("Ends", []),
+    ):
         case = LAYER if name == "WholeLayer" else CASE
         with apart(f"{__file__}:{name}") as subject:
             assert [found.says for found in findings(subject, case, declared_by(subject))] == told
