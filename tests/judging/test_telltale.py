@@ -69,10 +69,14 @@ def test_the_table_of_another_sequence_is_seen() -> None:
 
 
 def test_a_subject_in_a_process_of_its_own_tells_the_same() -> None:
-    with apart(f"{__file__}:FirstTable") as subject:
-        assert findings(subject, CASE, declared_by(subject)) == findings(FirstTable(), CASE, describe(FirstTable()))
-    with apart(f"{__file__}:Ends") as subject:
-        assert findings(subject, CASE, declared_by(subject)) == []
+    for name, told in (
+        ("FirstTable", telltale(FirstTable(), CASE)),
+        ("WholeLayer", telltale(WholeLayer(), LAYER)),
+        ("Ends", []),
+    ):
+        case = LAYER if name == "WholeLayer" else CASE
+        with apart(f"{__file__}:{name}") as subject:
+            assert [found.says for found in findings(subject, case, declared_by(subject))] == told
 
 
 def test_a_lost_key_is_seen() -> None:
