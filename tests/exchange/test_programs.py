@@ -58,7 +58,8 @@ def require_judged(found: dict[str, dict[str, Any]], live: tuple[str, ...]) -> N
         absent = not set(law.needs) <= set(OFFERED) or any(
             word in name for word in ("backward", "gradient", "under_load")
         )
-        want = "unsupported" if absent or law.live in live else "pass"
+        undeclared = bool(law.missing(Supports()))  # an option that is not taken for granted
+        want = "unsupported" if absent or undeclared or law.live in live else "pass"
         assert record["verdict"] == want, f"{name}: {record['message']}"
 
 
