@@ -324,7 +324,7 @@ def sparse_decode(supports: Supports, profile: Profile) -> list[SparseDecodeCase
         )
 
     cases = [case(2, 1 + i % 2, heads, 32, 70, 20, i) for i, heads in enumerate(SPARSE_HEADS)]
-    cases += [case(128, 1, 2, 64, 200, 12, 0), case(2, 8, 64, 256, 600, 12, 1)]
+    cases += [case(200, 1, 2, 64, 200, 12, 0), case(2, 8, 64, 256, 600, 12, 1)]
     return [*cases, *(case(2, 1, 2, 64, 4161, topk, i) for i, topk in enumerate((576, 2048)))]
 
 
@@ -353,6 +353,7 @@ def decode_quantized(supports: Supports, profile: Profile) -> list[QuantisedDeco
         cases.append(case(name, (5, 37), 8, 64, 64, 1))
         cases += [case(name, (20, 37), 1, heads, 64, heads) for heads in (24, 32, 128)]
         cases += [case(name, placed(2100, (5,), place), 1, 2, 64, place) for place in (0, 1)]
+        cases += [case(name, (100,) * 8, 1, 2, 64, 0), case(name, placed(700, (5,) * 12, 8), 1, 2, 64, 1)]
     return cases
 
 
@@ -420,6 +421,7 @@ def indexer(supports: Supports, profile: Profile) -> list[IndexerCase]:
     least = 2 if supports.indexer_dims is None else d
     return [
         case((2, 3), (2500, 4161), (h, d), "typical", 2048),
+        case((1, 2), (8300, 65_700), (h, d), "typical", 2048),
         case((2, 1), (5000, 9), (1, least) if supports.indexer_dims is None else (h, d), "integers", 2048),
         case((3, 2), (70, 37), wide, "typical", 20),
         case(tuple(cycled([1, 2, 0, 1, 1], 96)), tuple(cycled(list(FEW), 96)), (h, d), "typical", 8),

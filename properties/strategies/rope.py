@@ -46,6 +46,11 @@ def scalings(supports: Supports) -> SearchStrategy[dict[str, Any]]:
     return st.sampled_from(supported_scalings(supports))
 
 
+def _far(profile: Profile) -> tuple[tuple[int, int], ...]:
+    """Dims and first positions of contexts as long as any published one, where angles are not coarse."""
+    return ((64, 163_830), (64, 262_130), (64, 2**20 - 50)) if profile.rope.angle in ("float32", "float64") else ()
+
+
 def options(supports: Supports, profile: Profile) -> list[RopeCase]:
     """Every scaling once in each layout, in few and many dims; the largest base of a published model."""
     cases = []
@@ -57,19 +62,20 @@ def options(supports: Supports, profile: Profile) -> list[RopeCase]:
             )
     return cases + [
         RopeCase(dtype=profile.dtype, s=3, dim=dim, layout=supports.rope_layouts[0], theta=8e7, start=start, stride=17)
-        for dim, start in ((2, 60), (4, 4095), (24, 60), (64, 4095))
+        for dim, start in ((2, 60), (4, 4095), (24, 60), (64, 4095), *_far(profile))
     ]
 
 
 @st.composite
 def rope_cases(draw: DrawFn, supports: Supports, profile: Profile) -> RopeCase:
-    """Vectors with and without a head axis, all layouts and scalings, positions up to 163,840."""
-    dim = 2 * draw(among(1, 8, 32))
+    """Vectors with and without a head axis, all layouts and scalings, positions up to 2^20, the longest of a published model."""
+    dim = 2 * draw(among(1, 8, 32, 64))
     size = large_size(draw, ("heads", "tokens", "positions"))
     start = draw(among(0, 8192, 0, 1, 60, 63, 64, 1023, 4095, 4096))
     if size == "positions" and profile.rope.angle in ("float32", "float64"):
-        start = draw(choice(16383, 32767, 65535, 131071, 163700))
-        dim = draw(choice(16, 24, 64))  # most pairs turn slowly: the angle of the first is off by 0.1 rad
+        start = draw(choice(16383, 32767, 65535, 131071, 163700, 262141, 1048570))
+        dim = 64 if start > 2**18 else draw(choice(16, 24, 64))
+        # Most pairs turn slowly: the angle of the first is off by 0.1 rad, or beyond 2^18 by 0.6.
     return RopeCase(
         dtype=profile.dtype,
         seed=draw(SEEDS),
@@ -78,7 +84,7 @@ def rope_cases(draw: DrawFn, supports: Supports, profile: Profile) -> RopeCase:
         heads=draw(choice(*MANY_HEADS) if size == "heads" else between(0, 3)),
         dim=dim,
         layout=draw(layouts(supports)),
-        theta=draw(choice(*THETAS)),
+        theta=draw(choice(*(theta for theta in THETAS if theta >= 1e6 or start < 2**18))),
         **draw(scalings(supports)),
         start=start,
         stride=draw(choice(1, 2, 17)),
