@@ -22,6 +22,7 @@ from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
+from mla_spec.properties.strategies.sizes import cancelling_stds
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Unsupported
 
@@ -233,3 +234,13 @@ def test_scores_beyond_what_a_rounded_maximum_can_take_have_no_bound() -> None:
         k = np.array([-1.0, 1.0])[:, None, None] * 2.0**15
         bounded = attention_with_bound(np.ones((1, 1, 1)), k, k / 2**15, softmax_scale=1.0, profile=profile)
         assert bool(np.isfinite(bounded.out_error.total).all()) is finite
+
+
+def test_scores_that_cancel_are_drawn_as_large_as_the_profile_can_bear() -> None:
+    """Tensor cores cut products off, which wide rows of scores 16 times smaller feel; sums in float32 do not."""
+    stds, wide, narrow = (1.0, 4.0, 16.0), 576, 40
+    hopper = presets("flash-attention-4")["float16"]
+    assert cancelling_stds(stds, Profile.default("float16"), wide) == (1.0, 4.0)
+    assert cancelling_stds(stds, hopper, wide) == (1.0,)
+    assert cancelling_stds(stds, hopper, narrow) == (1.0, 4.0)
+    assert cancelling_stds(stds, Profile.default("float16", score=Accumulator(format="float16")), wide) == (1.0,)
