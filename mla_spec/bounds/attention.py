@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mla_spec.bounds.attention_moments import Moments, Rates, finite
+from mla_spec.bounds.attention_moments import Moments, Rates, finite, off_maximum
 from mla_spec.bounds.attention_sums import BoundSums, bound_sums
 from mla_spec.bounds.error_bound import ErrorBound, half_ulp, overflowed
 from mla_spec.bounds.operand_rounding import InheritedError, with_roundings
@@ -263,9 +263,11 @@ class _Sink:
     def joined(self, sums: BoundSums, rates: Rates, lost: Array) -> _Sink:
         """The same where it may be one of the scores, and then the largest."""
         some = np.isfinite(self.sink)
-        larger = np.maximum(np.where(some, self.sink, 0.0) - finite(sums.max_score)[..., None], 0.0)
-        shift = np.where(some, 2 * np.expm1(rates.u * larger), 0.0)
-        return replace(self, shift=shift, lost=np.where(some, lost, 0.0))
+        sink = np.where(some, self.sink, 0.0)
+        larger = np.maximum(sink - finite(sums.max_score)[..., None], 0.0)
+        off = off_maximum(np.maximum(sums.max_abs_score[..., None], np.abs(sink)), rates)
+        shift = np.where(some, 2 * np.expm1(rates.u * (larger + off)), 0.0)
+        return replace(self, shift=shift, lost=np.where(some, lost * np.exp(off), 0.0))
 
 
 def _out_error(
@@ -315,9 +317,16 @@ def _out_error(
 
 def _log_domain_error(sums: BoundSums, rates: Rates) -> Array:
     """How far log Σ exp ŝ of the computed scores is off, by which all weights exp(ŝ − lse) grow; [..., g, rows, 1]."""
-    size = 3 * np.abs(finite(sums.lse)) + 2 * np.abs(finite(sums.max_score)) + 2
+    size = _lse_size(sums, rates)
     error: Array = rates.u * size - np.log(max(1 - rates.rho, 0.0)) - np.log(max(1 - rates.eps, 0.0))
     return error[..., None]
+
+
+def _lse_size(sums: BoundSums, rates: Rates) -> Array:
+    """The numbers that m + log Σ adds and rounds, [..., g, rows]."""
+    off = off_maximum(sums.max_abs_score, rates)
+    size: Array = 3 * np.abs(finite(sums.lse)) + 2 * (np.abs(finite(sums.max_score)) + off) + 2
+    return size
 
 
 def _lse_error(sums: BoundSums, moments: Moments, rates: Rates, rounded_sum: Array) -> ErrorBound:
@@ -327,7 +336,7 @@ def _lse_error(sums: BoundSums, moments: Moments, rates: Rates, rounded_sum: Arr
     log_total = np.log1p(moments.surplus[..., 0]) - np.log(max(1 - rates.eps, 0.0))
     log_total = log_total - np.log1p(-np.minimum(rounded_sum[..., 0], 1.0))
     u = max(rates.u, format_of(profile.lse).unit_roundoff)
-    size = 3 * np.abs(finite(sums.lse)) + 2 * np.abs(finite(sums.max_score)) + 2
+    size = _lse_size(sums, rates)
     terms = {
         "error of the scores": log_total,
         "row sum": np.full_like(log_total, -np.log(max(1 - rates.rho, 0.0))),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
-from mla_spec.bounds.attention_moments import Rates, finite
+from mla_spec.bounds.attention_moments import Rates, finite, off_maximum
 from mla_spec.bounds.operand_rounding import InheritedError, with_roundings, without_query
 from mla_spec.bounds.profile import Profile, gamma
 from mla_spec.bounds.running import (
@@ -149,6 +149,9 @@ class BackwardAttention:
         )
         rates = Rates.of(profile, q.shape[-1], t)
         delta = _score_error(query, key, softmax_scale, block.scores, rates)
+        if profile.maximum is not None:
+            largest = np.abs(np.where(block.visible, block.scores, 0.0)).max(axis=-1, keepdims=True, initial=0.0)
+            delta = delta + rates.u * off_maximum(largest, rates)
         lse, lse_error = (
             x.reshape(*block.scores.shape[:-1], 1) for x in (finite(attended.lse), attended.lse_error.total)
         )

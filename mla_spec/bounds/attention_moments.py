@@ -71,7 +71,8 @@ class Moments:
         o = sums.out
         m = finite(sums.max_score)
         split = _split_error(sums, rates)[..., None]
-        shared = rates.u * m[..., None] + split
+        off = off_maximum(sums.max_abs_score, rates)[..., None]
+        shared = rates.u * (m[..., None] + off) + split
         if rates.profile.row_sum == "lse":  # s − lse is rounded, not s − m
             shared = shared + rates.u * np.abs(finite(sums.lse) - m)[..., None]
         # η = stretch · expm1(Δ − shared) + lift
@@ -96,9 +97,24 @@ class Moments:
             gauge=np.abs(o) + deviation + inherited,
             growth=stretch * inverse,
             inverse=inverse,
-            row_total=np.exp(finite(sums.lse) - m)[..., None],
+            row_total=np.exp(finite(sums.lse) - m)[..., None] * np.exp(-off),
             shares=np.expm1(split) if rates.profile.merge_shares == "unnormalised" else np.zeros_like(split),
         )
+
+
+def off_maximum(largest: Array, rates: Rates) -> Array:
+    """How far the number that is subtracted from the scores may be from their maximum, of which none exceeds ``largest``.
+
+    inf where weights, the largest of which is then no longer 1, may overflow.
+    """
+    profile = rates.profile
+    if profile.maximum is None:
+        return np.zeros_like(largest)
+    off = 2 * format_of(profile.maximum).unit_roundoff * largest
+    of_weights = format_of(profile.probabilities).max_finite / profile.probabilities_scale
+    of_their_sum = format_of(profile.softmax).max_finite / max(rates.t, 1)
+    narrow = format_of(profile.value.format).max_finite < of_their_sum
+    return np.where(off < math.log(2.0 if narrow else min(of_weights, of_their_sum)), off, np.inf)
 
 
 def _split_error(sums: BoundSums, rates: Rates) -> Array:

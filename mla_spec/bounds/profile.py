@@ -116,6 +116,7 @@ class Profile:
             are rounded to it (1 after the product; 2 if again after scaling).
         softmax: format of the softmax arithmetic: exp, row sum, division.
         exp_error: relative error of exp, in units of the softmax format's roundoff.
+        maximum: format to which the running maximum is rounded before it is subtracted; None where it is a score itself.
         tile: keys per step of an online softmax, which rescales at each step; None for a softmax over all keys.
         probabilities: format of the weights P that multiply V.
         probabilities_scale: power of two by which the weights are multiplied before they are rounded, and which the
@@ -154,6 +155,7 @@ class Profile:
     score_roundings: Size = 1
     softmax: str = "float32"
     exp_error: Annotated[float, Least(0)] = 4.0
+    maximum: str | None = None
     tile: Count | None = None
     probabilities: str = "float32"
     probabilities_scale: float = 1.0
@@ -179,7 +181,7 @@ class Profile:
         object.__setattr__(self, "output", self.output or self.dtype)
         for name in ("dtype", "score_format", "softmax", "probabilities", "split_format", "output", "lse", "norm"):
             format_of(getattr(self, name))
-        for optional in (self.cache_dequantised, self.query):
+        for optional in (self.cache_dequantised, self.query, self.maximum):
             if optional is not None:
                 format_of(optional)
         if self.query is None and (self.query_scale != "none" or self.query_times_scale):
@@ -201,7 +203,8 @@ class Profile:
     def averages_exactly(self) -> bool:
         """Whether keys of equal weight give exactly their mean, where they are as many as a power of two and in one part."""
         ring = self.merge_shares == "sigmoid" and self.merges(1) > 0
-        return self.output_rounding == "nearest" and self.splits <= 1 and self.row_sum != "lse" and not ring
+        whole = self.splits <= 1 and self.row_sum != "lse" and self.maximum is None
+        return self.output_rounding == "nearest" and whole and not ring
 
     def merges(self, keys: int) -> int:
         """Merges by LSE that a part of ``keys`` keys passes through."""

@@ -241,7 +241,8 @@ class EmulatedAttention:
         for first in range(0, t, profile.tile or max(t, 1)):
             keys = slice(first, first + (profile.tile or t))
             s = scores[..., keys]
-            m_new = np.maximum(m, s.max(axis=-1))
+            largest = s.max(axis=-1)
+            m_new = np.maximum(m, largest if profile.maximum is None else rounded(largest, profile.maximum))
             shift = np.where(np.isneginf(m_new), 0.0, m_new)
             decay, p = self.exp(softmax(m - shift)), self.exp(softmax(s - shift[..., None]))
             p_rounded = self.probabilities(p)

@@ -41,6 +41,8 @@ QUERIES: tuple[dict[str, Any], ...] = (
     {"query": "bfloat16", "query_times_scale": True},
 )
 """How a query may be rounded."""
+MOST_FOR_A_ROUNDED_MAXIMUM = 64.0
+"""Standard deviation of the scores: exp of what the rounding of larger ones moves would overflow."""
 CHUNK = 25
 """Cases that a process takes at a time."""
 
@@ -77,7 +79,12 @@ def draw_case(seed: int, index: int) -> HonestCase:
         "shares_from_lse": bool(rng.random() < 0.5) and profile.merge_shares == "unnormalised",
         "exp_bias": float(rng.choice([0.0, 1.0, -1.0])),
     }
-    return HonestCase(index, name, profile, schedule, _inputs(profile, size, rng))
+    inputs = _inputs(profile, size, rng)
+    wide = profile.probabilities_scale == 1 and format_of(profile.value.format).max_finite > 1e5
+    able = wide and inputs.logit_std <= MOST_FOR_A_ROUNDED_MAXIMUM
+    if able and np.random.default_rng([seed, index, 1]).random() < 0.15:
+        profile = replace(profile, maximum="bfloat16")
+    return HonestCase(index, name, profile, schedule, inputs)
 
 
 def _varied(profile: Profile, rng: np.random.Generator) -> Profile:

@@ -22,6 +22,7 @@ from mla_spec.properties.strategies.sizes import (
     SEEDS,
     among,
     between,
+    cancelling_stds,
     choice,
     cycled,
     judgeable_stds,
@@ -126,7 +127,7 @@ def draw_decode(
     regime = draw(choice(*supported(regimes, supports)))
     stds = judgeable_stds(logit_stds, profile, c + r, regime)
     if regime == "cancelling":
-        stds = tuple(std for std in stds if std <= 4)
+        stds = cancelling_stds(stds, profile, c + r)
     seqlens = several(draw, lambda: _length(draw, shortest, page_size, s), min_batch, max(min_batch, 4))
     if size == "batch":
         batch = draw(choice(*_batches(page_size * (c + r), shared=shared)))

@@ -137,6 +137,12 @@ def judgeable_stds(
     return tuple(std for std in logit_stds if std <= 64 or judgeable(std))
 
 
+def cancelling_stds(stds: tuple[float, ...], profile: Profile, head_dim: int) -> tuple[float, ...]:
+    """Those up to 4 that leave scores, sums of products so much larger than they are, an error below 0.075; or the smallest."""
+    products = LARGE_PRODUCTS * head_dim**0.5 * profile.score.relative_error(head_dim + profile.operand_roundings)
+    return tuple(std for std in stds if std <= 4 and std * products < 0.075) or (min(stds),)
+
+
 def long_enough(length: int, unit: int, profile: Profile) -> int:
     """A length, with so many keys more, in multiples of ``unit``, that roundings of a coarse P spread."""
     return length + -(-768 // unit) * unit if profile.coarse else length

@@ -175,9 +175,14 @@ class Row:
         return steps * self.merges * u * (2 * (largest + math.log(self.t)) + 2 + self.profile.exp_error)
 
     @cached_property
+    def off(self) -> float:
+        """How far a rounded maximum may be from the maximum."""
+        return 0.0 if self.profile.maximum is None else 2 * unit(self.profile.maximum) * max(abs(s) for s in self.s)
+
+    @cached_property
     def subtracted(self) -> float:
-        """What rounding s − lse instead of s − m adds."""
-        return self.u * (self.lse - self.m) if self.profile.row_sum == "lse" else 0.0
+        """What rounding s − lse, or s − a rounded maximum, instead of s − m adds."""
+        return self.u * (self.off + (self.lse - self.m if self.profile.row_sum == "lse" else 0.0))
 
     @cached_property
     def reference(self) -> float:
@@ -221,7 +226,11 @@ class Row:
         wide = fmt.name in ("float64", "float32", "bfloat16")
         lost = fmt.smallest_normal if wide else fmt.smallest_subnormal / 2
         lost /= self.profile.probabilities_scale
-        return lost if self.profile.row_sum in ("normalised", "lse") else lost * self.inverse / self.total
+        return (
+            lost
+            if self.profile.row_sum in ("normalised", "lse")
+            else lost * self.inverse / self.total * math.exp(self.off)
+        )
 
     @cached_property
     def u_p(self) -> float:
@@ -342,7 +351,7 @@ class Row:
 
     def lse_terms(self, rounded_sum: float) -> dict[str, float]:
         scores = math.log1p(self.surplus) - math.log1p(-self.eps) - math.log1p(-rounded_sum)
-        size = 3 * abs(self.lse) + 2 * abs(self.m) + 2
+        size = 3 * abs(self.lse) + 2 * (abs(self.m) + self.off) + 2
         return {
             "error of the scores": scores,
             "row sum": -math.log1p(-gamma(self.t + 4, self.u)),
@@ -358,7 +367,14 @@ class Row:
     @cached_property
     def shift(self) -> float:
         """Relative error of exp(s − sink), where the sink is the largest score, beside that of exp(s − m)."""
-        return math.expm1(self.u * max(self.sink - self.m, 0.0)) if math.isfinite(self.sink) else 0.0
+        further = max(self.sink - self.m, 0.0) + self.off_sink
+        return math.expm1(self.u * further) if math.isfinite(self.sink) else 0.0
+
+    @cached_property
+    def off_sink(self) -> float:
+        """How far a rounded maximum may be from that of the scores and the sink."""
+        largest = max(abs(x) for x in (*self.s, self.sink))
+        return 0.0 if self.profile.maximum is None else 2 * unit(self.profile.maximum) * largest
 
     def flushed(self, d: int) -> float:
         """What underflow takes from all weights together, where the sink is one of at least 1 in all."""
@@ -366,10 +382,9 @@ class Row:
             return 0.0
         sizes = self.root_column(d)
         if self.profile.row_sum in ("normalised", "lse"):
-            return self.lost * sizes
-        return (
-            self.lost * self.total * (sizes + (self.t * abs(self.out(d)) if self.profile.row_sum == "rounded" else 0.0))
-        )
+            return self.lost * math.exp(self.off_sink) * sizes
+        beside = self.lost * self.total * math.exp(self.off_sink - self.off)
+        return beside * (sizes + (self.t * abs(self.out(d)) if self.profile.row_sum == "rounded" else 0.0))
 
     def share_error(self, lse_error: float) -> float:
         if math.isinf(self.sink):  # all, or none
@@ -395,7 +410,7 @@ class Row:
         rho = gamma(self.t + 4, self.u)
         divided = rho / (1 - rho) * (o + error)
         if profile.row_sum == "lse":
-            of_lse = self.u * (3 * abs(self.lse) + 2 * abs(self.m) + 2)
+            of_lse = self.u * (3 * abs(self.lse) + 2 * (abs(self.m) + self.off) + 2)
             divided = math.expm1(of_lse - math.log1p(-rho) - math.log1p(-self.eps)) * (o + error)
         error += divided
         share, share_error = (self.share, self.share_error(lse_error)) if sink else (1.0, 0.0)

@@ -31,6 +31,7 @@ PLAIN = {  # float32 arithmetic with one softmax over all keys, for inputs, P an
     "score_roundings": 1,
     "softmax": "float32",
     "exp_error": 4.0,
+    "maximum": None,
     "tile": None,
     "row_sum": "unrounded",
     "value": SEQUENTIAL32,

@@ -15,12 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from mla_spec.bounds.attention import attention_with_bound
 from mla_spec.bounds.kernel_presets import presets
 from mla_spec.bounds.profile import Accumulator, Profile
 from mla_spec.installed import all_laws
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
+from mla_spec.properties.strategies.sizes import cancelling_stds
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Unsupported
 
@@ -60,7 +62,8 @@ class Style:
         exp2: powers of 2.
         maximum: what is kept of a running maximum.
         threshold: by how much a tile's maximum must exceed the running one before that is replaced.
-        without_max: 0 stands for every maximum; scores beyond 64 are refused.
+        without_max: 0 stands for every maximum.
+        most: scores beyond it are refused.
         p: rounding of the weights, times ``p_scale``; None for that of the inputs.
         product: P [h, t] · V [t, dv].
         rounded_sum: whether the row sum adds the rounded weights.
@@ -71,6 +74,7 @@ class Style:
     maximum: Callable[[Array], Array] = np.asarray
     threshold: float = 0.0
     without_max: bool = False
+    most: float = math.inf
     p: Callable[[Array], Array] | None = None
     p_scale: float = 1.0
     product: Callable[[Array, Array], Array] = np.matmul
@@ -97,8 +101,8 @@ class Style:
     def attend(self, q: Array, rows: Array, dv: int, scale: float, dtype: str) -> tuple[Array, Array]:
         """Of q [h, d] and rows [t, d]: out [h, dv], lse [h]."""
         scores = (q @ rows.T) * F(F(scale) * LOG2E)
-        if self.without_max and np.abs(scores).max() > 64:
-            raise Unsupported("scores beyond 64 are taken by another kernel")
+        if np.abs(scores).max() > self.most:
+            raise Unsupported(f"scores beyond {self.most} are taken by another kernel")
         cuts = np.array_split(np.arange(len(rows)), min(self.parts, len(rows)))
         parts = [self.part(scores[:, cut], rows[cut, :dv], dtype) for cut in cuts]
         out, total, m = parts[0]
@@ -174,7 +178,8 @@ STYLES: dict[str, tuple[Style, dict[str, Profile]]] = {
     "cubic exp2": (Style(exp2=polynomial_exp2), presets("flash-attention-4")),
     "cubic exp2, a threshold of 8": (Style(exp2=polynomial_exp2, threshold=8.0), presets("flash-attention-4")),
     "exp2 in float16": (Style(exp2=half_exp2, rounded_sum=True), tiled("float16", row_sum="rounded", exp_error=8192.0)),
-    "no maximum": (Style(without_max=True), tiled("float32", "bfloat16")),
+    "a maximum in bfloat16": (Style(maximum=BF16, most=8192.0), tiled("float32", "bfloat16", maximum="bfloat16")),
+    "no maximum": (Style(without_max=True, most=64.0), tiled("float32", "bfloat16")),
     "P in e4m3, times 256": (
         Style(p=FP8, p_scale=256.0),
         tiled("bfloat16", probabilities="float8_e4m3fn", probabilities_scale=256.0),
@@ -201,3 +206,41 @@ def test_an_honest_style_conforms(name: str) -> None:
     for record in records(*STYLES[name]):
         assert record.verdict == "pass", record.text()
         assert record.worst is not None and record.worst > 0
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        "test_decode_two_equal_maxima_give_their_mean",
+        "test_decode_equal_scores_give_the_mean",
+        "test_decode_one_hot_by_the_latent_part",
+        "test_decode_is_exact_at_length",
+    ],
+)
+def test_a_rounded_maximum_is_held_to_its_bound_where_others_are_exact(law: str) -> None:
+    options = Options(examples=24, seed=0, minimise=False)
+    style, declared = STYLES["a maximum in bfloat16"]
+    record = run_law(all_laws()[law], Kernel(style, declared), options)
+    assert record.verdict == "pass", record.text()
+    if "equal_maxima" in law:
+        record = run_law(all_laws()[law], Kernel(style, tiled("float32", "bfloat16")), options)
+        assert record.verdict == "fail" and "want exactly" in record.message, record.text()
+
+
+def test_scores_beyond_what_a_rounded_maximum_can_take_have_no_bound() -> None:
+    """Of 2^15 the largest weight may be exp(±128)."""
+    for maximum, finite in ((None, True), ("bfloat16", False)):
+        profile = Profile.default("float32", maximum=maximum)
+        k = np.array([-1.0, 1.0])[:, None, None] * 2.0**15
+        bounded = attention_with_bound(np.ones((1, 1, 1)), k, k / 2**15, softmax_scale=1.0, profile=profile)
+        assert bool(np.isfinite(bounded.out_error.total).all()) is finite
+
+
+def test_scores_that_cancel_are_drawn_as_large_as_the_profile_can_bear() -> None:
+    """Tensor cores cut products off, which wide rows of scores 16 times smaller feel; sums in float32 do not."""
+    stds, wide, narrow = (1.0, 4.0, 16.0), 576, 40
+    hopper = presets("flash-attention-4")["float16"]
+    assert cancelling_stds(stds, Profile.default("float16"), wide) == (1.0, 4.0)
+    assert cancelling_stds(stds, hopper, wide) == (1.0,)
+    assert cancelling_stds(stds, hopper, narrow) == (1.0, 4.0)
+    assert cancelling_stds(stds, Profile.default("float16", score=Accumulator(format="float16")), wide) == (1.0,)
