@@ -7,7 +7,7 @@ order the sums of a float64 library have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from decimal import ROUND_CEILING, Context
 from typing import Any, Final, Literal
@@ -33,10 +33,14 @@ CACHED: Final = "fp8-cache"
 _THREE_DIGITS: Final = Context(prec=3, rounding=ROUND_CEILING)
 
 
-def bounds() -> dict[str, Any]:
-    """The content of bounds.json: by case, array and profile, one number for each row; null where a bound says nothing."""
+def bounds(listed: Sequence[Case] | None = None) -> dict[str, Any]:
+    """The content of bounds.json: by case, array and profile, one number for each row; null where a bound says nothing.
+
+    Args:
+        listed: cases of another corpus than ours.
+    """
     found: dict[str, dict[str, dict[str, list[float | None]]]] = {}
-    for case in cases():
+    for case in cases() if listed is None else listed:
         for name in profiles_of(case):
             for array, total in bounds_of(case, preset(name)):
                 if array not in case.exact:

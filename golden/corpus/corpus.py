@@ -11,7 +11,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mla_spec.golden.corpus import arrays, figures
 from mla_spec.golden.corpus.compare import compare
 from mla_spec.golden.corpus.error import CorpusError
 from mla_spec.golden.corpus.parameters import fault
+from mla_spec.golden.corpus.recorded import ORIGIN, answers, recorded_cases
 from mla_spec.golden.corpus.stored import StoredCase
 from mla_spec.golden.corpus.swap import PENDING, roll_back, swap
 from mla_spec.text.files import read_text
@@ -165,6 +167,26 @@ def _names_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
+def _own_cases(root: Path, stored: list[StoredCase]) -> list[Case] | None:
+    """The cases of a corpus that was made of recorded calls, with the dtypes of their files; None of ours."""
+    manifest = _read_json(root, MANIFEST)
+    if manifest.get("origin") != ORIGIN:
+        return None
+    made = []
+    for entry, case in zip(manifest["cases"], stored, strict=True):
+        dtypes = {array["name"]: array["dtype"] for array in entry["arrays"] if array["role"] == "input"}
+        given = {name: value for name, value in vars(case).items() if name != "expected"}
+        whole = {name: x.astype(dtypes[name]) for name, x in case.inputs.items() if x.dtype.kind == "i"}
+        given |= {"inputs": {**case.inputs, **whole}, "dtypes": dtypes}
+        made.append(Case(**given | {"sources": tuple(case.sources), "exact": tuple(case.exact)}))
+    return made
+
+
+def _documents(own: list[Case] | None) -> dict[str, Callable[[], Any]]:
+    """What makes each document of a corpus."""
+    return {**figures.DOCUMENTS, "bounds.json": partial(figures.bounds, own)}
+
+
 # Verifying
 
 
@@ -184,7 +206,7 @@ def verify(directory: str | os.PathLike[str] | None = None) -> str:
             raise CorpusError(f"case {case.name!r}: {error}") from error
         if found.ratio > worst:
             worst, worst_at = found.ratio, f"{case.name}, {found.name}"
-    for name, make in figures.DOCUMENTS.items():
+    for name, make in _documents(_own_cases(root, stored)).items():
         difference = figures.first_difference(_read_json(root, name), make())
         if difference:
             raise CorpusError(f"{name}: {difference}")
@@ -202,15 +224,18 @@ def verify(directory: str | os.PathLike[str] | None = None) -> str:
 # Regenerating
 
 
-def regenerate(directory: str | os.PathLike[str] | None = None) -> str:
+def regenerate(directory: str | os.PathLike[str] | None = None, calls: str | None = None) -> str:
     """Make the whole corpus anew and put it in the place of the old one; a line for each file that changed.
+
+    Of a corpus that was made of recorded ``calls`` the answers to its own inputs are made anew.
 
     Everything is written to a folder beside the corpus first, and a few renames put it in place. On a failure or interrupt
     they are undone; after a kill, by the next ``load`` or ``regenerate``. One at a time may work on a corpus.
 
     Raises:
-        CorpusError: python-flint is missing, or the folder is no corpus or cannot be written.
+        CorpusError: python-flint is missing, the folder is no corpus or cannot be written, or ``calls`` holds none.
     """
+    own = None if calls is None else recorded_cases(calls)
     root = installed() if directory is None else Path(directory)
     try:
         root.mkdir(exist_ok=True)
@@ -219,11 +244,13 @@ def regenerate(directory: str | os.PathLike[str] | None = None) -> str:
             raise CorpusError(
                 f"{root} has {ARRAYS} but no {MANIFEST}; expected a golden corpus or a folder without either"
             )
+        if own is None and (root / MANIFEST).exists() and _read_json(root, MANIFEST).get("origin") == ORIGIN:
+            own = _own_cases(root, load(root))
         pending = root / PENDING
         shutil.rmtree(pending, ignore_errors=True)
         pending.mkdir()
         try:
-            _write(pending / "new")
+            _write(pending / "new", own)
             changes = list(_changes(root, pending / "new"))
             if changes:
                 swap(root, _FILES)
@@ -238,8 +265,8 @@ def regenerate(directory: str | os.PathLike[str] | None = None) -> str:
     return "\n".join(changes) or "nothing changed"
 
 
-def _write(root: Path) -> None:
-    """Write a corpus to a folder that does not exist yet."""
+def _write(root: Path, own: list[Case] | None) -> None:
+    """Write a corpus to a folder that does not exist yet: ours, or one of recorded calls."""
     try:
         from mla_spec.golden.exact.expected import expected
     except ModuleNotFoundError as error:
@@ -250,8 +277,8 @@ def _write(root: Path) -> None:
         ) from error
     (root / ARRAYS).mkdir(parents=True)
     entries = []
-    for case in cases():
-        results = expected(case.operation, case.inputs, case.parameters)
+    for case in cases() if own is None else own:
+        results = expected(case.operation, case.inputs, case.parameters) if own is None else answers(case, expected)
         listed = [_write_array(root, case, "input", name, x) for name, x in case.inputs.items()]
         listed += [_write_array(root, case, "expected", name, x) for name, x in results.items()]
         entries.append(
@@ -265,8 +292,9 @@ def _write(root: Path) -> None:
                 "arrays": listed,
             }
         )
-    _write_json(root / MANIFEST, {"format": FORMAT, "version": VERSION, "cases": entries})
-    for name, make in figures.DOCUMENTS.items():
+    origin = {} if own is None else {"origin": ORIGIN}
+    _write_json(root / MANIFEST, {"format": FORMAT, "version": VERSION, **origin, "cases": entries})
+    for name, make in _documents(own).items():
         _write_json(root / name, make())
 
 

@@ -270,13 +270,16 @@ def _training(options: argparse.Namespace) -> str:
 def run_golden(options: argparse.Namespace) -> int:
     if (options.subject is not None) != (options.action == "check"):
         raise UsageError(f"golden {options.action} takes {'one' if options.action == 'check' else 'no'} SUBJECT")
+    if options.calls is not None and (options.action != "regenerate" or options.dir is None):
+        raise UsageError("--calls is of golden regenerate, into the corpus that --dir names")
     if options.action == "certify":
         return _certify(options)
     corpus = installed.golden_corpus()
     if options.action == "check":
         return _golden_check(options, corpus.CorpusError)
     try:
-        print(getattr(corpus, options.action)(options.dir))
+        made_of = {} if options.calls is None else {"calls": options.calls}
+        print(getattr(corpus, options.action)(options.dir, **made_of))
     except corpus.CorpusError as error:
         print(f"mla-spec: {error}", file=sys.stderr)
         return 1

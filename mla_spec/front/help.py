@@ -106,6 +106,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mla-spec golden verify",
         "mla-spec golden check my_kernel.py:Kernel",
         "mla-spec golden regenerate --dir golden",
+        "mla-spec golden regenerate --dir corpus --calls recorded",
     ),
     "book": ("mla-spec book docs/operations",),
 }

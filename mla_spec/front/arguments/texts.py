@@ -74,6 +74,7 @@ def add_golden(parsers: Parsers) -> None:
     parser.add_argument("--device", default="cpu", help="torch device of a check (cpu)")
     parser.add_argument("--json", metavar="FILE", help="also write the records of a check to FILE")
     parser.add_argument("--dir", metavar="DIR", help="the corpus to verify or regenerate (default: the installed one)")
+    parser.add_argument("--calls", metavar="DIR", help="regenerate a corpus of one's own from these recorded calls")
     parser.add_argument("--cases", type=int, default=240, metavar="N", help="cases to certify (240)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases to certify (0)")
 
