@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -115,18 +115,20 @@ def rope_from(parameters: Mapping[str, Any]) -> RopeConfig:
     return RopeConfig(**fields, yarn=None if yarn is None else YarnScaling(**yarn), longrope=longrope)
 
 
+_LATER = {f.name: f.default for f in fields(MLAConfig) if f.name in ("k_pe_norm", "output_gate", "attention_sink")}
+
+
 def config_parameters(config: MLAConfig) -> dict[str, Any]:
     """The fields of ``config``, without those that came after the corpus was frozen where they say what was so before."""
-    fields = asdict(config)
-    return fields if config.k_pe_norm else {name: value for name, value in fields.items() if name != "k_pe_norm"}
+    return {name: value for name, value in asdict(config).items() if name not in _LATER or value != _LATER[name]}
 
 
 def config_from(parameters: Mapping[str, Any]) -> MLAConfig:
     """The MLAConfig whose fields ``parameters`` holds."""
-    fields = dict(parameters)
-    rope, temperature = fields.pop("rope"), fields.pop("llama_4_scaling")
+    given = dict(parameters)
+    rope, temperature = given.pop("rope"), given.pop("llama_4_scaling")
     return MLAConfig(
-        **fields,
+        **given,
         rope=None if rope is None else rope_from(rope),
         llama_4_scaling=None if temperature is None else Llama4Scaling(**temperature),
     )

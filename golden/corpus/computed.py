@@ -103,6 +103,8 @@ def _prefill(x: Values, parameters: Parameters) -> Iterator[Computed]:
                 x["v"][keys],
                 softmax_scale=parameters["softmax_scale"],
                 causal=parameters["causal"],
+                window=parameters.get("window"),
+                attn_sink=x.get("attn_sink"),
                 profile=PROFILE,
             )
         )
@@ -122,9 +124,11 @@ def _decode(x: Values, parameters: Parameters) -> Iterator[Computed]:
         softmax_scale=scale,
         cache_seqlens=x["cache_seqlens"],
         causal=causal,
+        window=parameters.get("window"),
+        attn_sink=x.get("attn_sink"),
         profile=PROFILE,
     )
-    out, lse = paged_decode(**x, head_dim_v=width, softmax_scale=scale, causal=causal)
+    out, lse = paged_decode(**x, head_dim_v=width, softmax_scale=scale, causal=causal, window=parameters.get("window"))
     yield Computed("out", out, bounded.out_error.terms[OWN])
     yield Computed("lse", lse, bounded.lse_error.terms[OWN])
 

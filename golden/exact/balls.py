@@ -10,6 +10,7 @@ b batch, s query position, t key position, h head, n nope dim, r rope dim, c lat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -183,20 +184,32 @@ def rotate(x: Balls, positions: IntArray, rope: RopeConfig | None) -> Balls:
 # Attention
 
 
-def attend(q: Balls, k: Balls, v: Balls, scale: Ball) -> tuple[Balls, Ball]:
-    """One query q [d] over keys k [t, d] and values v [t, v]: (Σ e^s v / Σ e^s, log Σ e^s), s = scale · k q."""
+def attend(q: Balls, k: Balls, v: Balls, scale: Ball, sink: float = -math.inf) -> tuple[Balls, Ball]:
+    """One query q [d] over keys k [t, d] and values v [t, v]: (Σ e^s v / (Σ e^s + e^sink), log Σ e^s), s = scale · k q."""
     if len(k) == 0:
         return ball(np.zeros(v.shape[1])), arb.neg_inf()
     weights = np.exp(scale * (k @ q))  # [t]
     total = weights.sum()
-    return weights @ v / total, total.log()
+    if sink == math.inf:
+        return ball(np.zeros(v.shape[1])), total.log()
+    return weights @ v / (total if sink == -math.inf else total + arb(sink).exp()), total.log()
 
 
-def attention(q: Balls, k: Balls, v: Balls, *, scale: Ball, causal: bool) -> tuple[Balls, Balls]:
-    """Query i of s sees keys 0 .. t - s + i when causal, else all.
+def attention(
+    q: Balls,
+    k: Balls,
+    v: Balls,
+    *,
+    scale: Ball,
+    causal: bool,
+    window: int | None = None,
+    attn_sink: Array | None = None,
+) -> tuple[Balls, Balls]:
+    """Query i of s sees keys 0 .. t - s + i when causal, else all; of these the last ``window``.
 
     Args:
         q, k, v: [s, h, d], [t, g, d], [t, g, v]; g is h or 1.
+        attn_sink: score of one more key with value 0, which the LSE does not count, [h].
 
     Returns:
         (out [s, h, v], lse [h, s]).
@@ -206,21 +219,22 @@ def attention(q: Balls, k: Balls, v: Balls, *, scale: Ball, causal: bool) -> tup
     out = np.empty((s, h, v.shape[2]), dtype=object)
     lse = np.empty((h, s), dtype=object)
     for i in range(s):
-        seen = max(t - s + i + 1, 0) if causal else t
+        end = max(t - s + i + 1, 0) if causal else t
+        seen = slice(0 if window is None else max(end - window, 0), end)
         for head in range(h):
-            shared = head % k.shape[1]
-            out[i, head], lse[head, i] = attend(q[i, head], k[:seen, shared], v[:seen, shared], scale)
+            shared, sink = head % k.shape[1], -math.inf if attn_sink is None else float(attn_sink[head])
+            out[i, head], lse[head, i] = attend(q[i, head], k[seen, shared], v[seen, shared], scale, sink)
     return out, lse
 
 
 def prefill(
-    q: Balls, k: Balls, v: Balls, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, *, scale: Ball, causal: bool
+    q: Balls, k: Balls, v: Balls, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, **options: Any
 ) -> tuple[Balls, Balls]:
     """``attention`` of each sequence; tokens of all sequences on one axis, sequence i being cu[i] .. cu[i + 1]."""
     outs, lses = [], []
     for i in range(len(cu_seqlens_q) - 1):
         queries, keys = slice(*cu_seqlens_q[i : i + 2]), slice(*cu_seqlens_k[i : i + 2])
-        out, lse = attention(q[queries], k[keys], v[keys], scale=scale, causal=causal)
+        out, lse = attention(q[queries], k[keys], v[keys], **options)
         outs.append(out)
         lses.append(lse)
     return np.concatenate(outs), np.concatenate(lses, axis=1)
@@ -233,8 +247,7 @@ def decode(
     cache_seqlens: IntArray,
     *,
     head_dim_v: int,
-    scale: Ball,
-    causal: bool,
+    **options: Any,
 ) -> tuple[Balls, Balls]:
     """``attention`` of each q[b] [s, h, c+r] to its own cached rows, whose first ``head_dim_v`` elements are values."""
     page_size = kv_cache.shape[1]
@@ -242,7 +255,7 @@ def decode(
     for queries, pages, length in zip(q, block_table, cache_seqlens, strict=True):
         rows = [kv_cache[pages[j // page_size], j % page_size] for j in range(length)]  # t × [1, c+r]
         keys = np.array(rows).reshape(length, 1, kv_cache.shape[-1])  # [t, 1, c+r]
-        out, lse = attention(queries, keys, keys[..., :head_dim_v], scale=scale, causal=causal)
+        out, lse = attention(queries, keys, keys[..., :head_dim_v], **options)
         outs.append(out)
         lses.append(lse)
     return np.stack(outs), np.stack(lses)

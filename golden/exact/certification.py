@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from mla_spec.text.table import format_table
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 POSITIONS = (0, 1, 63, 4095, 4096, 65537, 163839, 2**20 - 8)
+C = TypeVar("C", DecodeCase, PrefillCase)
+
 LOGIT_STDS = (1e-2, 1.0, 4.0, 64.0, 1e3, 1e4, 1e5, 1e8, 1e12)
 REGIMES = ("typical", "outlier", "ties", "offset", "sink")
 
@@ -151,10 +153,15 @@ def _decode_case(rng: np.random.Generator, number: int, *, real: bool) -> Decode
     )
 
 
+def _with_options(rng: np.random.Generator, case: C) -> C:
+    """The case, in half of the draws with a sink, in half with a window."""
+    return replace(case, sink=_one(rng, "none", "none", "finite", "infinite"), window=_one(rng, 0, 0, 1, 5))
+
+
 def _decode(rng: np.random.Generator, number: int, *, real: bool = False) -> Task:
-    case = _decode_case(rng, number, real=real)
+    case = _with_options(rng, _decode_case(rng, number, real=real))
     arguments = asdict(case.build())
-    parameters = {name: arguments.pop(name) for name in ("head_dim_v", "softmax_scale", "causal")}
+    parameters = {name: arguments.pop(name) for name in ("head_dim_v", "softmax_scale", "causal", "window")}
     return Task(case.id, "decode", arguments, parameters)
 
 
@@ -238,8 +245,9 @@ def _prefill(rng: np.random.Generator, number: int) -> Task:
         logit_std=_one(rng, *LOGIT_STDS),
         regime=_one(rng, "typical", "outlier", "ties"),
     )
+    case = _with_options(rng, case)
     arguments = asdict(case.build())
-    parameters = {name: arguments.pop(name) for name in ("softmax_scale", "causal")}
+    parameters = {name: arguments.pop(name) for name in ("softmax_scale", "causal", "window")}
     return Task(case.id, "prefill", arguments, parameters)
 
 

@@ -156,7 +156,10 @@ def _prefill(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
     for i in range(len(x["cu_seqlens_q"]) - 1):
         queries, keys = slice(*x["cu_seqlens_q"][i : i + 2]), slice(*x["cu_seqlens_k"][i : i + 2])
         operands = (Gauged.of(a) for a in (x["q"][queries], x["k"][keys], x["v"][keys]))
-        parts.append(attend(*operands, softmax_scale=parameters["softmax_scale"], causal=parameters["causal"]))
+        options = {"window": parameters.get("window"), "attn_sink": x.get("attn_sink")}
+        parts.append(
+            attend(*operands, softmax_scale=parameters["softmax_scale"], causal=parameters["causal"], **options)
+        )
     for name, axis, results in zip(("out", "lse"), (0, 1), zip(*parts, strict=True), strict=True):
         fields = ([getattr(result, field) for result in results] for field in ("value", "gauge"))
         yield name, Gauged(*(np.concatenate(arrays, axis=axis) for arrays in fields))
@@ -167,8 +170,16 @@ def _decode(x: Values, parameters: Parameters) -> Iterator[tuple[str, Gauged]]:
     lengths = x["cache_seqlens"]
     rows = gather_rows(x["kv_cache"], x["block_table"], lengths)[:, :, None]  # [b, t, 1, c+r]
     operands = (Gauged.of(a) for a in (x["q"], rows, rows[..., :width]))
-    gauged = attend(*operands, softmax_scale=scale, cache_seqlens=lengths, causal=causal)
-    results = paged_decode(**x, head_dim_v=width, softmax_scale=scale, causal=causal)
+    window = parameters.get("window")
+    gauged = attend(
+        *operands,
+        softmax_scale=scale,
+        cache_seqlens=lengths,
+        causal=causal,
+        window=window,
+        attn_sink=x.get("attn_sink"),
+    )
+    results = paged_decode(**x, head_dim_v=width, softmax_scale=scale, causal=causal, window=window)
     for name, value, result in zip(("out", "lse"), results, gauged, strict=True):
         yield name, Gauged(value, result.gauge)
 

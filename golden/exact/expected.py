@@ -85,13 +85,15 @@ def _layer(x: Values, parameters: Parameters) -> dict[str, Balls]:
 
 
 def _prefill(x: Values, parameters: Parameters) -> dict[str, Balls]:
-    out, lse = certified.prefill(**x, scale=certified.arb(parameters["softmax_scale"]), causal=parameters["causal"])
+    scale, window = certified.arb(parameters["softmax_scale"]), parameters.get("window")
+    out, lse = certified.prefill(**x, scale=scale, causal=parameters["causal"], window=window)
     return {"out": out, "lse": lse}
 
 
 def _decode(x: Values, parameters: Parameters) -> dict[str, Balls]:
     scale = certified.arb(parameters["softmax_scale"])
-    out, lse = certified.decode(**x, head_dim_v=parameters["head_dim_v"], scale=scale, causal=parameters["causal"])
+    options = {"causal": parameters["causal"], "window": parameters.get("window")}
+    out, lse = certified.decode(**x, head_dim_v=parameters["head_dim_v"], scale=scale, **options)
     return {"out": out, "lse": lse}
 
 

@@ -3,7 +3,8 @@
 The gauge of a result is Σ |∂result/∂x| |x| over the numbers x that it is computed from, intermediate ones included: what a
 relative change ε of each of them moves, divided by ε. A sum of products has the sum of their magnitudes; an output of
 attention Σ_j p_j (|v_j| + (1 + G_j) |v_j − o|) with G_j = σ Σ_i |q_i| |k_ji|, since the error δ of a score or of the logarithm
-of a weight moves it by p_j δ (v_j − o); the LSE |lse| + Σ_j p_j (1 + G_j). Higham, *Accuracy and Stability of Numerical Algorithms*, sections 1.6 and 3.1.
+of a weight moves it by p_j δ (v_j − o); the LSE |lse| + Σ_j p_j (1 + G_j). Beside a sink, p counts its share e^sink / (e^sink + e^lse),
+by which the difference of sink and LSE, as large as both, moves o as well. Higham, *Accuracy and Stability of Numerical Algorithms*, sections 1.6 and 3.1.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mla_spec.reference.attention import attention
+from mla_spec.reference.attention import attention, sink_share
 from mla_spec.reference.config import MLAConfig, RopeConfig
 from mla_spec.reference.indexer import layer_norm as reference_layer_norm
 from mla_spec.reference.mla import Weights, absorb
@@ -90,17 +91,31 @@ def attend(
     softmax_scale: float,
     cache_seqlens: IntArray | None = None,
     causal: bool = True,
+    window: int | None = None,
+    attn_sink: Array | None = None,
 ) -> tuple[Gauged, Gauged]:
     """``attention`` (same shapes, unpaged keys) as (out [..., s, h, dv], lse [..., h, s])."""
     lengths = cache_seqlens
-    out, lse = attention(q.value, k.value, v.value, softmax_scale=softmax_scale, cache_seqlens=lengths, causal=causal)
+    out, lse = attention(
+        q.value,
+        k.value,
+        v.value,
+        softmax_scale=softmax_scale,
+        cache_seqlens=lengths,
+        causal=causal,
+        window=window,
+        attn_sink=attn_sink,
+    )
     s, t, groups = q.value.shape[-3], k.value.shape[-3], q.value.shape[-2] // k.value.shape[-2]
     keys, key_gauge, values, value_gauge = (np.repeat(x, groups, axis=-2) for x in (k.value, k.gauge, v.value, v.gauge))
     scores = np.einsum("...shd,...thd->...hst", q.value * softmax_scale, keys, optimize=True)
     score_gauge = np.einsum("...shd,...thd->...hst", q.gauge * softmax_scale, key_gauge, optimize=True)
     length = np.asarray(t if lengths is None else lengths)[..., None, None]  # [..., 1, 1]
     limit = length - s + 1 + np.arange(s)[:, None] if causal else length  # [..., s or 1, 1]
-    seen = (np.arange(t) < limit)[..., None, :, :]  # [..., 1, s, t]
+    seen = np.arange(t) < limit
+    if window is not None:
+        seen = seen & (np.arange(t) >= limit - window)
+    seen = seen[..., None, :, :]  # [..., 1, s, t]
     top = np.where(seen, scores, -np.inf).max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.where(seen, np.exp(np.where(seen, scores - np.where(np.isneginf(top), 0.0, top), 0.0)), 0.0)
     p = weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1.0)  # a row with keys sums to 1 at least
@@ -109,7 +124,12 @@ def attend(
         np.moveaxis(values, -2, -3)[..., None, :, :] - np.moveaxis(out, -2, -3)[..., None, :]
     )  # [..., h, s, t, dv]
     out_gauge = np.einsum("...hst,...thv->...shv", p, value_gauge) + np.einsum("...hst,...hstv->...shv", moved, apart)
-    lse_gauge = np.where(np.isneginf(lse), 0.0, np.abs(lse)) + moved.sum(axis=-1)
+    size = np.where(np.isneginf(lse), 0.0, np.abs(lse))  # [..., h, s]
+    if attn_sink is not None:
+        share = sink_share(np.swapaxes(lse, -1, -2), attn_sink)  # [..., s, h]
+        far = np.swapaxes(size, -1, -2) + np.where(np.isinf(attn_sink), 0.0, np.abs(attn_sink))
+        out_gauge = share[..., None] * out_gauge + ((1 - share) * far)[..., None] * np.abs(out)
+    lse_gauge = size + moved.sum(axis=-1)
     return Gauged(out, out_gauge), Gauged(lse, lse_gauge)
 
 

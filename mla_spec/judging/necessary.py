@@ -50,6 +50,11 @@ def _other_layout(case: Any) -> str:
     return {"interleaved": "half", "half": "interleaved"}.get(str(case.layout), "none")
 
 
+def _one_page(case: Any) -> int:
+    lengths: tuple[int, ...] = getattr(case, "seqlens", (case.page_size,))
+    return max(1, *lengths)
+
+
 PLAIN: Final[tuple[Plain, ...]] = (
     Plain("mask", "causal", _always(False), "without the causal mask"),
     Plain("mask", "s", _always(1), "with one query a sequence", "decode"),
@@ -59,7 +64,7 @@ PLAIN: Final[tuple[Plain, ...]] = (
     Plain("batch", "batch", _always(1), "with one sequence alone"),
     Plain("mask", "seqlens_k", lambda case: case.seqlens_q, "with as many keys as queries"),
     Plain("mask", "seqlens_q", lambda case: tuple(min(n, 1) for n in case.seqlens_q), "with one query a sequence"),
-    Plain("reads", "page_size", lambda case: max(1, *case.seqlens), "with one page a sequence"),
+    Plain("reads", "page_size", _one_page, "with one page a sequence"),
     Plain("heads", "num_heads", _always(1), "with one head"),
     Plain("heads", "heads", _always(1), "with one head"),
     Plain("scores", "qk_rope_head_dim", _always(0), "without rope dims"),

@@ -63,8 +63,10 @@ class Most:
     def _packed(self, queries: Sequence[int], keys: Sequence[int]) -> dict[str, Any]:
         pairs = list(zip(queries, keys, strict=True))
         if self.batch is not None and len(pairs) > self.batch:
-            first = next((i for i, (n, _) in enumerate(pairs) if n), 0)
-            start = max(0, first - self.batch + 1)
+            fullest = max(
+                range(len(pairs)), key=lambda i: pairs[i][1] if pairs[i][0] else -1
+            )  # stays, for it shows most
+            start = max(0, fullest - self.batch + 1)
             pairs = pairs[start : start + self.batch]
         if self.keys is not None:
             pairs = [_shortened(n, t, self.keys) for n, t in pairs]

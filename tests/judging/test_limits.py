@@ -95,7 +95,7 @@ def test_laws_that_need_more_are_refused() -> None:
 
 def test_refused_cases_are_counted() -> None:
     assert (
-        "12 of 17 cases refused by the subject: max_keys=64"
+        "17 of 22 cases refused by the subject: max_batch=3, and the case has more"
         in record(Limited(), "test_decode_at_production_counts").note
     )
 
@@ -127,7 +127,7 @@ FLOAT = {"dtype": "float32"}
         ),
         (
             IndexerCase(**FLOAT, seqlens_q=(0, 0, 0, 0, 2, 3), seqlens_k=(1, 2, 3, 4, 5, 6)),
-            IndexerCase(**FLOAT, seqlens_q=(0, 0, 2), seqlens_k=(3, 4, 5)),
+            IndexerCase(**FLOAT, seqlens_q=(0, 2, 3), seqlens_k=(4, 5, 6)),
         ),
         (SparseDecodeCase(**FLOAT, batch=9, topk=100), SparseDecodeCase(**FLOAT, batch=3, topk=60)),
         (LayerCase(**FLOAT, batch=2, prompt=100, steps=3), LayerCase(**FLOAT, batch=2, prompt=61, steps=3)),
