@@ -12,8 +12,8 @@ from mla_spec.operations.decode import OPERATION as DECODE_OPERATION
 from mla_spec.operations.decode import DecodeCase, DecodeInputs
 from mla_spec.operations.prefill import OPERATION as PREFILL_OPERATION
 from mla_spec.operations.prefill import PrefillCase, PrefillInputs
-from mla_spec.operations.quantised_cache import DECODE_QUANTIZED as QUANTIZED_OPERATION
-from mla_spec.operations.quantised_cache import QuantisedDecodeCase, QuantisedDecodeInputs, latent_formats
+from mla_spec.operations.quantised_decode import OPERATION as QUANTIZED_OPERATION
+from mla_spec.operations.quantised_decode import QuantisedDecodeCase, QuantisedDecodeInputs, latent_formats
 from mla_spec.operations.sparse import SPARSE_DECODE as SPARSE_OPERATION
 from mla_spec.operations.sparse import SparseDecodeCase, SparseInputs
 from mla_spec.operations.workload import shared

@@ -16,7 +16,8 @@ from mla_spec.operations.indexer import IndexerCase
 from mla_spec.operations.layer import LayerCase, layer_models
 from mla_spec.operations.merge import MergeCase
 from mla_spec.operations.prefill import PrefillCase
-from mla_spec.operations.quantised_cache import PagesCase, QuantiseCase, QuantisedDecodeCase, latent_formats
+from mla_spec.operations.quantised_cache import PagesCase, QuantiseCase
+from mla_spec.operations.quantised_decode import QuantisedDecodeCase, latent_formats
 from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase

@@ -14,9 +14,9 @@ from mla_spec.operations.decode import DecodeCase, DecodeInputs
 from mla_spec.operations.operation import Operation
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase, PrefillInputs
-from mla_spec.operations.quantised_cache import (
-    DECODE_QUANTIZED,
-    HEAD_DIM_V,
+from mla_spec.operations.quantised_cache import HEAD_DIM_V
+from mla_spec.operations.quantised_decode import OPERATION as DECODE_QUANTIZED
+from mla_spec.operations.quantised_decode import (
     QuantisedDecodeCase,
     QuantisedDecodeInputs,
     latent_formats,

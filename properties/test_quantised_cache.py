@@ -17,9 +17,9 @@ from mla_spec.operations.quantised_cache import (
     QuantiseCase,
     QuantiseInputs,
     no_format,
-    no_latent_format,
     stored_rows,
 )
+from mla_spec.operations.quantised_decode import no_latent_format
 from mla_spec.properties.strategies.quantised_cache import (
     pages_cases,
     quantise_cases,

@@ -7,12 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.quantised_cache import DECODE_QUANTIZED as DECODE
-from mla_spec.operations.quantised_cache import (
-    QuantisedDecodeCase,
-    QuantisedDecodeInputs,
-    no_latent_format,
-)
+from mla_spec.operations.quantised_decode import OPERATION as DECODE
+from mla_spec.operations.quantised_decode import QuantisedDecodeCase, QuantisedDecodeInputs, no_latent_format
 from mla_spec.properties.strategies import ordinary
 from mla_spec.properties.strategies.quantised_cache import quantised_decode_cases
 from mla_spec.reference.cache_layout import used_bytes

@@ -20,6 +20,7 @@ from mla_spec.operations import (
     prefill,
     project_indexer,
     quantised_cache,
+    quantised_decode,
     ragged,
     rank_decode,
     rope,
@@ -66,7 +67,7 @@ def _decode_quantized(case: StoredCase) -> Any:
     scale = case.parameters["tensor_scale"]
     rows = dequantised_cache(pages, layout_of(case.parameters["layout"]), page_size, tensor_scale=scale)
     exact = _decode(replace(case, inputs={**case.inputs, "kv_cache": rows}))
-    return quantised_cache.QuantisedDecodeInputs(
+    return quantised_decode.QuantisedDecodeInputs(
         pages=pages, exact=exact, format=case.parameters["layout"], page_size=page_size, tensor_scale=scale
     )
 
@@ -117,7 +118,7 @@ CALLS: dict[str, tuple[Operation, Callable[[StoredCase], Any]]] = {
     "write_cache": (write_cache.OPERATION, lambda case: write_cache.WriteInputs(**_arguments(case, *WRITE))),
     "dequantize_weight": (dequantize_weight.OPERATION, _weight),
     "unpack": (quantised_cache.DEQUANTIZE_CACHE, _unpack),
-    "decode_quantized": (quantised_cache.DECODE_QUANTIZED, _decode_quantized),
+    "decode_quantized": (quantised_decode.OPERATION, _decode_quantized),
     "sparse_prefill": (sparse.SPARSE_PREFILL, partial(_sparse, rows="kv")),
     "sparse_decode": (sparse.SPARSE_DECODE, partial(_sparse, rows="kv_cache")),
     "project_indexer": (project_indexer.OPERATION, _project_indexer),

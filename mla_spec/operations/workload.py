@@ -18,7 +18,8 @@ from mla_spec.exchange.tensor_file import ExchangeError
 from mla_spec.operations.case import Case
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.prefill import PrefillCase
-from mla_spec.operations.quantised_cache import HEAD_DIM_V, QuantisedDecodeCase
+from mla_spec.operations.quantised_cache import HEAD_DIM_V
+from mla_spec.operations.quantised_decode import QuantisedDecodeCase
 from mla_spec.operations.recorded_shapes import recorded_shapes
 from mla_spec.operations.sparse import SparseDecodeCase
 from mla_spec.text.files import read_text

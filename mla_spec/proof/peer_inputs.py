@@ -13,7 +13,8 @@ from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeInputs
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillInputs
-from mla_spec.operations.quantised_cache import DECODE_QUANTIZED, QuantisedDecodeInputs
+from mla_spec.operations.quantised_decode import OPERATION as DECODE_QUANTIZED
+from mla_spec.operations.quantised_decode import QuantisedDecodeInputs
 from mla_spec.operations.sparse import SPARSE_PREFILL, SparseInputs
 from mla_spec.proof.peers import Peer
 from mla_spec.reference.cache import gather_rows

@@ -17,7 +17,8 @@ from mla_spec.operations.indexer import IndexerCase
 from mla_spec.operations.merge import MergeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.project_indexer import ProjectIndexerCase
-from mla_spec.operations.quantised_cache import PagesCase, QuantiseCase, QuantisedDecodeCase, latent_formats
+from mla_spec.operations.quantised_cache import PagesCase, QuantiseCase
+from mla_spec.operations.quantised_decode import QuantisedDecodeCase, latent_formats
 from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.rank_decode import RankDecodeCase
 from mla_spec.operations.rope import RopeCase

@@ -15,7 +15,7 @@ from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.indexer import IndexerCase
 from mla_spec.operations.merge import MergeCase
 from mla_spec.operations.prefill import PrefillCase
-from mla_spec.operations.quantised_cache import QuantisedDecodeCase, latent_formats
+from mla_spec.operations.quantised_decode import QuantisedDecodeCase, latent_formats
 from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.rank_decode import RankDecodeCase
 from mla_spec.operations.rope import RopeCase

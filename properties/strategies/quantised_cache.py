@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.quantised_cache import (
-    HEAD_DIM_V,
-    ROPE_DIM,
-    PagesCase,
-    QuantiseCase,
-    QuantisedDecodeCase,
-    latent_formats,
-)
+from mla_spec.operations.quantised_cache import HEAD_DIM_V, ROPE_DIM, PagesCase, QuantiseCase
+from mla_spec.operations.quantised_decode import QuantisedDecodeCase, latent_formats
 from mla_spec.properties.strategies.decode import draw_decode
 from mla_spec.properties.strategies.sizes import FLAGS, LOGIT_STDS, SEEDS, among, choice
 from mla_spec.reference.cache_layout import layout_of

@@ -15,7 +15,8 @@ from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
 from mla_spec.operations.all import parse_case
 from mla_spec.operations.case import Case
-from mla_spec.operations.quantised_cache import HEAD_DIM_V, PagesCase, QuantiseCase, QuantisedDecodeCase, groups_of
+from mla_spec.operations.quantised_cache import HEAD_DIM_V, PagesCase, QuantiseCase, groups_of
+from mla_spec.operations.quantised_decode import QuantisedDecodeCase
 from mla_spec.properties.strategies.quantised_cache import pages_cases, quantise_cases, quantised_decode_cases
 from mla_spec.reference.cache import gather_rows
 from mla_spec.reference.cache_layout import LAYOUTS, used_bytes

@@ -17,7 +17,7 @@ from mla_spec.adapters.pytorch import TorchAbsorbed
 from mla_spec.operations.all import OPERATIONS
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.prefill import PrefillCase
-from mla_spec.operations.quantised_cache import QuantisedDecodeCase
+from mla_spec.operations.quantised_decode import QuantisedDecodeCase
 from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.sparse import SparseDecodeCase
 from mla_spec.operations.workload import ELEMENTS, FIELDS, REQUIRED, WorkloadError, read_workload
