@@ -66,7 +66,7 @@ def cells(path: Path) -> Counter[tuple[str, str]]:
 
 
 def check(spec: str, *arguments: object) -> int:
-    return main(["check", spec, *ASKED, "--in-process", *map(str, arguments)])
+    return main(["check", spec, *ASKED, "--in-process", "--explain", "0", *map(str, arguments)])
 
 
 def test_a_run_is_recorded_with_all_that_its_verdicts_depend_on(kernel: str, tmp_path: Path) -> None:

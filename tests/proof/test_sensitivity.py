@@ -212,8 +212,8 @@ def test_a_subject_in_a_process_of_its_own_has_the_same_card(tmp_path: Path) -> 
     faults = [BY_NAME[name] for name in (SCALE, LOST, "P in {}")]
     spec = f"{tmp_path}/small.py:Small"
     with apart(spec) as subject:
-        rows = sensitivity_card(subject, count=2, laws=LAWS, faults=faults)
-    assert rows == sensitivity_card(resolve_subject(spec), count=2, laws=LAWS, faults=faults)
+        rows = sensitivity_card(subject, count=3, laws=LAWS, faults=faults)
+    assert rows == sensitivity_card(resolve_subject(spec), count=3, laws=LAWS, faults=faults)
     assert all(row.smallest is not None for row in rows)
 
 

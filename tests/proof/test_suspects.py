@@ -22,15 +22,15 @@ def pool() -> Iterator[WorkerPool]:
         yield made
 
 
-def failure(subject: object, law: str, dtype: str = "float32") -> Record:
-    record = run_law(all_laws()[law], subject, Options(examples=60, dtypes=(dtype,)))
+def failure(subject: object, law: str, dtype: str = "float32", seed: int = 0) -> Record:
+    record = run_law(all_laws()[law], subject, Options(examples=60, dtypes=(dtype,), seed=seed))
     assert record.verdict == "fail"
     return record
 
 
 def test_a_planted_bug_is_named_with_its_source(pool: WorkerPool) -> None:
     bug = planted_bugs()["F22"]
-    found = named_suspects(failure(bug.make(), "test_decode_agrees_with_reference"), pool)
+    found = named_suspects(failure(bug.make(), "test_decode_agrees_with_reference", seed=2), pool)
     assert [each["id"] for each in found] == ["F22"]
     assert found[0]["source"] == bug.source[0]
     assert found[0]["claim"] == "The page is looked up for every other page only."
@@ -53,7 +53,7 @@ def test_a_convention_is_named_with_what_declares_it(pool: WorkerPool) -> None:
 
 
 def test_a_bug_may_be_left_out_of_the_suspects(pool: WorkerPool) -> None:
-    record = failure(planted_bugs()["F22"].make(), "test_decode_agrees_with_reference")
+    record = failure(planted_bugs()["F22"].make(), "test_decode_agrees_with_reference", seed=2)
     assert named_suspects(record, pool, without=["F22"]) == []
 
 
