@@ -18,7 +18,7 @@ from mla_spec.operations.sparse import SPARSE_DECODE as SPARSE_OPERATION
 from mla_spec.operations.sparse import SparseDecodeCase, SparseInputs
 from mla_spec.operations.workload import shared
 from mla_spec.properties.load import Load, Row
-from mla_spec.properties.strategies.production import nearest
+from mla_spec.properties.strategies.counts import nearest
 from mla_spec.subjects.supports import Supports
 
 HEADS = (128, 64, 32, 24)

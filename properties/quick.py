@@ -23,8 +23,8 @@ from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.properties.hazards import EXCEPTIONS, STATED_ELSEWHERE
 from mla_spec.properties.strategies import ordinary
+from mla_spec.properties.strategies.counts import nearest
 from mla_spec.properties.strategies.layer import rotating_layer, supported_models
-from mla_spec.properties.strategies.production import nearest
 from mla_spec.properties.strategies.rope import supported_scalings
 from mla_spec.properties.strategies.sizes import judgeable_stds
 from mla_spec.subjects.supports import Supports

@@ -26,14 +26,7 @@ from mla_spec.operations.ragged import OPERATION as RAGGED
 from mla_spec.operations.ragged import RaggedDecodeCase, RaggedDecodeInputs
 from mla_spec.operations.sparse import SPARSE_DECODE, SPARSE_PREFILL, SparseDecodeCase, SparseInputs, SparsePrefillCase
 from mla_spec.properties.exact import PERIOD, QUERY, Answer, Keys, Pattern, patterns, rounds, rows_of, value_table
-from mla_spec.properties.strategies.production import (
-    ELEMENTS,
-    LONG,
-    latent_dims,
-    nearest,
-    placed,
-    prefill_dims,
-)
+from mla_spec.properties.strategies.counts import ELEMENTS, LONG, latent_dims, nearest, placed, prefill_dims
 from mla_spec.reference.cache_layout import QuantisedRows, pack
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Results

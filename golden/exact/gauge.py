@@ -3,8 +3,11 @@
 The gauge of a result is Σ |∂result/∂x| |x| over the numbers x that it is computed from, intermediate ones included: what a
 relative change ε of each of them moves, divided by ε. A sum of products has the sum of their magnitudes; an output of
 attention Σ_j p_j (|v_j| + (1 + G_j) |v_j − o|) with G_j = σ Σ_i |q_i| |k_ji|, since the error δ of a score or of the logarithm
-of a weight moves it by p_j δ (v_j − o); the LSE |lse| + Σ_j p_j (1 + G_j). Beside a sink, p counts its share e^sink / (e^sink + e^lse),
-by which the difference of sink and LSE, as large as both, moves o as well. Higham, *Accuracy and Stability of Numerical Algorithms*, sections 1.6 and 3.1.
+of a weight moves it by p_j δ (v_j − o); the LSE |lse| + Σ_j p_j (1 + G_j).
+
+A sink leaves the share 1/(1 + e^(sink − lse)) of all this. The difference of sink and LSE, as large as both, moves o as well.
+
+Source: Higham, *Accuracy and Stability of Numerical Algorithms*, sections 1.6 and 3.1.
 """
 
 from __future__ import annotations

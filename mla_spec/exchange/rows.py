@@ -35,14 +35,14 @@ class Part:
 def choose_rows(call: Call, drawn: Random, heads: int | None = None, query_scale: str = "none") -> Part | None:
     """Rows of a call at random; None where its operation has none that can be taken out, or the call has none at all.
 
-    Of ``decode`` and ``decode_quantized`` one sequence with its queries is taken, of ``ragged_decode`` and ``sparse_decode`` one
-    query. The pages keep their size and are those that hold its tokens, in their order.
+    One sequence with its queries is taken where a table names its pages, and one query where queries are packed or select rows. The
+    pages keep their size and are those that hold its tokens, in their order.
 
     Args:
         heads: at most so many of them; None for all.
         query_scale: which rows of q share one scale, as ``Profile.query_scale`` says.
     """
-    choose = _CHOOSE.get(call.operation)
+    choose = _chooser(call)
     if choose is None or query_scale == "tensor" or call.tensors["q"].numel() == 0:
         return None
     h = call.tensors["q"].shape[-2]
@@ -54,6 +54,23 @@ def choose_rows(call: Call, drawn: Random, heads: int | None = None, query_scale
 
 
 _Chosen = tuple[dict[str, Tensor], Callable[[Answer], Answer]]
+
+
+def _chooser(call: Call) -> Callable[[Call, Random, Tensor], _Chosen] | None:
+    """What takes rows of a call, by what it has; a rank's table does not say which tokens its rows are."""
+    has = set(call.tensors)
+    if {"kv_cache", "indices"} <= has:
+        return _selecting_query
+    if not {"block_table", "cache_seqlens"} <= has or "ranks" in call.values:
+        return None
+    return _packed_query if "cu_seqlens_q" in has else _sequence
+
+
+def pool_of(call: Call) -> tuple[str, int]:
+    """The name of the tensor that holds the pages of a cache, and their size."""
+    if "pages" in call.tensors:
+        return "pages", int(call.values["page_size"])
+    return "kv_cache", call.tensors["kv_cache"].shape[1]
 
 
 def _pages_of(table: Tensor, length: int, page_size: int) -> tuple[Tensor, Tensor]:
@@ -68,10 +85,9 @@ def _sinks(call: Call, heads: Tensor) -> dict[str, Tensor]:
 
 
 def _sequence(call: Call, drawn: Random, heads: Tensor) -> _Chosen:
-    """One sequence of ``decode`` or ``decode_quantized``."""
+    """One sequence with its queries."""
     q, table, lengths = (call.tensors[name] for name in ("q", "block_table", "cache_seqlens"))
-    pool = "pages" if call.operation == "decode_quantized" else "kv_cache"
-    page_size = call.values["page_size"] if pool == "pages" else call.tensors[pool].shape[1]
+    pool, page_size = pool_of(call)
     i = drawn.randrange(len(q))
     one = slice(i, i + 1)
     pages, own = _pages_of(table[i], int(lengths[i]), page_size)
@@ -90,7 +106,7 @@ def _sequence(call: Call, drawn: Random, heads: Tensor) -> _Chosen:
 
 
 def _packed_query(call: Call, drawn: Random, heads: Tensor) -> _Chosen:
-    """One query of ``ragged_decode``, with the keys that it sees."""
+    """One of packed queries, with the keys that it sees."""
     q, cache, table, lengths = (call.tensors[name] for name in ("q", "kv_cache", "block_table", "cache_seqlens"))
     starts = call.tensors["cu_seqlens_q"].tolist()
     token = drawn.randrange(len(q))
@@ -116,7 +132,7 @@ def _packed_query(call: Call, drawn: Random, heads: Tensor) -> _Chosen:
 
 
 def _selecting_query(call: Call, drawn: Random, heads: Tensor) -> _Chosen:
-    """One query of ``sparse_decode``, with the rows that it selects."""
+    """One query, with the rows that it selects."""
     q, cache, indices = (call.tensors[name] for name in ("q", "kv_cache", "indices"))
     i, j = drawn.randrange(q.shape[0]), drawn.randrange(q.shape[1])
     sequence, query = slice(i, i + 1), slice(j, j + 1)
@@ -151,11 +167,3 @@ def selected_rows(cache: Tensor, indices: Tensor, selects: Tensor) -> tuple[Tens
     moved = torch.full_like(indices, -1)
     moved[selects] = place.to(moved.dtype)
     return rows.reshape(pages, page_size, *cache.shape[2:]), moved
-
-
-_CHOOSE: dict[str, Callable[[Call, Random, Tensor], _Chosen]] = {
-    "decode": _sequence,
-    "decode_quantized": _sequence,
-    "ragged_decode": _packed_query,
-    "sparse_decode": _selecting_query,
-}

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain, pairwise
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from mla_spec.exchange.call import Call
-from mla_spec.exchange.rows import selected_rows
+from mla_spec.exchange.rows import pool_of, selected_rows
 from mla_spec.subjects.supports import Supports
 
 Tensors = dict[str, Tensor]
 
-AXES: dict[str, dict[str, dict[str, int]]] = {
-    "decode": {
-        "sequences": {"q": 0, "block_table": 0, "cache_seqlens": 0},
-        "queries": {"q": 1},
-        "heads": {"q": 2, "attn_sink": 0},
-    },
-    "ragged_decode": {"heads": {"q": 1}},
-    "prefill": {"heads": {"q": 1, "k": 1, "v": 1, "attn_sink": 0}},
-    "sparse_decode": {
-        "sequences": {"q": 0, "indices": 0, "topk_length": 0},
-        "queries": {"q": 1, "indices": 1},
-        "heads": {"q": 2, "attn_sink": 0},
-        "keys": {"indices": 2},
-    },
-    "merge": {"parts": {"outs": 0, "lses": 0}},
-}
-AXES["decode_quantized"] = AXES["rank_decode"] = AXES["decode"]
-"""By operation, what can be left out along an axis of some tensors."""
+CUT: Final = {"b": "sequences", "s": "queries", "h": "heads", "k": "indices", "parts": "parts"}
+"""What lies along an axis of an argument, and can be left out."""
 
 
 def smaller(call: Call, supports: Supports) -> Iterator[Call]:
@@ -56,18 +41,16 @@ def _size(call: Call) -> int:
 
 def _used(call: Call) -> tuple[str, list[Tensor]] | None:
     """The name of the pool, and which of its pages each sequence needs; None where no table says it."""
-    pool = "pages" if "pages" in call.tensors else "kv_cache"
-    if not {pool, "block_table", "cache_seqlens"} <= set(call.tensors) or call.operation == "rank_decode":
+    if not {"block_table", "cache_seqlens"} <= set(call.tensors) or "ranks" in call.values:
         return None
-    table = call.tensors["block_table"]
-    page_size = call.values["page_size"] if pool == "pages" else call.tensors[pool].shape[1]
+    table, (pool, page_size) = call.tensors["block_table"], pool_of(call)
     lengths = call.tensors["cache_seqlens"].tolist()
     return pool, [row[: -(-n // page_size)].long() for row, n in zip(table, lengths, strict=True)]
 
 
 def renumbered(call: Call) -> Call:
     """The call with only the pages that its lengths need, or the rows that it selects, in their order."""
-    if call.operation == "sparse_decode":
+    if {"kv_cache", "indices"} <= set(call.tensors):
         cache, indices = call.tensors["kv_cache"], call.tensors["indices"]
         selects = (indices >= 0) & (indices < cache.shape[0] * cache.shape[1])
         rows, moved = selected_rows(cache, indices, selects)
@@ -109,22 +92,29 @@ def _halves(n: int) -> list[slice]:
     return [slice(n // 2, n), slice(0, n - n // 2)] if n > 1 else []
 
 
+def _axes(call: Call) -> dict[str, dict[str, int]]:
+    """What can be left out of the call, and along which axis of which tensors; sequences that are packed are none."""
+    found: dict[str, dict[str, int]] = {}
+    for argument in call.signature.arguments:
+        if argument.name in call.tensors:
+            for axis, letter in enumerate(argument.leading_axes):
+                if letter in CUT and not (letter == "b" and "cu_seqlens_q" in call.tensors):
+                    found.setdefault(CUT[letter], {})[argument.name] = axis
+    return found
+
+
 def _fewer(call: Call, supports: Supports) -> Iterator[Call]:
-    for what, axes in AXES.get(call.operation, {}).items():
+    for what, axes in _axes(call).items():
         name, axis = next(iter(axes.items()))
         n = call.tensors[name].shape[axis]
         for part in _halves(n)[: 1 if what == "queries" else 2]:
             kept = len(range(*part.indices(n)))
             if what == "heads" and supports.num_heads is not None and kept not in supports.num_heads:
                 continue
-            if what == "keys" and kept % supports.topk_multiple:
+            if what == "indices" and kept % supports.topk_multiple:
                 continue
-            tensors = {
-                name: call.tensors[name].narrow(axis, part.start, kept)
-                for name, axis in axes.items()
-                if name in call.tensors
-            }
-            if what == "keys" and "topk_length" in call.tensors:
+            tensors = {name: call.tensors[name].narrow(axis, part.start, kept) for name, axis in axes.items()}
+            if what == "indices" and "topk_length" in call.tensors:
                 tensors["topk_length"] = (call.tensors["topk_length"] - part.start).clamp(0, kept)
             yield _with(call, tensors)
 
@@ -187,10 +177,9 @@ def _without_first_keys(call: Call, supports: Supports) -> Iterator[Call]:
         if any(len(span) > 1 for span in spans):
             yield _with(call, _packed(call, "k", [span[len(span) // 2 :] for span in spans]))
         return
-    if "block_table" not in call.tensors or call.operation == "rank_decode":
+    if "block_table" not in call.tensors or "ranks" in call.values:
         return
-    table, lengths = call.tensors["block_table"], call.tensors["cache_seqlens"]
-    page_size = call.values["page_size"] if "pages" in call.tensors else call.tensors["kv_cache"].shape[1]
+    table, lengths, (_, page_size) = call.tensors["block_table"], call.tensors["cache_seqlens"], pool_of(call)
     room = int(((lengths - _queries(call)).clamp(min=0) // page_size).min()) if lengths.numel() else 0
     gone = room
     while gone > 0:
@@ -200,7 +189,7 @@ def _without_first_keys(call: Call, supports: Supports) -> Iterator[Call]:
 
 def _narrower(call: Call, supports: Supports) -> Iterator[Call]:
     """Half of the latent dims, and half of the rope dims, where the subject takes any."""
-    if call.operation not in ("decode", "ragged_decode", "sparse_decode") or supports.latent_dims is not None:
+    if not {"q", "kv_cache"} <= set(call.tensors) or "ranks" in call.values or supports.latent_dims is not None:
         return
     width, c = call.tensors["q"].shape[-1], call.values["head_dim_v"]
     for kept, rope in ((c // 2, width - c), (c, (width - c) // 2)):

@@ -6,34 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from mla_spec.bounds.error_bound import ErrorBound, InvalidBound
+from mla_spec.bounds.error_bound import InvalidBound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.finding import Finding
-from mla_spec.judging.judge import judge_within, require_bounded
+from mla_spec.judging.judge import PlainJudge
 from mla_spec.judging.verdict import VacuousCase
 from mla_spec.operations.conventions import Convention
 from mla_spec.operations.operation import Operation
-from mla_spec.reference.typing import Array
-from mla_spec.subjects.driver import Result, Results
+from mla_spec.subjects.driver import Results
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
 
 LARGEST = 1 << 20
 """Elements of an argument beyond which no convention is looked for: each computes the exact results anew."""
-
-
-class _Judge:
-    """Judges as a run does, and keeps no record."""
-
-    def within(self, got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> None:
-        judge_within(got, want, bound, gate=gate)
-
-    def bounded(self, want: Array, total: Array) -> None:
-        require_bounded(want, total)
-
-    def require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise Violation(message)
 
 
 def obeyed(
@@ -45,7 +30,7 @@ def obeyed(
         try:
             for part, want in zip(got, operation.expected(inputs, profile, supports), strict=True):
                 if part is not None and want is not None:
-                    want.judge(_Judge(), part)
+                    want.judge(PlainJudge(), part)
         except (Violation, VacuousCase, InvalidBound):
             return False
         return True

@@ -137,3 +137,17 @@ def _declarable(term: str, factor: float, error: float, want: float) -> str:
     if not field or not error <= LIKE_ROUNDING * want or not factor < 2.0**20:
         return ""
     return f"\nif the subject rounds so on purpose, Profile.{field} declares it, which makes the statement weaker"
+
+
+class PlainJudge:
+    """Judges as a run does, and keeps no record."""
+
+    def within(self, got: Result, want: Array, bound: ErrorBound, *, gate: bool = True) -> None:
+        judge_within(got, want, bound, gate=gate)
+
+    def bounded(self, want: Array, total: Array) -> None:
+        require_bounded(want, total)
+
+    def require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise Violation(message)

@@ -20,7 +20,7 @@ from mla_spec.exchange.call import Call
 from mla_spec.exchange.contents import Answer
 from mla_spec.exchange.declared import Declared
 from mla_spec.exchange.folder import Folder, read_calls
-from mla_spec.judging.judge import judge_within, ratios
+from mla_spec.judging.judge import PlainJudge, judge_within, ratios
 from mla_spec.judging.verdict import Record, VacuousCase, Verdict
 from mla_spec.operations.all import OPERATIONS
 from mla_spec.operations.operation import Exactly, Expected, Operation, Within
@@ -213,7 +213,7 @@ def _compared(compared: _Compared, dtype: str, got: Results) -> Judgement:
         if result is None:
             continue
         if isinstance(want, Exactly):
-            _require_exact(result, want)
+            want.judge(PlainJudge(), result)
         if not isinstance(want, Within):
             continue
         total = np.broadcast_to(want.bound.total, want.value.shape)
@@ -232,15 +232,6 @@ def _compared(compared: _Compared, dtype: str, got: Results) -> Judgement:
             found = Judgement(verdict="fail", dtype=dtype, message=str(error), margins=margins, sights=sights)
             return replace(found, proof=proof)
     return Judgement(verdict="pass", dtype=dtype, note=note, margins=margins, sights=sights)
-
-
-def _require_exact(result: Result, want: Exactly) -> None:
-    different = ~((result.value == want.value) | (np.isnan(result.value) & np.isnan(want.value)))
-    if different.any():
-        first = [int(i) for i in np.argwhere(different)[0]]
-        raise Violation(
-            f"{result.what}{first}: {int(different.sum())} of {different.size} elements are not exactly what they must be"
-        )
 
 
 def _dtype(operation: Operation, call: Call) -> str:

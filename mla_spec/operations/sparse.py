@@ -312,10 +312,13 @@ def _views(rows: str) -> dict[str, View]:
     }
 
 
-OPTIONAL = (
-    Argument("attn_sink", "[h]", "wide", optional=True),
-    Argument("topk_length", "[s] or [b]", "int32", optional=True),
-)
+def _optional(axes: str) -> tuple[Argument, Argument]:
+    """A sink, and how many indices count; ``axes`` of the latter."""
+    return (
+        Argument("attn_sink", "[h]", "wide", optional=True),
+        Argument("topk_length", axes, "int32", optional=True),
+    )
+
 
 SPARSE_PREFILL = Operation(
     name="sparse_prefill",
@@ -327,7 +330,7 @@ SPARSE_PREFILL = Operation(
         Argument("q", "[s, h, c+r]", far=True),
         Argument("kv", "[s_kv, 1, c+r]", far=True),
         Argument("indices", "[s, 1, k]", "int32"),
-        *OPTIONAL,
+        *_optional("[s]"),
     ),
     keywords=("head_dim_v", "softmax_scale"),
     outputs=(
@@ -389,7 +392,7 @@ SPARSE_DECODE = Operation(
         Argument("q", "[b, s, h, c+r]", far=True),
         Argument("kv_cache", "[pages, page_size, 1, c+r]", far=True),
         Argument("indices", "[b, s, k]", "int32"),
-        *OPTIONAL,
+        *_optional("[b]"),
     ),
     keywords=("head_dim_v", "softmax_scale"),
     outputs=ATTENTION_OUTPUTS,

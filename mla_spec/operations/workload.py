@@ -129,7 +129,7 @@ def read_workload(path: str) -> tuple[Case, ...]:
 
 def _of_folder(path: str) -> tuple[Case, ...]:
     try:
-        cases = tuple(_case(json.dumps(entry), f"{path}/{name}") for name, entry in recorded_shapes(path))
+        cases = tuple(_case(json.dumps(entry), f"{path}/{name}") for name, entry in recorded_shapes(path, FIELDS))
     except ExchangeError as error:
         raise WorkloadError(str(error)) from error
     if not cases:

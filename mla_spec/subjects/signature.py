@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -41,6 +42,12 @@ class Argument:
     optional: bool = False
     written: bool = False
     far: bool = False
+
+    @property
+    def leading_axes(self) -> tuple[str, ...]:
+        """What lies along its first axes, up to one that may be absent, or be several."""
+        names = self.axes.strip("[]").split(", ")
+        return tuple(takewhile(lambda name: not name.startswith(("(", "...")), names))
 
 
 @dataclass(frozen=True)

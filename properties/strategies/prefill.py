@@ -69,8 +69,8 @@ def prefill_cases(
 
     A quarter of the cases has many heads or sequences, or one sequence of many queries or keys, and an eighth the heads and
     widths of DeepSeek-V3; ``sizes`` says which may be. ``min_past`` is the least number of keys before a sequence's first
-    query; None allows fewer keys than queries. ``sinks`` and ``windows`` are those of ``draw_decode``. ``self_attention``: as many keys as queries. Where the subject has no rule for
-    rows without keys, none occur.
+    query; None allows fewer keys than queries. ``sinks`` and ``windows`` are those of ``draw_decode``. ``self_attention``: as
+    many keys as queries. Where the subject has no rule for rows without keys, none occur.
     """
     is_causal = draw(choice(*(c for c in supports.causal if causal is None or c == causal)))
     queries = several(draw, lambda: _few(draw, min_queries, 9), min_batch, max(min_batch, 4))

@@ -7,7 +7,7 @@ examples is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from mla_spec.bounds.profile import Profile
@@ -21,81 +21,21 @@ from mla_spec.operations.rank_decode import RankDecodeCase
 from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.operations.write_cache import WriteCase
+from mla_spec.properties.strategies.counts import (
+    ELEMENTS,
+    FEW,
+    FEW_OF_LARGE_PAGES,
+    arranged,
+    latent_dims,
+    long_lengths,
+    most_keys,
+    nearest,
+    placed,
+    prefill_dims,
+    shortened,
+)
 from mla_spec.properties.strategies.sizes import cycled
-from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
-
-FEW = (5, 37, 20, 1, 70)
-"""Lengths that come again and again in a large batch; none comes again after a power of two."""
-
-FEW_OF_LARGE_PAGES = (5, 450, 20, 1, 257)
-"""The same where pages have hundreds of tokens: nearly a whole one, and more than one."""
-
-ELEMENTS = 2**22
-"""Of the keys that all sequences of a case see, about; beyond that exact laws take over, which need no reference."""
-
-LONG = (4161, 8193, 32769, 65606, 131142)
-"""Keys of a long sequence: just beyond a power of two, but for what no kernel's part divides."""
-
-
-ALIKE = ((16, 100), (66, 37))
-"""How many sequences of one length, no whole number of pages, as a benchmark has them."""
-
-SORTED = 40
-"""Sequences whose lengths rise or fall, as a scheduler hands them on."""
-
-AROUND = 66
-"""Sequences among which one is long."""
-
-
-def shortened(lengths: tuple[int, ...], elements: int) -> tuple[int, ...]:
-    """Lengths so cut that all keys of a batch, of so many elements each, are no more than ``ELEMENTS``."""
-    most = max(3, ELEMENTS // (len(lengths) * elements))
-    return tuple(min(n, most) for n in lengths)
-
-
-def nearest(allowed: tuple[int, ...] | None, wanted: int) -> int:
-    """``wanted``, or the nearest that is allowed."""
-    return wanted if allowed is None else min(allowed, key=lambda n: abs(n - wanted))
-
-
-def latent_dims(supports: Supports) -> tuple[int, int]:
-    """The narrowest rows of a cache."""
-    return (6, 2) if supports.latent_dims is None else min(supports.latent_dims, key=sum)
-
-
-def prefill_dims(supports: Supports) -> tuple[int, int]:
-    """The narrowest rows of keys and values, V narrower than QK."""
-    return (6, 4) if supports.prefill_dims is None else min(supports.prefill_dims, key=sum)
-
-
-def arranged() -> Iterator[tuple[int, ...]]:
-    """Lengths of many sequences in the orders for which kernels and schedulers have paths of their own."""
-    for b, length in ALIKE:
-        yield (length,) * b
-    rising = tuple(range(5, 5 + SORTED))
-    yield from (rising, rising[::-1])
-    yield placed(4161, tuple(cycled(list(FEW), AROUND)), 41)
-
-
-def placed(long: int, short: tuple[int, ...], place: int) -> tuple[int, ...]:
-    """A long sequence among short ones."""
-    return (*short[:place], long, *short[place:])
-
-
-def most_keys(profile: Profile) -> int:
-    """Keys of a sequence whose bound still says something.
-
-    Weights that are rounded after they are divided by their sum must be normal numbers, and rescaling by a rough exp in each
-    tile must not move out by more than a tenth.
-    """
-    most = float(LONG[-1])
-    if profile.row_sum == "normalised":
-        most = min(most, 1 / format_of(profile.probabilities).smallest_normal)
-    if profile.tile is not None:
-        most = min(most, 0.1 * profile.tile / (profile.exp_error * format_of(profile.softmax).unit_roundoff))
-    return int(most)
-
 
 DECODE_COUNTS = (
     # sequences, queries, heads, page size
@@ -136,22 +76,18 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
         )
 
     def lengths(b: int, page_size: int) -> tuple[int, ...]:
-        return shortened(tuple(cycled(list(FEW if page_size < 128 else FEW_OF_LARGE_PAGES), b)), c + r)
+        few = FEW if page_size < 128 else FEW_OF_LARGE_PAGES
+        cut: tuple[int, ...] = shortened(tuple(cycled(list(few), b)), c + r)
+        return cut
 
     cases = [
         case(lengths(b, page_size), s, heads, page_size, seed)
         for seed, (b, s, heads, page_size) in enumerate(DECODE_COUNTS)
     ]
-    for seed, (long, place) in enumerate(_places(3 * (c + r), most_keys(profile))):
+    for seed, (long, place) in enumerate(long_lengths(3 * (c + r), most_keys(profile))):
         cases.append(case(placed(long, (5, 70), place), 1 + seed % 2, 2, 1 if long > 2**16 else 64, seed))
     arrangements = (shortened(seqlens, c + r) for seqlens in arranged())
     return cases + [case(seqlens, 1 + seed % 2, 2, 64, seed) for seed, seqlens in enumerate(arrangements)]
-
-
-def _places(elements: int, most: int) -> Iterator[tuple[int, int]]:
-    """Long lengths at places 0 to 2 of a batch, where a key takes so many elements; each place, if they are not too long."""
-    for i, long in enumerate(n for n in LONG if n * elements <= ELEMENTS and n <= most):
-        yield from ((long, place) for place in (range(3) if long < 2**13 else (i % 3,)))
 
 
 PREFILL_COUNTS = (
@@ -239,7 +175,7 @@ def ragged_decode(supports: Supports, profile: Profile) -> list[RaggedDecodeCase
         keys = tuple(n + more for n, more in zip(queries, cached, strict=True))
         if sum(queries) * max(keys) * nearest(supports.num_heads, heads) <= ELEMENTS:
             cases.append(case(queries, keys, heads, page_size, seed))
-    for seed, (long, place) in enumerate(_places(3 * (c + r), most_keys(profile))):
+    for seed, (long, place) in enumerate(long_lengths(3 * (c + r), most_keys(profile))):
         cases.append(case((1, 2, 1), placed(long, (5, 70), place), 2, 1 if long > 2**16 else 64, seed))
     for seed, keys in enumerate(shortened(keys, c + r) for keys in arranged()):
         cases.append(case((1 + seed % 2,) * len(keys), keys, 2, 64, seed))

@@ -9,7 +9,7 @@ from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
-from mla_spec.properties.strategies.production import latent_dims, nearest, prefill_dims
+from mla_spec.properties.strategies.counts import latent_dims, nearest, prefill_dims
 from mla_spec.properties.strategies.sizes import judgeable_stds, long_enough
 from mla_spec.subjects.supports import Supports
 

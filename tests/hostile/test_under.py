@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,7 +81,9 @@ def test_the_documented_lines(kernel: str) -> None:
     page = (EXAMPLES.parent / "docs" / "trust.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```sh\n(.*?)\n```", page.partition("## Under a tool")[2], re.S)
     line = f"set -e\n{block} --examples 2 --seed 0 --jobs 1 --explain 0 --no-minimise"
-    run = subprocess.run(["bash", "-c", line], cwd=Path(kernel).parent, capture_output=True, text=True, check=False)
+    scripts = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    command = ["bash", "-c", line]
+    run = subprocess.run(command, cwd=Path(kernel).parent, env=scripts, capture_output=True, text=True, check=False)
     assert run.returncode == 1, run.stderr
     assert "reports: ERROR: AddressSanitizer: heap-buffer-overflow" in " ".join(run.stdout.split())
 

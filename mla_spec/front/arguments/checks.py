@@ -188,7 +188,7 @@ def add_map(parsers: Parsers) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="only this one, of decode, ragged_decode, decode_quantized, sparse_decode, prefill and rope; repeatable",
+        help="only this one of the operations that have a lattice of sizes; repeatable",
     )
     parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")

@@ -1,0 +1,86 @@
+"""Numbers that production has, and how large cases of them may be: what fixed cases of several operations share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mla_spec.bounds.profile import Profile
+from mla_spec.properties.strategies.sizes import cycled
+from mla_spec.reference.formats import format_of
+from mla_spec.subjects.supports import Supports
+
+FEW = (5, 37, 20, 1, 70)
+"""Lengths that come again and again in a large batch; none comes again after a power of two."""
+
+FEW_OF_LARGE_PAGES = (5, 450, 20, 1, 257)
+"""The same where pages have hundreds of tokens: nearly a whole one, and more than one."""
+
+ELEMENTS = 2**22
+"""Of the keys that all sequences of a case see, about; beyond that exact laws take over, which need no reference."""
+
+LONG = (4161, 8193, 32769, 65606, 131142)
+"""Keys of a long sequence: just beyond a power of two, but for what no kernel's part divides."""
+
+ALIKE = ((16, 100), (66, 37))
+"""How many sequences of one length, no whole number of pages, as a benchmark has them."""
+
+SORTED = 40
+"""Sequences whose lengths rise or fall, as a scheduler hands them on."""
+
+AROUND = 66
+"""Sequences among which one is long."""
+
+
+def shortened(lengths: tuple[int, ...], elements: int) -> tuple[int, ...]:
+    """Lengths so cut that all keys of a batch, of so many elements each, are no more than ``ELEMENTS``."""
+    most = max(3, ELEMENTS // (len(lengths) * elements))
+    return tuple(min(n, most) for n in lengths)
+
+
+def nearest(allowed: tuple[int, ...] | None, wanted: int) -> int:
+    """``wanted``, or the nearest that is allowed."""
+    return wanted if allowed is None else min(allowed, key=lambda n: abs(n - wanted))
+
+
+def latent_dims(supports: Supports) -> tuple[int, int]:
+    """The narrowest rows of a cache."""
+    return (6, 2) if supports.latent_dims is None else min(supports.latent_dims, key=sum)
+
+
+def prefill_dims(supports: Supports) -> tuple[int, int]:
+    """The narrowest rows of keys and values, V narrower than QK."""
+    return (6, 4) if supports.prefill_dims is None else min(supports.prefill_dims, key=sum)
+
+
+def arranged() -> Iterator[tuple[int, ...]]:
+    """Lengths of many sequences in the orders for which kernels and schedulers have paths of their own."""
+    for b, length in ALIKE:
+        yield (length,) * b
+    rising = tuple(range(5, 5 + SORTED))
+    yield from (rising, rising[::-1])
+    yield placed(LONG[0], tuple(cycled(list(FEW), AROUND)), 41)
+
+
+def placed(long: int, short: tuple[int, ...], place: int) -> tuple[int, ...]:
+    """A long sequence among short ones."""
+    return (*short[:place], long, *short[place:])
+
+
+def most_keys(profile: Profile) -> int:
+    """Keys of a sequence whose bound still says something.
+
+    Weights that are rounded after they are divided by their sum must be normal numbers, and rescaling by a rough exp in each
+    tile must not move out by more than a tenth.
+    """
+    most = float(LONG[-1])
+    if profile.row_sum == "normalised":
+        most = min(most, 1 / format_of(profile.probabilities).smallest_normal)
+    if profile.tile is not None:
+        most = min(most, 0.1 * profile.tile / (profile.exp_error * format_of(profile.softmax).unit_roundoff))
+    return int(most)
+
+
+def long_lengths(elements: int, most: int) -> Iterator[tuple[int, int]]:
+    """Long lengths at places 0 to 2 of a batch, where a key takes so many elements; each place, if they are not too long."""
+    for i, long in enumerate(n for n in LONG if n * elements <= ELEMENTS and n <= most):
+        yield from ((long, place) for place in (range(3) if long < 2**13 else (i % 3,)))
