@@ -107,12 +107,17 @@ def kernel_signatures() -> Any:
     return import_module("mla_spec.adapters.written")
 
 
+def law_modules() -> list[str]:
+    """The modules that hold laws, by their whole names."""
+    return [f"mla_spec.properties.{name}" for name in LAW_MODULES]
+
+
 @functools.cache
 def all_laws() -> dict[str, Law]:
     """Every law by name, in the order of the report."""
     laws: dict[str, Law] = {}
-    for name in LAW_MODULES:
-        for value in vars(import_module(f"mla_spec.properties.{name}")).values():
+    for name in law_modules():
+        for value in vars(import_module(name)).values():
             if hasattr(value, "law"):
                 laws[value.law.name] = value.law
     return laws

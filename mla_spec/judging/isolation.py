@@ -16,9 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 
-from mla_spec.installed import all_laws
+from mla_spec.installed import all_laws, law_modules
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import replay_command, run_law
 from mla_spec.judging.verdict import Record
@@ -27,7 +27,8 @@ from mla_spec.subjects.process import SubjectProcess
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import BrokenSubject, SubjectCrashed, SuiteFailed, UnknownSubject
 
-_CONTEXT = multiprocessing.get_context("spawn")
+_CONTEXT = multiprocessing.get_context("forkserver")  # torch and the laws are imported once for all processes
+_CONTEXT.set_forkserver_preload([__name__, *law_modules()])
 
 PATIENCE = 5.0
 """Seconds in which a process that judges ends what it has started."""
@@ -110,7 +111,7 @@ class _Worker:
     options: Options
     signature: str | None
     device: str | None = None
-    process: SpawnProcess | None = None
+    process: ForkServerProcess | None = None
     connection: Connection = field(init=False)
     lifeline: Connection = field(init=False)
 
@@ -162,7 +163,7 @@ class _Worker:
     def _start(self) -> None:
         self.connection, theirs = _CONTEXT.Pipe()
         end, self.lifeline = _CONTEXT.Pipe(duplex=False)
-        self.process = _CONTEXT.Process(target=_serve, args=(theirs, end, self.settings), daemon=True)
+        self.process = _CONTEXT.Process(target=_serve, args=(theirs, end, self.settings, dict(os.environ)), daemon=True)
         self.process.start()
         theirs.close()
         end.close()
@@ -188,11 +189,13 @@ class _Worker:
             self.connection.close()
 
 
-def _serve(connection: Connection, lifeline: Connection, settings: _Settings) -> None:
+def _serve(connection: Connection, lifeline: Connection, settings: _Settings, environment: dict[str, str]) -> None:
     """Judge: run the laws that arrive on the subject that comes with them, and send each case before it runs, and the record.
 
     Without a law the subject is described, or why there is none.
     """
+    os.environ.clear()  # of the time when the first process was started
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     laws, subjects = all_laws(), _Subjects(settings)
