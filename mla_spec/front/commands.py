@@ -122,6 +122,7 @@ def run_sensitivity(options: argparse.Namespace) -> int:
                 dtypes=options.dtype,
                 count=options.cases,
                 seed=options.seed,
+                laws=options.law,
                 device=options.device,
                 progress=progress,
             )

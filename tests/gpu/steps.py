@@ -249,7 +249,8 @@ def _sensitivity(setting: Setting) -> Step:
     name = subject("torch_kernels.py", "Narrow") if setting.rehearse else "torch-absorbed"
     dtypes = ("bfloat16",)
     cases = "1" if setting.rehearse else "4"
-    arguments = (name, "--device", setting.device, "--cases", cases, *named("--dtype", dtypes))
+    laws = (DECODE,) if setting.rehearse else ()
+    arguments = (name, "--device", setting.device, "--cases", cases, *named("--dtype", dtypes), *named("--law", laws))
     return Step("sensitivity", "The smallest faults that are found", mla_spec("sensitivity", *arguments), 60)
 
 

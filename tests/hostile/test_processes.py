@@ -63,7 +63,7 @@ def test_a_tool_without_a_report_changes_nothing() -> None:
 
 
 def test_a_report_fails_the_smallest_case_that_shows_it(file: Path) -> None:
-    record = record_under(f"{file}:Reported", "env", minimise_seconds=20.0)
+    record = record_under(f"{file}:Reported", "env", minimise_seconds=8.0)
     assert (record.verdict, record.message) == ("fail", "env reports: Invalid read of size 4")
     assert record.case.startswith("decode:") and "num_heads=1," not in record.case
 

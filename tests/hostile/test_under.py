@@ -67,7 +67,7 @@ def record(kernel: str, out: Path, options: str, *more: str) -> dict[str, str]:
 
 
 def test_what_a_sanitizer_reports_fails_the_smallest_case(kernel: str, tmp_path: Path) -> None:
-    found = record(kernel, tmp_path / "out.json", "halt_on_error=0", "--minimise-seconds", "40")
+    found = record(kernel, tmp_path / "out.json", "halt_on_error=0", "--minimise-seconds", "20")
     first, *_, last = found["message"].splitlines()
     assert found["verdict"] == "fail"
     assert first.startswith("libasan.so") and "reports: ERROR: AddressSanitizer: heap-buffer-overflow" in first

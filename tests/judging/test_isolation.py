@@ -45,11 +45,11 @@ def records(folder: Path, subject: str, timeout: float) -> list[Record]:
     ("subject", "message"),
     [
         ("Segfault", "the process was killed by SIGSEGV"),
-        ("Hang", "did not return within 8 s"),
+        ("Hang", "did not return within 3 s"),
     ],
 )
 def test_a_lost_process_costs_one_law_and_names_the_case(tmp_path: Path, subject: str, message: str) -> None:
-    absorb, decode, rope = records(tmp_path, subject, timeout=8)
+    absorb, decode, rope = records(tmp_path, subject, timeout=3)
     assert (absorb.verdict, absorb.cases, absorb.message) == ("crashed", 1, message)
     assert (decode.verdict, decode.message.partition("within")[0]) == ("crashed", message.partition("within")[0])
     assert decode.cases >= 1

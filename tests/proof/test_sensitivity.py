@@ -181,7 +181,8 @@ def test_command_prints_the_card_and_writes_it(tmp_path: Path, capsys: pytest.Ca
         "    supports = Supports(dtypes=('float32',), latent_dims=((4, 2),), num_heads=(1,), max_s=1)\n"
     )
     files = ["--json", str(path), "--records", str(appended)]
-    assert main(["sensitivity", f"{kernel}:Small", "--cases", "1", *files]) == 0
+    laws = [word for law in LAWS for word in ("--law", law)]
+    assert main(["sensitivity", f"{kernel}:Small", "--cases", "1", *laws, *files]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["fault", "dtype", "smallest", "detected", "of", "law", "cases"]
     written = json.loads(path.read_text())

@@ -20,6 +20,7 @@ def add_sensitivity(parsers: Parsers) -> None:
     parser = parsers.add_parser("sensitivity", help="the smallest faults that the laws would detect in a subject")
     parser.set_defaults(run=commands.run_sensitivity)
     parser.add_argument("subject", metavar="SUBJECT", help="as for check")
+    parser.add_argument("--law", action="append", default=[], metavar="NAME", help="let these detect; as for check")
     parser.add_argument("--device", default="cpu", help="torch device of the tensors (cpu)")
     parser.add_argument("--dtype", action="append", metavar="DTYPE", help="only this dtype; repeatable")
     parser.add_argument("--cases", type=int, default=20, metavar="N", help="cases per law and fault (20)")
