@@ -16,7 +16,7 @@ from mla_spec.operations.quantised_decode import OPERATION as QUANTIZED_OPERATIO
 from mla_spec.operations.quantised_decode import QuantisedDecodeCase, QuantisedDecodeInputs, latent_formats
 from mla_spec.operations.sparse import SPARSE_DECODE as SPARSE_OPERATION
 from mla_spec.operations.sparse import SparseDecodeCase, SparseInputs
-from mla_spec.operations.workload import shared
+from mla_spec.operations.workload_line import shared
 from mla_spec.properties.load import Load, Row
 from mla_spec.properties.strategies.counts import nearest
 from mla_spec.subjects.supports import Supports

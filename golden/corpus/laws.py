@@ -22,6 +22,7 @@ from mla_spec.judging.law import Law, Options, Run
 from mla_spec.judging.run import run_law
 from mla_spec.judging.verdict import Record
 from mla_spec.operations import layer
+from mla_spec.operations.all import OPERATIONS
 from mla_spec.operations.case import Case
 from mla_spec.operations.operation import Exactly, Within
 from mla_spec.reference.formats import FORMATS, round_to
@@ -99,7 +100,8 @@ def refused(case: StoredCase, supports: Supports) -> str:
         ("page_sizes", x["kv_cache"].shape[1] if "kv_cache" in x else p.get("page_size"), supports.page_sizes),
         ("cache_formats", p.get("layout"), supports.cache_formats if "layout" in p else None),
     ]
-    if case.operation in ("decode", "ragged_decode", "rank_decode", "sparse_prefill", "sparse_decode"):
+    sizes = getattr(OPERATIONS.get(case.operation), "sizes", ())
+    if "latent_dims" in sizes and "q" in x:
         c = p["head_dim_v"]
         wanted.append(("latent_dims", (c, x["q"].shape[-1] - c), supports.latent_dims))
     if case.operation == "prefill":

@@ -34,6 +34,7 @@ from mla_spec.operations.lattice import LENGTHS, PAGED_AXES, Lattice, latent_dim
 from mla_spec.operations.operation import Answers, Operation, View, Within, as_it_is
 from mla_spec.operations.regimes import QUERIES, SCORES, values
 from mla_spec.operations.sinks import drawn_sink
+from mla_spec.operations.workload_line import WorkloadLine, elements_of_decode, flag, integer, length_list, shared
 from mla_spec.reference.cache import gather_rows, paged_decode
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.formats import round_to
@@ -264,8 +265,31 @@ LATTICE = Lattice(
 )
 SINK_VIEWS: dict[str, View] = {"attn_sink as every other element": viewed(every_other, "attn_sink")}
 
+
+def _of_line(**values: Any) -> DecodeCase:
+    width = values["kv_lora_rank"] + values["qk_rope_head_dim"]
+    return DecodeCase(dtype="float32", shared_pages=shared(values["seqlens"], values["page_size"], width), **values)
+
+
+WORKLOAD = WorkloadLine(
+    fields={
+        "seqlens": length_list(),
+        "s": integer(1, 1),
+        "num_heads": integer(1),
+        "kv_lora_rank": integer(1, 512),
+        "qk_rope_head_dim": integer(0, 64),
+        "page_size": integer(1, 64),
+        "causal": flag(True),
+    },
+    case=_of_line,
+    elements=lambda case: elements_of_decode(
+        case.seqlens, case.s * case.num_heads, case.kv_lora_rank + case.qk_rope_head_dim
+    ),
+)
+
 OPERATION = Operation(
     name="decode",
+    sizes=("num_heads", "latent_dims", "page_sizes"),
     contract=__doc__,
     case=DecodeCase,
     extent=cached,
@@ -297,4 +321,5 @@ OPERATION = Operation(
     tight=lambda inputs: without_spare_pages(inputs)[0],
     conventions=DECODE_CONVENTIONS,
     lattice=LATTICE,
+    workload=WORKLOAD,
 )

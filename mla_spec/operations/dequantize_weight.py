@@ -118,6 +118,7 @@ def _distant(case: WeightCase) -> WeightInputs:
 
 OPERATION = Operation(
     name="dequantize_weight",
+    sizes=("weight_block_sizes",),
     contract=__doc__,
     case=WeightCase,
     arguments=(

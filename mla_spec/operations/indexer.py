@@ -189,6 +189,7 @@ def _others(case: IndexerCase) -> tuple[IndexerInputs, ...]:
 
 OPERATION = Operation(
     name="indexer",
+    sizes=("indexer_dims", "indexer_top_k"),
     contract=__doc__,
     case=IndexerCase,
     extent=packed,

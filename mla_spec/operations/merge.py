@@ -71,6 +71,7 @@ def merge_expected(inputs: MergeInputs, profile: Profile) -> BoundedMerge:
 
 OPERATION = Operation(
     name="merge",
+    sizes=("num_heads",),
     contract=__doc__,
     case=MergeCase,
     recorded=as_it_is,

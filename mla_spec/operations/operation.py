@@ -19,6 +19,7 @@ from mla_spec.operations.case import Case
 from mla_spec.operations.conventions import Convention
 from mla_spec.operations.lattice import Lattice
 from mla_spec.operations.regimes import Regime
+from mla_spec.operations.workload_line import WorkloadLine
 from mla_spec.reference.typing import Array, BoolArray
 from mla_spec.subjects.driver import Result, Tensors
 from mla_spec.subjects.signature import Signature
@@ -111,6 +112,7 @@ class Operation(Signature):
         probable: as ``expected``, by bounds of which an honest call exceeds any with no more than a given probability; None
             where there are none but the worst case.
         lattice: sizes for which ``mla-spec map`` says what a subject does; None where there are none.
+        workload: what a line of a workload holds of it; None where a workload has none.
     """
 
     contract: str = field(repr=False)
@@ -127,6 +129,7 @@ class Operation(Signature):
     recorded: Callable[[Any], Any] | None = None
     probable: Callable[[Any, Profile, Supports, float], Answers] | None = None
     lattice: Lattice | None = None
+    workload: WorkloadLine | None = None
 
     @property
     def all_views(self) -> Mapping[str, View]:

@@ -28,6 +28,7 @@ from mla_spec.operations.lattice import HEADS, Lattice
 from mla_spec.operations.operation import Operation, as_it_is
 from mla_spec.operations.regimes import PACKED, SCORES, Regime, values
 from mla_spec.operations.sinks import drawn_sink
+from mla_spec.operations.workload_line import WorkloadLine, flag, integer, length_list, shown_json
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.prefill import prefill
 from mla_spec.reference.typing import Array, IntArray
@@ -164,8 +165,39 @@ LATTICE = Lattice(
     },
     declared=lambda supports, _, sizes: supports.num_heads is None or sizes["heads"] in supports.num_heads,
 )
+
+
+def _of_line(seqlens_k: tuple[int, ...] | None, **values: Any) -> PrefillCase:
+    queries = values["seqlens_q"]
+    keys = queries if seqlens_k is None else seqlens_k
+    if len(keys) != len(queries):
+        raise ValueError(
+            f"seqlens_k is {shown_json(list(keys))}; expected as many lengths as seqlens_q has, {len(queries)}"
+        )
+    return PrefillCase(dtype="float32", seqlens_k=keys, **values)
+
+
+def _elements(case: PrefillCase) -> dict[str, int]:
+    row = case.num_heads * case.qk_head_dim
+    return {"queries": sum(case.seqlens_q) * row, "keys": sum(case.seqlens_k) * row}
+
+
+WORKLOAD = WorkloadLine(
+    fields={
+        "seqlens_q": length_list(),
+        "seqlens_k": length_list(None),
+        "num_heads": integer(1),
+        "qk_head_dim": integer(1, 192),
+        "v_head_dim": integer(1, 128),
+        "causal": flag(True),
+    },
+    case=_of_line,
+    elements=_elements,
+)
+
 OPERATION = Operation(
     name="prefill",
+    sizes=("num_heads", "prefill_dims"),
     contract=__doc__,
     case=PrefillCase,
     extent=packed,
@@ -209,4 +241,5 @@ OPERATION = Operation(
     distant=lambda case: replace(case, seqlens_q=(3,), seqlens_k=(3,)).build(),
     conventions=PREFILL_CONVENTIONS,
     lattice=LATTICE,
+    workload=WORKLOAD,
 )

@@ -129,6 +129,7 @@ def _weights_as_every_other(t: Tensors) -> Tensors:
 
 OPERATION = Operation(
     name="project_indexer",
+    sizes=("indexer_dims",),
     contract=__doc__,
     case=ProjectIndexerCase,
     arguments=(

@@ -235,6 +235,7 @@ def no_format(supports: Supports) -> str:
 
 QUANTIZE_CACHE = Operation(
     name="quantize_cache",
+    sizes=("page_sizes",),
     contract=__doc__,
     case=QuantiseCase,
     arguments=(Argument("rows", "[n, width]", far=True),),
@@ -257,6 +258,7 @@ QUANTIZE_CACHE = Operation(
 
 DEQUANTIZE_CACHE = Operation(
     name="dequantize_cache",
+    sizes=("page_sizes",),
     contract=__doc__,
     case=PagesCase,
     arguments=(Argument("pages", "[pages, bytes per page]", "bytes", far=True),),

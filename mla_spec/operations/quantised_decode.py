@@ -36,6 +36,15 @@ from mla_spec.operations.lattice import PAGED_AXES, Lattice, lengths, takes_page
 from mla_spec.operations.operation import Operation
 from mla_spec.operations.quantised_cache import HEAD_DIM_V, PAGES_VIEWS, ROPE_DIM, InFormat, QuantisedCase, groups_of
 from mla_spec.operations.regimes import QUERIES, SCORES, values
+from mla_spec.operations.workload_line import (
+    WorkloadLine,
+    elements_of_decode,
+    flag,
+    integer,
+    length_list,
+    one_of,
+    shared,
+)
 from mla_spec.reference.cache_layout import Bytes, layout_of, pack
 from mla_spec.reference.quantised_cache import dequantised_cache, quantise
 from mla_spec.reference.typing import Array, IntArray
@@ -218,8 +227,28 @@ LATTICE = Lattice(
     ),
 )
 
+
+def _of_line(**values: Any) -> QuantisedDecodeCase:
+    case = QuantisedDecodeCase(dtype="float32", logit_std=0.1, power_of_two=True, **values)
+    return replace(case, shared_pages=shared(case.seqlens, case.page_size, case.layout.width))
+
+
+WORKLOAD = WorkloadLine(
+    fields={
+        "seqlens": length_list(),
+        "s": integer(1, 1),
+        "num_heads": integer(1),
+        "page_size": integer(1, 64),
+        "format": one_of("fp8_ds_mla", *(name for name in HEAD_DIM_V if name != "fp8_ds_mla")),
+        "causal": flag(True),
+    },
+    case=_of_line,
+    elements=lambda case: elements_of_decode(case.seqlens, case.s * case.num_heads, case.layout.width),
+)
+
 OPERATION = Operation(
     name="decode_quantized",
+    sizes=("num_heads", "page_sizes"),
     contract=__doc__,
     case=QuantisedDecodeCase,
     extent=cached,
@@ -248,4 +277,5 @@ OPERATION = Operation(
     missing=no_latent_format,
     tight=_tight,
     lattice=LATTICE,
+    workload=WORKLOAD,
 )

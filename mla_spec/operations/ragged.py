@@ -138,6 +138,7 @@ LATTICE = Lattice(
 
 OPERATION = Operation(
     name="ragged_decode",
+    sizes=("num_heads", "latent_dims", "page_sizes"),
     contract=__doc__,
     case=RaggedDecodeCase,
     extent=cached,

@@ -150,6 +150,7 @@ def _tight(inputs: RankDecodeInputs) -> RankDecodeInputs:
 
 OPERATION = Operation(
     name="rank_decode",
+    sizes=("num_heads", "latent_dims", "page_sizes"),
     contract=__doc__,
     case=RankDecodeCase,
     extent=cached,

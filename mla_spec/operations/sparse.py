@@ -19,6 +19,7 @@ and the LSE [b, h, s].
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +35,7 @@ from mla_spec.operations.lattice import HEADS, Lattice, Sizes, latent_dims
 from mla_spec.operations.operation import Operation, View, Within
 from mla_spec.operations.regimes import QUERIES, SCORES, Regime, values
 from mla_spec.operations.sinks import drawn_sink
+from mla_spec.operations.workload_line import WorkloadLine, integer
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.sparse import selected_rows
 from mla_spec.reference.typing import Array, BoolArray, IntArray
@@ -322,6 +324,7 @@ def _optional(axes: str) -> tuple[Argument, Argument]:
 
 SPARSE_PREFILL = Operation(
     name="sparse_prefill",
+    sizes=("num_heads", "latent_dims"),
     contract=__doc__,
     case=SparsePrefillCase,
     extent=selected_of_one,
@@ -382,8 +385,34 @@ SPARSE_LATTICE = Lattice(
     ),
 )
 
+
+def _elements(case: SparseDecodeCase) -> dict[str, int]:
+    width, slots, rows = case.kv_lora_rank + case.qk_rope_head_dim, case.pages * case.page_size, case.batch * case.s
+    return {
+        "queries": rows * case.num_heads * width,
+        "pages": slots * width,
+        "indices": rows * max(case.topk, slots),
+    }
+
+
+WORKLOAD = WorkloadLine(
+    fields={
+        "batch": integer(1),
+        "s": integer(1, 1),
+        "num_heads": integer(1),
+        "kv_lora_rank": integer(1, 512),
+        "qk_rope_head_dim": integer(0, 64),
+        "page_size": integer(1, 64),
+        "pages": integer(1, 64),
+        "topk": integer(1, 2048),
+    },
+    case=partial(SparseDecodeCase, dtype="float32"),
+    elements=_elements,
+)
+
 SPARSE_DECODE = Operation(
     name="sparse_decode",
+    sizes=("num_heads", "latent_dims", "page_sizes"),
     contract=__doc__,
     case=SparseDecodeCase,
     extent=selected,
@@ -406,4 +435,5 @@ SPARSE_DECODE = Operation(
     distant=lambda case: replace(case, batch=3, pages=3).build(),
     conventions=SCALES,
     lattice=SPARSE_LATTICE,
+    workload=WORKLOAD,
 )

@@ -91,6 +91,7 @@ def _one_projection(t: Tensors) -> Tensors:
 
 OPERATION = Operation(
     name="write_cache",
+    sizes=("latent_dims", "page_sizes"),
     contract=__doc__,
     case=WriteCase,
     recorded=as_it_is,

@@ -92,6 +92,7 @@ class Signature:
         outputs: in the order in which they are returned. A call returns one as it is, several as a tuple, and nothing where
             what it gives is an argument that it writes.
         extent: how many sequences a call has, and how many keys a query of it sees; None where it has neither.
+        sizes: the fields of ``Supports`` that say how large its arguments and outputs may be.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Signature:
     options: tuple[str, ...] = ()
     outputs: tuple[Output, ...]
     extent: CallExtent | None = None
+    sizes: tuple[str, ...] = ()
 
     def __reduce__(self) -> Any:
         """By name: its functions are no data."""

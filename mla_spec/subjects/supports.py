@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
+from mla_spec.installed import operation_named
 from mla_spec.reference.cache_layout import LAYOUTS
 from mla_spec.text.terminal import shown
 from mla_spec.text.typed import Count, Least, Size, require_fields
@@ -18,25 +19,6 @@ BACKWARD = ("prefill", "sparse_prefill", "layer", "rope", "merge")
 
 WITH_OPTIONS = ("decode", "prefill")
 """Operations that may take a sink, and a window."""
-
-SIZES: dict[str, tuple[str, ...]] = {
-    "dequantize_weight": ("weight_block_sizes",),
-    "prefill": ("num_heads", "prefill_dims"),
-    "decode": ("num_heads", "latent_dims", "page_sizes"),
-    "ragged_decode": ("num_heads", "latent_dims", "page_sizes"),
-    "rank_decode": ("num_heads", "latent_dims", "page_sizes"),
-    "merge": ("num_heads",),
-    "write_cache": ("latent_dims", "page_sizes"),
-    "quantize_cache": ("page_sizes",),
-    "dequantize_cache": ("page_sizes",),
-    "decode_quantized": ("num_heads", "page_sizes"),
-    "sparse_prefill": ("num_heads", "latent_dims"),
-    "sparse_decode": ("num_heads", "latent_dims", "page_sizes"),
-    "project_indexer": ("indexer_dims",),
-    "indexer": ("indexer_dims", "indexer_top_k"),
-}
-"""By operation, the fields of ``Supports`` that say how large its arguments and outputs may be."""
-
 
 LAYER_DIMS = (
     "hidden_size",
@@ -204,7 +186,7 @@ class Supports:
     def nothing_to_judge(self, operations: Iterable[str]) -> str:
         """Why every output of one of ``operations`` is empty, whatever the case, or ""."""
         for name in operations:
-            for field in SIZES.get(name, ()):
+            for field in getattr(operation_named(name), "sizes", ()):
                 values = getattr(self, field)
                 if values is not None and not any(_size(field, value) for value in values):
                     return f"{field}={values!r} leaves outputs without an element"

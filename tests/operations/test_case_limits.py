@@ -16,7 +16,8 @@ from mla_spec.judging.run import run_law
 from mla_spec.operations.all import KINDS, parse_case
 from mla_spec.operations.case import Case
 from mla_spec.operations.case_limits import MOST, elements, fault
-from mla_spec.operations.workload import ELEMENTS, FIELDS, read_workload
+from mla_spec.operations.workload import LINES, read_workload
+from mla_spec.operations.workload_line import ELEMENTS
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.supports import Supports
 
@@ -118,7 +119,7 @@ def test_recorded_loads_may_be_asked_for_again(tmp_path: Any) -> None:
     file.write_text(f'{{"operation": "decode", "seqlens": [{",".join(["8192"] * 128)}], "num_heads": 128}}')
     (case,) = read_workload(str(file))
     assert fault(case) == ""
-    assert set(FIELDS) >= {case.kind}
+    assert set(LINES) >= {case.kind}
     assert max(elements(case).values()) <= MOST
     assert ELEMENTS < MOST
 

@@ -20,7 +20,8 @@ from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.quantised_decode import QuantisedDecodeCase
 from mla_spec.operations.ragged import RaggedDecodeCase
 from mla_spec.operations.sparse import SparseDecodeCase
-from mla_spec.operations.workload import ELEMENTS, FIELDS, REQUIRED, WorkloadError, read_workload
+from mla_spec.operations.workload import LINES, WorkloadError, read_workload
+from mla_spec.operations.workload_line import ELEMENTS, REQUIRED
 from mla_spec.subjects.driver import Driver
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "production.md").read_text(encoding="utf-8")
@@ -78,9 +79,9 @@ def test_a_large_pool_is_shared_and_every_sequence_has_its_keys(tmp_path: Path) 
     [
         ("[1, 2", ":2: not valid JSON: "),
         ("7", ":2: 7 is no JSON object"),
-        ({"seqlens": [1]}, ":2: operation is null; expected one of decode, prefill, decode_quantized, sparse_decode"),
-        ({"operation": "encode"}, ':2: operation is "encode"; expected one of decode, '),
-        ({"operation": ["decode"]}, ':2: operation is ["decode"]; expected one of decode, '),
+        ({"seqlens": [1]}, ":2: operation is null; expected one of prefill, decode, decode_quantized, sparse_decode"),
+        ({"operation": "encode"}, ':2: operation is "encode"; expected one of prefill, '),
+        ({"operation": ["decode"]}, ':2: operation is ["decode"]; expected one of prefill, '),
         (
             {"operation": "decode", "seqlens": [4], "num_heads": 1, "head": 3},
             ":2: decode has no field 'head'; expected some of seqlens, s, num_heads, ",
@@ -155,21 +156,15 @@ def test_the_page_lists_every_field() -> None:
 
     assert rows == [
         (operation, name, field.expected, default(field.default))
-        for operation, known in FIELDS.items()
-        for name, field in known.items()
+        for operation, line in LINES.items()
+        for name, field in line.fields.items()
     ]
 
 
 def test_every_field_is_one_of_its_case() -> None:
-    kinds = {
-        "decode": DecodeCase,
-        "prefill": PrefillCase,
-        "decode_quantized": QuantisedDecodeCase,
-        "sparse_decode": SparseDecodeCase,
-    }
-    assert kinds.keys() == FIELDS.keys()
-    for operation, known in FIELDS.items():
-        assert set(known) <= {field.name for field in fields(kinds[operation])}
+    assert len(LINES) >= 4
+    for operation, line in LINES.items():
+        assert set(line.fields) <= {field.name for field in fields(OPERATIONS[operation].case)}
 
 
 def test_a_folder_of_recorded_calls_is_its_shapes(tmp_path: Path) -> None:
@@ -184,8 +179,10 @@ def test_a_folder_of_recorded_calls_is_its_shapes(tmp_path: Path) -> None:
         )
     )
     recorded = mla_spec.record(TorchAbsorbed(), str(tmp_path / "calls"), rate=1)
-    for name, case in zip(FIELDS, given, strict=True):
-        operation = OPERATIONS[name]
+    named = {OPERATIONS[name].case: OPERATIONS[name] for name in LINES}
+    assert {type(case) for case in given} == set(named)
+    for case in given:
+        operation = named[type(case)]
         for seed in (case.seed, case.seed + 1):  # other numbers, the same shape
             case = replace(case, seed=seed)
             driver = Driver(recorded, case.dtype)
@@ -204,7 +201,7 @@ def test_a_folder_of_recorded_calls_is_its_shapes(tmp_path: Path) -> None:
     assert len(found) == len(wanted)
 
 
-LINE = {name for known in FIELDS.values() for name in known}
+LINE = {name for line in LINES.values() for name in line.fields}
 
 
 def test_a_folder_without_shapes_is_refused(tmp_path: Path) -> None:
@@ -212,5 +209,5 @@ def test_a_folder_without_shapes_is_refused(tmp_path: Path) -> None:
         read_workload(str(tmp_path))
     recorded = mla_spec.record(TorchAbsorbed(), str(tmp_path / "calls"), rate=1)
     recorded.merge(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1))
-    with pytest.raises(WorkloadError, match="holds no recorded call of decode, prefill"):
+    with pytest.raises(WorkloadError, match="holds no recorded call of prefill, decode"):
         read_workload(str(tmp_path / "calls"))
