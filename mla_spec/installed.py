@@ -33,6 +33,9 @@ SHIPPED = {
     "torchtitan": "mla_spec.adapters.torchtitan:Torchtitan",
     "vllm-cpu": "mla_spec.adapters.vllm_cpu:VllmCpu",
     "vllm-triton": "mla_spec.adapters.vllm_triton:VllmTriton",
+    "vllm-triton-one-head": "mla_spec.adapters.vllm_triton:VllmTritonOneHead",
+    "sglang-triton": "mla_spec.adapters.sglang_triton:SglangTriton",
+    "sglang-triton-extend": "mla_spec.adapters.sglang_triton:SglangTritonExtend",
 }
 """Subjects that ship, by the name a user gives. A class may have ``unavailable()``: why it cannot run here, or ""."""
 

@@ -133,30 +133,33 @@ def test_torchtitan_conforms_and_declares_what_it_is() -> None:
     assert run_law(law, subject, Options(examples=60, seed=3, dtypes=("float32",))).verdict == "fail"
 
 
+def checked(name: str, dtype: str, *laws: str) -> str:
+    """The output and the exit code of a quick check, in a process of its own: Triton's interpreter is settled when triton is imported."""
+    options = ["--quick", "--dtype", dtype, "--seed", "0", "-v", "--jobs", "1", "--no-minimise"]
+    command = [sys.executable, "-m", "mla_spec", "check", name, *options, *(f"--law={law}" for law in laws)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"{done.stdout}{done.stderr}exit code {done.returncode}"
+
+
 def test_vllm_triton_is_interpreted_and_reads_lengths_by_no_stride() -> None:
-    """In a process of its own: Triton's interpreter is settled when triton is first imported."""
     require("vllm-triton")
-    laws = ["--law", "test_decode_agrees_with_reference", "--law", "test_decode_reads_strides", "--dtype", "float32"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mla_spec",
-            "check",
-            "vllm-triton",
-            "--quick",
-            *laws,
-            "--seed",
-            "0",
-            "-v",
-            "--jobs",
-            "1",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "interpreted: run by Triton's interpreter on a CPU" in done.stdout
-    assert "1 fail, 1 pass" in done.stdout
-    assert "with cache_seqlens as every other element" in done.stdout
+    said = checked("vllm-triton", "float32", "test_decode_agrees_with_reference", "test_decode_reads_strides")
+    assert "interpreted: run by Triton's interpreter on a CPU" in said
+    assert "1 fail, 1 pass" in said
+    assert "with cache_seqlens as every other element" in said
+    assert said.endswith("exit code 1")
+
+
+@pytest.mark.parametrize("name", ["vllm-triton", "sglang-triton"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_triton_decodes_of_several_heads_conform_in_16_bits(name: str, dtype: str) -> None:
+    require(name)
+    assert checked(name, dtype, "test_decode_agrees_with_reference").endswith("exit code 0")
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("float32", 0), ("float16", 1), ("bfloat16", 1)])
+def test_vllm_triton_sums_scores_of_one_head_in_16_bits(dtype: str, code: int) -> None:
+    require("vllm-triton-one-head")
+    said = checked("vllm-triton-one-head", dtype, "test_decode_lse_agrees_with_reference")
+    assert said.endswith(f"exit code {code}")
+    assert ("main term of the bound: error of the scores" in said) == bool(code)

@@ -1,8 +1,7 @@
 """Triton kernels of a package on a CPU, by Triton's interpreter, without importing the package.
 
 The interpreter runs a kernel's algorithm, its indexing and its masks. It does not round as a GPU does, and has neither races nor
-shared memory. Its bfloat16 is wrong: bit patterns are multiplied (triton issue 11584). So adapters that use it take float32 and
-float16 only, and their reports say that they were interpreted.
+shared memory, and reports say that they were interpreted. Its bfloat16 is wrong, and repaired by ``triton_bfloat16``.
 """
 
 from __future__ import annotations
@@ -12,12 +11,18 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from mla_spec.adapters import triton_bfloat16
+from mla_spec.bounds.profile import Profile
+from mla_spec.subjects.supports import Supports
 
 CONVENTION = "interpreted: run by Triton's interpreter on a CPU, which does not round as a GPU does"
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def package_folder(package: str) -> Path | None:
@@ -40,7 +45,8 @@ def unavailable(package: str, file: str) -> str:
 def interpreter() -> tuple[ModuleType, ModuleType]:
     """``triton`` and ``triton.language``, whose own functions are interpreted too.
 
-    That is settled when it is imported. Torch may have imported it before, compiled: then it is imported anew.
+    That is settled when it is imported. Torch may have imported it before, compiled: then it is imported anew. bfloat16 is
+    repaired.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -48,7 +54,9 @@ def interpreter() -> tuple[ModuleType, ModuleType]:
         for name in compiled:
             if not name.startswith("triton._C"):  # the same extension cannot be loaded twice
                 del sys.modules[name]
-    return import_module("triton"), import_module("triton.language")
+    found = import_module("triton"), import_module("triton.language")
+    triton_bfloat16.repair()
+    return found
 
 
 def load_interpreted(package: str, file: str, stubs: Mapping[str, Mapping[str, object]]) -> ModuleType:
@@ -68,6 +76,23 @@ def load_interpreted(package: str, file: str, stubs: Mapping[str, Mapping[str, o
     with _in_place_of(package, stubs):
         spec.loader.exec_module(module)
     return module
+
+
+def declared(adapter: Any, num_heads: tuple[int, ...]) -> tuple[tuple[str, ...], dict[str, Profile], Supports]:
+    """Conventions, profiles and ``Supports`` of an adapter whose kernel is interpreted.
+
+    Cases are small: an interpreted kernel takes a second where a compiled one takes a microsecond.
+    """
+    small = replace(
+        adapter.supports,
+        dtypes=DTYPES,
+        num_heads=num_heads,
+        latent_dims=((16, 8), (32, 16)),
+        page_sizes=(1, 16, 64),
+        max_batch=9,
+        max_keys=256,
+    )
+    return (CONVENTION, *adapter.conventions), {dtype: adapter.profile[dtype] for dtype in DTYPES}, small
 
 
 @contextmanager

