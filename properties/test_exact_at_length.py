@@ -24,10 +24,13 @@ from mla_spec.operations.quantised_decode import (
 )
 from mla_spec.operations.ragged import OPERATION as RAGGED
 from mla_spec.operations.ragged import RaggedDecodeCase, RaggedDecodeInputs
+from mla_spec.operations.rank_decode import OPERATION as RANK
+from mla_spec.operations.rank_decode import RankDecodeCase, RankDecodeInputs
 from mla_spec.operations.sparse import SPARSE_DECODE, SPARSE_PREFILL, SparseDecodeCase, SparseInputs, SparsePrefillCase
 from mla_spec.properties.exact import PERIOD, QUERY, Answer, Keys, Pattern, patterns, rounds, rows_of, value_table
 from mla_spec.properties.strategies.counts import ELEMENTS, LONG, latent_dims, nearest, placed, prefill_dims
 from mla_spec.reference.cache_layout import QuantisedRows, pack
+from mla_spec.reference.context_parallel import places, seen_by_queries
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Results
 from mla_spec.subjects.supports import Supports
@@ -283,6 +286,63 @@ def test_ragged_decode_is_exact_at_length(run: Run, case: RaggedDecodeCase) -> N
             tokens = slice(offsets[i] + blind, offsets[i + 1])
             lse = None if got.lse is None else got.lse.value[:, tokens]
             Answer.of(own.pattern, table, own.place, run.profile).judge(run, got.out.value[tokens], lse)
+
+
+DEALT = ((2, 1), (8, 64), (4, 16))
+"""Ranks, and tokens of a block."""
+
+
+def _rank_cases(supports: Supports, profile: Profile) -> list[RankDecodeCase]:
+    """A rank that holds the long part of one sequence and short parts of others."""
+    c, r = latent_dims(supports)
+    cases = []
+    for seed, (long, place) in enumerate(PLACES):
+        ranks, interleave = DEALT[seed % len(DEALT)]
+        dealt = {"ranks": ranks, "rank": seed % ranks, "interleave": nearest(supports.interleaves, interleave)}
+        for others in _room(long * (c + r)):
+            own = np.array(placed(long, SHORT[:others], place % (others + 1)))
+            cases.append(
+                RankDecodeCase(
+                    dtype=profile.dtype,
+                    seed=seed,
+                    seqlens=tuple((places(own - 1, **dealt) + 1).tolist()),
+                    s=min(1 + seed % 2, supports.max_s or 2),
+                    num_heads=nearest(supports.num_heads, 2),
+                    kv_lora_rank=c,
+                    qk_rope_head_dim=r,
+                    page_size=nearest(supports.page_sizes, (64, 1, 16, 256)[seed % 4]),
+                    causal=supports.causal[seed % len(supports.causal)],
+                    **dealt,
+                )
+            )
+    return cases
+
+
+@law(needs=RANK, cases=_rank_cases)
+def test_rank_decode_is_exact_at_length(run: Run, case: RankDecodeCase) -> None:
+    """The same of the keys that one rank of context parallelism holds."""
+    c, d = case.kv_lora_rank, case.kv_lora_rank + case.qk_rope_head_dim
+    table = value_table(c, case.seed)
+    table[..., -1] = 0.0
+    rows = rows_of(table, d, c - 1)
+    q = np.zeros((len(case.seqlens), case.s, case.num_heads, d))
+    q[..., c - 1] = QUERY
+    lengths = np.array(case.seqlens, dtype=np.int32)
+    dealt = {"ranks": case.ranks, "rank": case.rank, "interleave": case.interleave}
+    seen = tuple(seen_by_queries(lengths, case.s, causal=case.causal, **dealt).min(axis=1).tolist())
+    for each in rounds(case.own, seen, seed=case.seed):
+        keys, pages, blocks = _paged(each, case.page_size, share=sum(case.own) * d > ELEMENTS)
+        inputs = RankDecodeInputs(
+            q=q,
+            kv_cache=rows[pages][:, :, None],
+            block_table=blocks,
+            cache_seqlens=lengths,
+            head_dim_v=c,
+            softmax_scale=1.0,
+            causal=case.causal,
+            **dealt,
+        )
+        _judge(run, run.call(RANK, inputs), keys, table)
 
 
 TOPK = (320, 1030, 2048)

@@ -14,6 +14,7 @@ from mla_spec.operations.rank_decode import RankDecodeCase, RankDecodeInputs, no
 from mla_spec.properties.attention import judge_merged_results
 from mla_spec.properties.pages import unused_slots, with_other_last_keys
 from mla_spec.properties.strategies import ordinary
+from mla_spec.properties.strategies.counts import nearest
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.rank_decode import rank_decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -73,7 +74,8 @@ def _of_rank(inputs: DecodeInputs, ranks: int, rank: int, interleave: int) -> Ra
 def test_rank_decode_of_one_rank_is_decode(run: Run, case: DecodeCase) -> None:
     """One rank that holds all keys, however they are dealt, gives what decode gives of them."""
     inputs = case.build()
-    alone = RankDecodeInputs(**inputs.plain, ranks=1, rank=0, interleave=1 + case.seed % 5)
+    interleave = nearest(run.supports.interleaves, 1 + case.seed % 5)
+    alone = RankDecodeInputs(**inputs.plain, ranks=1, rank=0, interleave=interleave)
     got, there, want = run.call(RANK, alone), run.call(DECODE, inputs), decode_expected(inputs, run.profile)
     why = "the only rank and decode differ"
     run.same_function(got.out, there.out, want.out_error, why)
@@ -92,7 +94,8 @@ def test_merge_of_rank_decodes_is_the_whole(run: Run, case: DecodeCase) -> None:
     """Tokens dealt to ranks in blocks, decoded rank by rank with the mask of the whole and merged, are decoded whole."""
     inputs = case.build()
     ranks = min(2 + case.seed % 3, run.supports.max_parts or 4)
-    parts = [_of_rank(inputs, ranks, rank, (4, 1, 16)[case.seed % 3]) for rank in range(ranks)]
+    interleave = nearest(run.supports.interleaves, (4, 1, 16)[case.seed % 3])
+    parts = [_of_rank(inputs, ranks, rank, interleave) for rank in range(ranks)]
     got = []
     for part in parts:
         out, lse = run.call(RANK, part)

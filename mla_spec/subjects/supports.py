@@ -45,6 +45,7 @@ class Supports:
         latent_dims: pairs (kv_lora_rank, qk_rope_head_dim) of ``decode``, ``ragged_decode``, ``rank_decode``,
             ``write_cache`` and sparse attention; None for any.
         max_s: most queries per sequence in ``decode`` and ``rank_decode``; None for any.
+        interleaves: tokens of a block that ``rank_decode`` deals to a rank at once; None for any.
         max_parts: most parts that ``merge`` takes; None for any.
         max_batch: most sequences of a call; None for any.
         max_keys: most keys that a query sees: cached tokens of a sequence, keys of a packed one, indices of sparse attention,
@@ -111,6 +112,7 @@ class Supports:
     num_heads: tuple[Size, ...] | None = None
     latent_dims: tuple[tuple[Size, Size], ...] | None = None
     max_s: Count | None = None
+    interleaves: tuple[Count, ...] | None = None
     max_parts: Count | None = None
     max_batch: Count | None = None
     max_keys: Annotated[int, Least(16)] | None = None

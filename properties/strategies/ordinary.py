@@ -24,6 +24,7 @@ from mla_spec.operations.rank_decode import RankDecodeCase
 from mla_spec.operations.rope import RopeCase
 from mla_spec.operations.sparse import SparseDecodeCase, SparsePrefillCase
 from mla_spec.operations.write_cache import WriteCase
+from mla_spec.properties.strategies.counts import nearest
 from mla_spec.properties.strategies.sizes import long_enough
 from mla_spec.subjects.supports import Supports
 
@@ -115,7 +116,7 @@ def rank_decode(supports: Supports, profile: Profile) -> list[RankDecodeCase]:
             s=case.s,
             ranks=3,
             rank=1,
-            interleave=4,
+            interleave=nearest(supports.interleaves, 4),
             num_heads=case.num_heads,
             kv_lora_rank=case.kv_lora_rank,
             qk_rope_head_dim=case.qk_rope_head_dim,

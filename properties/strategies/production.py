@@ -204,7 +204,7 @@ def rank_decode(supports: Supports, profile: Profile) -> list[RankDecodeCase]:
             s=min(s, supports.max_s or s),
             ranks=ranks,
             rank=seed % ranks,
-            interleave=interleave,
+            interleave=nearest(supports.interleaves, interleave),
             num_heads=nearest(supports.num_heads, heads),
             kv_lora_rank=c,
             qk_rope_head_dim=r,

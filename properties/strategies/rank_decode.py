@@ -38,7 +38,7 @@ def rank_decode_cases(
 ) -> RankDecodeCase:
     """Sequences of up to a few rounds of blocks, so that a rank has some whole blocks, a part of one, or nothing."""
     ranks = draw(between(1, 4))
-    interleave = draw(choice(*INTERLEAVES))
+    interleave = draw(choice(*(supports.interleaves or INTERLEAVES)))
     most = max(40, min(3 * ranks * interleave, 300))
     c, r = draw(choice(*(supports.latent_dims or ((24, 8), (16, 0), (1, 2), (32, 4), (7, 6)))))
     lengths = several(draw, lambda: draw(between(0, most)), min_batch, max(min_batch, 4))

@@ -134,3 +134,17 @@ class RankLengthsOf16Bits(TorchAbsorbed):
 
     def own_tokens(self, cache_seqlens: Tensor, ranks: int, rank: int, interleave: int) -> Tensor:
         return super().own_tokens(cache_seqlens & 0xFFFF, ranks, rank, interleave)
+
+
+@planted(
+    "X-rank-keys-numbered-in-16-bits",
+    symptom="of a million tokens on eight ranks each rank sees half, and that twice",
+    shows_when="more than 65536 keys on one rank",
+    killed_by=("test_rank_decode_is_exact_at_length",),
+)
+class RankKeysNumberedIn16Bits(TorchAbsorbed):
+    """The number of a key among those of its rank has 16 bits."""
+
+    def gather_rank(self, kv_cache: Tensor, block_table: Tensor, own: Tensor) -> Tensor:
+        rows = super().gather_rank(kv_cache, block_table, own)
+        return rows[:, torch.arange(rows.shape[1], device=rows.device) % 2**16]
