@@ -1,7 +1,8 @@
 """Signatures of public MLA kernels, as data: a row says how a kernel is called, and what comes back where.
 
-A value of ``arguments`` is a word of ``words`` with the axes in which it is passed, "q[t,h,d]", or a constant. Letters: b, s, h,
-c, r, v as in contracts, d = c + r (or n + r in prefill), p pages, n tokens of a page, t tokens of all sequences, m = p · n slots.
+A value of ``arguments`` is a word of ``words`` with the axes in which it is passed, "q[t,h,d]", or a constant; a text stands in quotes,
+"'text'". Letters: b, s, h, c, r, v as in contracts, d = c + r (or n + r in prefill), p pages, n tokens of a page, t tokens of all
+sequences, m = p · n slots.
 "out", "lse" and "scratch" are memory made for the call: out in the dtype of q, others in float32.
 
 Facts, no text: each row names where its parameters and conventions were read.
@@ -42,7 +43,7 @@ class KernelSignature:
 
     call: str
     source: str
-    operation: Literal["decode", "ragged_decode", "prefill"] = "decode"
+    operation: Literal["decode", "ragged_decode", "rank_decode", "prefill"] = "decode"
     arguments: Mapping[str, Any]
     plan: Mapping[str, Any] = field(default_factory=dict)
     positional: bool = False
@@ -387,10 +388,78 @@ _OF_BATCHES: Mapping[str, KernelSignature] = {
     ),
 }
 
+# Where a rank has no key that a query sees, a merge needs an LSE of -inf. FlashAttention's softmax gives that (hopper/softmax.h);
+# FlashInfer documents nothing.
+_OF_RANKS: Mapping[str, KernelSignature] = {
+    "vllm-flash-attn-rank": KernelSignature(
+        call="vllm.vllm_flash_attn.flash_attn_interface:flash_attn_varlen_func",
+        source="vllm 0.32.0 vllm/vllm_flash_attn/flash_attn_interface.py; v1/attention/backends/mla/flashattn_mla.py",
+        operation="rank_decode",
+        arguments={
+            "q": "q_pe[t,h,r]",
+            "k": "k_pe",
+            "v": "latent",
+            "q_v": "q_latent[t,h,c]",
+            "max_seqlen_q": "queries",
+            "cu_seqlens_q": "query_indptr",
+            "max_seqlen_k": "longest_own",
+            "seqused_k": "own_seqlens",
+            "block_table": "block_table",
+            "softmax_scale": "scale",
+            "causal": "causal",
+            "return_softmax_lse": True,
+            "fa_version": 3,
+            "cp_world_size": "ranks",
+            "cp_rank": "rank",
+            "cp_tot_seqused_k": "seqlens",
+        },
+        returns=("out[t,h,c]", "lse[h,t]"),
+        default_scale="(r + c)^-1/2",
+        causal="an argument, False by default, bottom-right in the whole",
+        supports=Supports(dtypes=NARROW, latent_dims=MLA, interleaves=(1,), backward=()),
+    ),
+    "flashinfer-trtllm-mla-rank": KernelSignature(
+        call="flashinfer.mla:trtllm_batch_decode_with_kv_cache_mla",
+        source="vllm 0.32.0 vllm/v1/attention/backends/mla/flashinfer_mla.py; flashinfer/mla/_batch_mla/_functional.py",
+        operation="rank_decode",
+        arguments={
+            "query": "q",
+            "kv_cache": "kv[p,n,d]",
+            "workspace_buffer": "workspace",
+            "qk_nope_head_dim": 128,
+            "kv_lora_rank": "kv_lora_rank",
+            "qk_rope_head_dim": "qk_rope_head_dim",
+            "block_tables": "block_table",
+            "seq_lens": "own_seqlens",
+            "max_seq_len": "longest_own",
+            "bmm1_scale": "scale",
+            "bmm2_scale": 1.0,
+            "return_lse": True,
+            "backend": "'cute-dsl'",
+            "enable_dcp": True,
+            "cp_world": "ranks",
+            "cp_rank": "rank",
+            "causal_seqlens_kv_global": "seqlens",
+        },
+        returns=("out[b,s,h,c]", "lse[b,s,h]"),
+        default_scale="1",
+        causal="always, bottom-right in the whole",
+        supports=Supports(
+            dtypes=("bfloat16",),
+            page_sizes=(32, 64),
+            latent_dims=MLA,
+            causal=(True,),
+            interleaves=(1,),
+            backward=(),
+        ),
+    ),
+}
+
 _FLASH_ATTN_3 = _OF_BATCHES["flash-attn-3-mla"]
 
 SIGNATURES: Mapping[str, KernelSignature] = {
     **_OF_BATCHES,
+    **_OF_RANKS,
     "flashinfer-mla-ragged": replace(_OF_BATCHES["flashinfer-mla"], operation="ragged_decode"),
     "sglang-extend-ragged": replace(_OF_BATCHES["sglang-extend"], operation="ragged_decode"),
     "flash-attn-3-mla-ragged": replace(
@@ -400,4 +469,5 @@ SIGNATURES: Mapping[str, KernelSignature] = {
         returns=("out[t,h,c]", "lse[h,t]"),
     ),
 }
-"""By the name that ``--signature`` takes. A kernel that takes offsets of queries has a second one, for packed queries."""
+"""By the name that ``--signature`` takes. A kernel that takes offsets of queries has a second one, for packed queries; one that takes
+its rank of context parallelism, another."""

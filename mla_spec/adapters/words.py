@@ -61,9 +61,18 @@ _PACKED: Mapping[str, str] = {
 }
 """Of packed queries, what differs from a batch in which every sequence has as many."""
 
+_OF_A_RANK: Mapping[str, str] = {
+    "own_seqlens": "own",
+    "longest_own": "max(1, int(own.max()))",
+    "ranks": "ranks",
+    "rank": "rank",
+}
+"""Of context parallelism, what is added; "seqlens" are those of whole sequences."""
+
 WORDS: Mapping[str, Mapping[str, str]] = {
     "decode": _DECODE,
     "ragged_decode": {**_DECODE, **_PACKED},
+    "rank_decode": {**_DECODE, **_OF_A_RANK},
     "prefill": {
         "q": "q",
         "k": "k",
@@ -89,6 +98,7 @@ HELPERS = (
     "last_page_len",
     "natural",
     "new_rows",
+    "own_tokens",
     "padded",
     "page_counts",
     "page_indices",
@@ -110,6 +120,12 @@ def indptr(counts: Tensor) -> Tensor:
 def query_indptr(q: Tensor) -> Tensor:
     """Where each sequence's queries begin and end among the b·s of q [b, s, ...], int32 [b + 1]."""
     return torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device) * q.shape[1]
+
+
+def own_tokens(cache_seqlens: Tensor, ranks: int, rank: int, interleave: int) -> Tensor:
+    """How many tokens of each sequence a rank holds, int32 [b]: token i is that of rank i // interleave % ranks."""
+    rounds, rest = cache_seqlens // (ranks * interleave), cache_seqlens % (ranks * interleave)
+    return (rounds * interleave + (rest - rank * interleave).clamp(0, interleave)).to(torch.int32)
 
 
 def page_counts(cache_seqlens: Tensor, page_size: int) -> Tensor:

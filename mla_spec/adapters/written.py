@@ -27,6 +27,16 @@ HEADERS = {
         c, r = head_dim_v, d - head_dim_v
         b, m = len(cache_seqlens), p * n
 """,
+    "rank_decode": """\
+    def rank_decode(
+        self, q, kv_cache, block_table, cache_seqlens, *, head_dim_v, softmax_scale, causal, ranks, rank, interleave
+    ):
+        b, s, h, d = q.shape
+        p, n = kv_cache.shape[:2]
+        c, r = head_dim_v, d - head_dim_v
+        t, m = b * s, p * n
+        own = own_tokens(cache_seqlens, ranks, rank, interleave)
+""",
     "prefill": """\
     def prefill(self, q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale, causal):
         t, h, d = q.shape
@@ -36,6 +46,7 @@ HEADERS = {
 AXES: Mapping[str, Mapping[str, str]] = {
     "decode": {},
     "ragged_decode": {},
+    "rank_decode": {},
     "prefill": {"b": "len(cu_seqlens_q) - 1", "s": "max(1, int(cu_seqlens_q.diff().max()))", "v": "v.shape[-1]"},
 }
 """By operation, what an axis is where it is no local variable of that name."""
@@ -43,11 +54,13 @@ AXES: Mapping[str, Mapping[str, str]] = {
 OUT: Mapping[str, Mapping[str, str]] = {
     "decode": {"t,h,c": "out.view(b, s, h, c)", "b,s,h,c": "out"},
     "ragged_decode": {"t,h,c": "out"},
+    "rank_decode": {"t,h,c": "out.view(b, s, h, c)", "b,s,h,c": "out"},
     "prefill": {"t,h,v": "out", "b,h,s,v": "unpadded(out, cu_seqlens_q)"},
 }
 LSE: Mapping[str, Mapping[str, str]] = {
     "decode": {"b,h,s": "lse", "b,s,h": "lse.transpose(1, 2)", "t,h": "lse.reshape(b, s, h).transpose(1, 2)"},
     "ragged_decode": {"h,t": "lse", "t,h": "lse.T"},
+    "rank_decode": {"h,t": "lse.reshape(h, b, s).transpose(0, 1)", "b,s,h": "lse.transpose(1, 2)"},
     "prefill": {"h,t": "lse"},
 }
 """By operation, from the axes in which a result comes, the contract's."""
@@ -58,6 +71,7 @@ CONVENTIONS = {
     "new_kv": "new tokens are passed apart from the cache",
     "slot_indices": "tokens are named by a list of slots, made from the block table",
     "prefix_indices": "cached tokens are named by a list of slots, made from the block table",
+    "own_seqlens": "lengths are those of the rank's own tokens, and of whole sequences apart",
     "page_indices": "pages are named by a list, made from the block table",
     "padded_q": "packed sequences are padded to the longest",
 }
@@ -194,6 +208,8 @@ def _passed(arguments: Mapping[str, Any], row: KernelSignature, positional: bool
 def _value(value: Any, row: KernelSignature) -> str:
     if not isinstance(value, str):
         return repr(value)
+    if value.startswith("'"):
+        return value
     word, axes = _word(value)
     if word in _MEMORY:
         return _variable(word, value, row)

@@ -153,7 +153,7 @@ def _top_left(seen: Callable[[Any, Results], Seen | None]) -> Convention:
     return Convention("the mask is top-left: query i sees keys 0 .. i", "mask", seen)
 
 
-DECODE_CONVENTIONS = (
+RANK_CONVENTIONS = (
     *_SHARED,
     Convention(
         "the LSE is laid out [b, s, h], not [b, h, s]",
@@ -166,8 +166,9 @@ DECODE_CONVENTIONS = (
         _with_lse(lambda _, lse: lse.swapaxes(1, 2).reshape(lse.shape[1], lse.shape[0], -1).swapaxes(0, 1)),
     ),
     _ROPE_FIRST,
-    _top_left(_top_left_decode),
 )
+
+DECODE_CONVENTIONS = (*RANK_CONVENTIONS, _top_left(_top_left_decode))
 
 _BY_TOKEN = Convention(
     "the LSE is laid out [tokens, h], not [h, tokens]", "lse", _with_lse(lambda _, lse: lse.reshape(lse.shape[::-1]).T)

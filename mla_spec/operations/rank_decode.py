@@ -21,6 +21,7 @@ from mla_spec.bounds.attention import BoundedAttention
 from mla_spec.bounds.context_parallel import rank_decode_with_bound
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.case import ATTENTION_REGIMES, Case
+from mla_spec.operations.conventions import RANK_CONVENTIONS
 from mla_spec.operations.decode import (
     ATTENTION_OUTPUTS,
     BATCH_VIEWS,
@@ -173,4 +174,5 @@ OPERATION = Operation(
     distant=_distant,
     missing=no_empty_rows,
     tight=_tight,
+    conventions=RANK_CONVENTIONS,
 )

@@ -155,6 +155,48 @@ def flash_attn_3_ragged(q, k_cache, v_cache, qv, page_table, cache_seqlens, cu_s
     return out, lse
 
 
+def of_a_rank(q, rows, c, scale, causal, dealt):
+    """(out [s, h, c], LSE [s, h]) of q [s, h, d] over the rows of one rank: of ``dealt`` (ranks, rank, tokens of the whole)."""
+    ranks, rank, whole = dealt
+    ends = [whole - len(q) + 1 + i if causal else whole for i in range(len(q))]
+    seen = [max(0, end - rank + ranks - 1) // ranks for end in ends]
+    outs, lses = zip(
+        *(attend(q[i : i + 1], rows[:n], rows[:n, :c], scale, False) for i, n in enumerate(seen)), strict=True
+    )
+    return torch.cat(outs), torch.cat(lses)
+
+
+def vllm_flash_attn(q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, seqused_k=None, q_v=None, softmax_scale=None,
+                    causal=False, block_table=None, return_softmax_lse=False, fa_version=2, cp_world_size=1, cp_rank=0,
+                    cp_tot_seqused_k=None):  # fmt: skip
+    assert fa_version == 3
+    assert max_seqlen_k >= int(seqused_k.max())
+    cache, whole = torch.cat([v, k], -1), torch.cat([q_v, q], -1)
+    out, lse = torch.empty_like(q_v), torch.empty(q.shape[1], len(q))
+    for i in range(len(seqused_k)):
+        mine, rows = slice(*cu_seqlens_q[i : i + 2].tolist()), paged(block_table[i], int(seqused_k[i]), cache)
+        dealt = (cp_world_size, cp_rank, int(cp_tot_seqused_k[i]))
+        out[mine], logsum = of_a_rank(whole[mine], rows, v.shape[-1], softmax_scale, causal, dealt)
+        lse[:, mine] = logsum.T
+    return out, lse
+
+
+def flashinfer_trtllm_rank(query, kv_cache, workspace_buffer, qk_nope_head_dim, kv_lora_rank, qk_rope_head_dim, block_tables,
+                           seq_lens, max_seq_len, bmm1_scale=1.0, bmm2_scale=1.0, return_lse=False, backend="auto",
+                           enable_dcp=False, cp_world=1, cp_rank=0, causal_seqlens_kv_global=None):  # fmt: skip
+    assert enable_dcp
+    outs, lses = [], []
+    for i in range(len(query)):
+        rows, dealt = (
+            paged(block_tables[i], int(seq_lens[i]), kv_cache),
+            (cp_world, cp_rank, int(causal_seqlens_kv_global[i])),
+        )
+        out, lse = of_a_rank(query[i], rows, kv_lora_rank, bmm1_scale, True, dealt)
+        outs.append(out * bmm2_scale)
+        lses.append(lse)
+    return torch.stack(outs), torch.stack(lses)
+
+
 def flash_attn_4(q, k, v, qv, seqused_k, page_table, softmax_scale=None, causal=False, return_lse=False):
     out, lse, _ = flash_attn_3(q, k, v, qv, page_table, seqused_k, softmax_scale, causal, True)
     return out, lse.transpose(1, 2)
@@ -190,6 +232,8 @@ KERNELS = {
     "flash-attn-4": flash_attn_4,
     "flash-attn-varlen": flash_attn_varlen,
     "lmdeploy": lmdeploy,
+    "vllm-flash-attn-rank": vllm_flash_attn,
+    "flashinfer-trtllm-mla-rank": flashinfer_trtllm_rank,
     "flashinfer-mla-ragged": FlashInferMLA(),
     "sglang-extend-ragged": sglang_extend,
     "flash-attn-3-mla-ragged": flash_attn_3_ragged,
