@@ -32,6 +32,9 @@ STORED_DTYPES = {
 }
 """How each logical dtype is stored; bfloat16 as the upper 16 bits of the float32 of the same value."""
 
+LARGEST_ARRAY = 2**28
+"""Elements of an array, at most."""
+
 _MAGIC = b"\x93NUMPY\x01\x00"
 
 

@@ -44,7 +44,7 @@ def _arguments(case: StoredCase, *names: str) -> dict[str, Any]:
 
 def _decode(case: StoredCase) -> Any:
     names = ("q", "kv_cache", "block_table", "cache_seqlens", "head_dim_v", "softmax_scale", "causal")
-    return decode.DecodeInputs(**_arguments(case, *names))
+    return decode.DecodeInputs(**_arguments(case, *names, *decode.OPTIONS))
 
 
 def _ragged_decode(case: StoredCase) -> Any:
@@ -97,7 +97,7 @@ def _project_indexer(case: StoredCase) -> Any:
     )
 
 
-PREFILL = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "softmax_scale", "causal")
+PREFILL = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "softmax_scale", "causal", *decode.OPTIONS)
 INDEXER = ("q", "k", "weights", "cu_seqlens_q", "cu_seqlens_k", "top_k")
 WRITE = ("latent", "k_pe", "kv_cache", "slot_mapping")
 

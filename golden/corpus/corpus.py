@@ -35,9 +35,6 @@ __all__ = ["CorpusError", "StoredCase", "load", "regenerate", "verify"]
 FORMAT, VERSION = "mla-spec golden corpus", 1
 MANIFEST, ARRAYS = "manifest.json", "arrays"
 _FILES = (ARRAYS, *figures.DOCUMENTS, MANIFEST)
-LARGEST_ARRAY = 2**28
-"""Elements of an array, at most."""
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -132,8 +129,9 @@ def _load_array(root: Path, entry: Any, case: str, key: str) -> NDArray[Any]:
             raise CorpusError(f"{MANIFEST}: {where} has {name} {shown(entry.get(name))}; expected {want!r}")
     if not all(type(n) is int and 0 <= n < 2**31 for n in shape):
         raise CorpusError(f"{MANIFEST}: {where} has shape {shown(shape)}; expected a list of sizes")
-    if len(shape) > 16 or math.prod(max(n, 1) for n in shape) > LARGEST_ARRAY:
-        raise CorpusError(f"{MANIFEST}: {where} has shape {shown(shape)}; expected at most {LARGEST_ARRAY} elements")
+    if len(shape) > 16 or math.prod(max(n, 1) for n in shape) > arrays.LARGEST_ARRAY:
+        most = arrays.LARGEST_ARRAY
+        raise CorpusError(f"{MANIFEST}: {where} has shape {shown(shape)}; expected at most {most} elements")
     stored = arrays.read(root / file, file, dtype, tuple(shape), digest)
     values: NDArray[Any] = arrays.decode(stored, dtype)
     return values
@@ -227,7 +225,8 @@ def verify(directory: str | os.PathLike[str] | None = None) -> str:
 def regenerate(directory: str | os.PathLike[str] | None = None, calls: str | None = None) -> str:
     """Make the whole corpus anew and put it in the place of the old one; a line for each file that changed.
 
-    Of a corpus that was made of recorded ``calls`` the answers to its own inputs are made anew.
+    Of a corpus that was made of recorded ``calls`` the answers to its own inputs are made anew. A line says of each call that a
+    corpus cannot have, why not.
 
     Everything is written to a folder beside the corpus first, and a few renames put it in place. On a failure or interrupt
     they are undone; after a kill, by the next ``load`` or ``regenerate``. One at a time may work on a corpus.
@@ -235,7 +234,7 @@ def regenerate(directory: str | os.PathLike[str] | None = None, calls: str | Non
     Raises:
         CorpusError: python-flint is missing, the folder is no corpus or cannot be written, or ``calls`` holds none.
     """
-    own = None if calls is None else recorded_cases(calls)
+    own, left_out = (None, []) if calls is None else recorded_cases(calls)
     root = installed() if directory is None else Path(directory)
     try:
         root.mkdir(exist_ok=True)
@@ -262,7 +261,7 @@ def regenerate(directory: str | os.PathLike[str] | None = None, calls: str | Non
                 shutil.rmtree(pending)
     except OSError as error:
         raise CorpusError(f"cannot write the corpus in {root}: {error.strerror}") from error
-    return "\n".join(changes) or "nothing changed"
+    return "\n".join([*(changes or ["nothing changed"]), *left_out])
 
 
 def _write(root: Path, own: list[Case] | None) -> None:

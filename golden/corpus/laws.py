@@ -112,8 +112,11 @@ def refused(case: StoredCase, supports: Supports) -> str:
     for field, value, accepted in wanted:
         if value is not None and accepted is not None and value not in accepted:
             return f"does not support {field} {value}"
-    if "attn_sink" in x and not supports.attention_sink:
+    sinks = supports.attention_sink if case.operation.startswith("sparse") else case.operation in supports.dense_sink
+    if "attn_sink" in x and not sinks:
         return "takes no attn_sink"
+    if "window" in p and case.operation not in supports.sliding_window:
+        return "takes no window"
     if "topk_length" in x and not supports.topk_length:
         return "takes no topk_length"
     if "indices" in x and x["indices"].shape[-1] % supports.topk_multiple:

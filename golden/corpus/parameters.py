@@ -34,6 +34,7 @@ PARAMETERS: dict[str, Any] = {
     "tensor_scale": float,
     "tokens": Size,
     "top_k": Count,
+    "window": Count,
 }
 """The parameters of all operations, by name."""
 

@@ -272,7 +272,7 @@ def pack(
 
 
 def unpack(pages: NDArray[Any], layout_name: str, page_size: int, tokens: int, tensor_scale: float = 1.0) -> Array:
-    """The rows [tokens, codes + plains]: code · scale, then plain numbers."""
+    """The rows [tokens, codes + plains]: code · scale, then plain numbers; NaN where a pattern is no number."""
     layout = LAYOUTS[layout_name]
     rows = np.zeros((tokens, layout.codes + layout.plains), dtype=object)
     found: dict[str, Any] = {"scales": {}}
@@ -289,5 +289,6 @@ def unpack(pages: NDArray[Any], layout_name: str, page_size: int, tokens: int, t
             rows[token, i + (layout.codes if kind == "plain" else 0)] = value
     for token in range(tokens):
         for i in range(layout.codes):
-            rows[token, i] *= found["scales"].get((token, i // layout.group), Fraction(tensor_scale))
-    return np.array([_float(x) for x in rows.ravel()]).reshape(rows.shape)
+            code, scale = rows[token, i], found["scales"].get((token, i // layout.group), Fraction(tensor_scale))
+            rows[token, i] = None if code is None or scale is None else code * scale
+    return np.array([math.nan if x is None else _float(x) for x in rows.ravel()]).reshape(rows.shape)
