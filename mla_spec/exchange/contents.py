@@ -12,9 +12,10 @@ from mla_spec.exchange.call import Call, call_of, read_call
 from mla_spec.exchange.declared import Declared
 from mla_spec.exchange.tensor_file import ExchangeError, decode, encode
 from mla_spec.installed import operation_named
+from mla_spec.subjects.driver import odd_for, parts_of
 from mla_spec.subjects.near import there
 from mla_spec.subjects.signature import Signature
-from mla_spec.subjects.violation import SubjectCrashed, Unsupported, Violation
+from mla_spec.subjects.violation import SubjectCrashed, Unsupported, Violation, subject_code
 from mla_spec.text.terminal import one_line
 
 Answer = dict[str, Tensor]
@@ -65,6 +66,7 @@ def read_answer(data: bytes, what: str) -> Answer:
 
     Raises:
         Unsupported: it says that the call is refused, and why.
+        Violation: it says what of the contract the outputs break.
         SubjectCrashed: it is no answer, or says that the call failed.
     """
     try:
@@ -73,6 +75,8 @@ def read_answer(data: bytes, what: str) -> Answer:
         raise SubjectCrashed(str(error)) from error
     if "unsupported" in texts:
         raise Unsupported(one_line(texts["unsupported"], 200))
+    if "violation" in texts:
+        raise Violation(one_line(texts["violation"], 1000))
     if "error" in texts:
         raise SubjectCrashed(one_line(texts["error"], 1000))
     return tensors
@@ -83,12 +87,15 @@ def answer_by(subject: object, call: Call) -> bytes:
     places, options = call.arguments()
     operation = call.signature
     try:
-        returned = getattr(subject, operation.name)(*places, **options)
+        with subject_code():
+            returned = getattr(subject, operation.name)(*places, **options)
+        return encode(outputs_of(operation, call, places, returned), {})
     except Unsupported as refusal:
         return encode({}, {"unsupported": str(refusal)})
-    except Exception as error:
-        return encode({}, {"error": f"{type(error).__name__}: {error}"})
-    return encode(outputs_of(operation, call, places, returned), {})
+    except (Violation, ExchangeError) as violation:
+        return encode({}, {"violation": str(violation)})
+    except SubjectCrashed as crash:
+        return encode({}, {"error": str(crash)})
 
 
 def answer_apart(subject: object, call: Call) -> bytes:
@@ -104,9 +111,20 @@ def _answer_there(subject: object, call: bytes) -> bytes:
 
 
 def outputs_of(operation: Signature, call: Call, places: list[Any], returned: Any) -> Answer:
-    """Outputs by name, of what a call returned and of the arguments that it changed."""
-    parts = returned if isinstance(returned, tuple) else (returned,)
-    answer = {output.name: x for output, x in zip(operation.returned, parts, strict=False) if isinstance(x, Tensor)}
+    """Outputs by name, of what a call returned and of the arguments that it changed.
+
+    Raises:
+        Violation: they are not as many as the contract says, or one is no plain tensor.
+    """
+    answer = {}
+    for output, x in zip(operation.returned, parts_of(operation, returned).values(), strict=True):
+        what = output.what or output.name
+        if x is not None and not isinstance(x, Tensor):
+            raise Violation(f"{what} must be a torch tensor, got {type(x).__name__}")
+        if x is not None and (odd := odd_for(x, "cpu")):
+            raise Violation(f"{what} must be a plain tensor on cpu, got {odd}")
+        if x is not None:
+            answer[output.name] = x
     for argument, x in zip([a for a in operation.arguments if not a.optional], places, strict=False):
         if argument.written:
             answer[argument.name] = x

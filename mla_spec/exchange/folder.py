@@ -157,7 +157,7 @@ class Folder:
         """The answer to a call, None where there is none.
 
         Raises:
-            Unsupported, SubjectCrashed: as ``read_answer``.
+            Unsupported, Violation, SubjectCrashed: as ``read_answer``.
         """
         path = self.path / ANSWERS / f"{name}{SUFFIX}"
         if not path.exists():

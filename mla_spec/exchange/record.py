@@ -83,21 +83,27 @@ def put(folder: Folder, call: Call, answer: bytes, case: str) -> bool:
     return True
 
 
-def folder_of(directory: str, declared: Description) -> Folder:
-    """A new folder for recorded calls; ValueError where it cannot be made."""
+def plain_description(declared: Description) -> dict[str, Any]:
+    """What a subject declares as JSON, of the operations that take and give tensors."""
     plain = {
         "name": declared.name,
         "operations": [name for name in declared.operations if isinstance(operation_named(name), Signature)],
         "supports": asdict(declared.supports),
         "profile": {dtype: asdict(each) for dtype, each in declared.profiles.items()},
     }
+    made: dict[str, Any] = json.loads(json.dumps(plain))
+    return made
+
+
+def folder_of(directory: str, declared: Description) -> Folder:
+    """A new folder for recorded calls; ValueError where it cannot be made."""
     header = HeaderLine(
         suite=__version__,
         seed=0,
         examples=1,
         laws=(),
         dtypes=None,
-        subject=json.loads(json.dumps(plain)),
+        subject=plain_description(declared),
         recorded=True,
     )
     try:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import asdict
 from typing import Any
 
 from mla_spec import __version__
 from mla_spec.exchange.contents import answer_apart
 from mla_spec.exchange.declared import read_declared
 from mla_spec.exchange.folder import INDEX, Folder, HeaderLine, read_calls
+from mla_spec.exchange.record import plain_description
 from mla_spec.exchange.tensor_file import ExchangeError
 from mla_spec.front.check_command import check
 from mla_spec.front.report import exit_code
@@ -112,12 +112,10 @@ def _declared(subject: str | None) -> dict[str, Any]:
 
 def _as_declared(found: Description, subject: str) -> dict[str, Any]:
     """What of a description can be asked by files."""
-    operations = [name for name in found.operations if isinstance(operation_named(name), Signature)]
-    if not operations:
+    plain = plain_description(found)
+    if not plain["operations"]:
         raise UsageError(f"{subject} offers no operation that takes and gives tensors")
-    profile = {dtype: asdict(each) for dtype, each in found.profiles.items()}
-    plain = {"name": found.name, "operations": operations, "supports": asdict(found.supports), "profile": profile}
-    return read_declared(json.loads(json.dumps(plain)), subject).as_json()
+    return read_declared(plain, subject).as_json()
 
 
 def answer(options: argparse.Namespace) -> int:

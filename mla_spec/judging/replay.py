@@ -21,7 +21,7 @@ from mla_spec.subjects.description import Description, declared_by
 from mla_spec.subjects.driver import TORCH_DTYPES, Driver, Result, Results
 from mla_spec.subjects.near import Handle, there
 from mla_spec.subjects.signature import Output
-from mla_spec.subjects.violation import SubjectCrashed, Unsupported
+from mla_spec.subjects.violation import SubjectCrashed, Unsupported, Violation
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Replay:
         """What the subject declares, without an LSE where none was recorded."""
         try:
             outputs = answer() or {}
-        except (SubjectCrashed, Unsupported):
+        except (SubjectCrashed, Unsupported, Violation):
             return self.declared
         return replace(self.declared, supports=replace(self.declared.supports, lse="lse" in outputs))
 

@@ -176,7 +176,7 @@ class Driver:
             elif value is not None:
                 options[argument.name] = value
         require_call_within(self.supports, operation.extent, tensors)
-        returned = _parts(operation, self.guard(lambda: getattr(self.subject, operation.name)(*arguments, **options)))
+        returned = parts_of(operation, self.guard(lambda: getattr(self.subject, operation.name)(*arguments, **options)))
         return tuple(
             tensors[output.name] if output.name in operation.written else returned[output.name]
             for output in operation.outputs
@@ -224,7 +224,7 @@ class Driver:
         dtypes = dtypes or (TORCH_DTYPES[self.dtype],)
         if not isinstance(x, torch.Tensor):
             raise Violation(f"{what} must be a torch tensor, got {type(x).__name__}")
-        if odd := _odd(x, self.device):
+        if odd := odd_for(x, self.device):
             raise Violation(f"{what} must be a plain tensor on {self.device}, got {odd}")
         if tuple(x.shape) != shape:
             raise Violation(f"{what} must have shape {list(shape)}, got {list(x.shape)}")
@@ -272,7 +272,7 @@ def _elsewhere(found: torch.device, own: torch.device) -> bool:
     return found.type != own.type or (own.type != "cpu" and own.index not in (None, found.index))
 
 
-def _odd(x: torch.Tensor, device: str) -> str:
+def odd_for(x: torch.Tensor, device: str) -> str:
     """What is unusual about a tensor, so that its elements could not be read as they lie in memory; or ""."""
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return f"a {type(x).__name__}"
@@ -301,7 +301,7 @@ def _passed(argument: Argument, inputs: Any, tensors: Tensors) -> Any:
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
-def _parts(operation: Signature, returned: Any) -> dict[str, Any]:
+def parts_of(operation: Signature, returned: Any) -> dict[str, Any]:
     """What a call returned, by the names of its outputs; Violation where it is not as many as they are."""
     names = [output.name for output in operation.returned]
     if not names and returned is not None:
