@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mla_spec.exchange.tensor_file import ExchangeError, decode, encode
+from mla_spec.exchange.moments import Moments, read_moments
+from mla_spec.exchange.tensor_file import DTYPES, ExchangeError, decode, encode
 from mla_spec.installed import operation_named
 from mla_spec.reference.config import MLAConfig, RopeConfig
 from mla_spec.reference.indexer import IndexerConfig
 from mla_spec.subjects.signature import Signature
 from mla_spec.text.terminal import shown
-from mla_spec.text.typed import Mistyped, read_object
+from mla_spec.text.typed import Mistyped, checked, read_object
 
 SCHEMA, VERSION = "mla-spec-call", "1"
 
@@ -42,18 +43,21 @@ class Call:
         tensors: arguments by name, those of a dict as "argument.key", without the optional ones that are absent.
         values: everything else by name, as JSON has it; a configuration is an object of its fields.
         strides: of tensors that were not dense where the call was made, in elements; a file holds the elements dense.
+        moments: of tensors that are not known; each stands among ``tensors`` as zeros of its shape, which take no memory.
     """
 
     operation: str
     tensors: dict[str, Tensor]
     values: dict[str, Any]
     strides: Mapping[str, tuple[int, ...]] = ()  # type: ignore[assignment]
+    moments: Mapping[str, Moments] = field(default_factory=dict)
 
     def encoded(self) -> bytes:
         """The bytes of its file."""
         texts = {"schema": SCHEMA, "version": VERSION, "operation": self.operation, **_flat(self.values)}
         texts |= {f"strides.{name}": json.dumps(each) for name, each in dict(self.strides).items()}
-        return encode(self.tensors, texts)
+        texts |= {f"moments.{name}": each.encoded() for name, each in self.moments.items()}
+        return encode({name: x for name, x in self.tensors.items() if name not in self.moments}, texts)
 
     @property
     def signature(self) -> Signature:
@@ -149,11 +153,25 @@ def read_call(data: bytes, what: str) -> Call:
     operation = operation_named(name)
     if not isinstance(operation, Signature):
         raise ExchangeError(f"{what}: the operation is {shown(name)}, which takes no tensors or is unknown")
-    strides = {key.removeprefix("strides."): value for key, value in texts.items() if key.startswith("strides.")}
-    values = _nested({k: v for k, v in texts.items() if k not in RESERVED and not k.startswith("strides.")}, what)
-    call = Call(name, tensors, values, {key: tuple(_parsed(value)) for key, value in strides.items()})
+    strides = {key: _strides(value, f"{what}: strides.{key}") for key, value in _below("strides.", texts)}
+    moments = {key: read_moments(_parsed(value), f"{what}: moments.{key}") for key, value in _below("moments.", texts)}
+    tensors |= {key: torch.zeros((), dtype=DTYPES[each.dtype]).expand(each.shape) for key, each in moments.items()}
+    plain = {k: v for k, v in texts.items() if k not in RESERVED and not k.startswith(("strides.", "moments."))}
+    call = Call(name, tensors, _nested(plain, what), strides, moments)
     _require_whole(call, operation, what)
     return call
+
+
+def _below(prefix: str, texts: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(key.removeprefix(prefix), text) for key, text in texts.items() if key.startswith(prefix)]
+
+
+def _strides(text: str, where: str) -> tuple[int, ...]:
+    try:
+        found: tuple[int, ...] = checked(_parsed(text), tuple[int, ...], where)
+    except Mistyped as error:
+        raise ExchangeError(str(error)) from error
+    return found
 
 
 def _require_whole(call: Call, operation: Signature, what: str) -> None:

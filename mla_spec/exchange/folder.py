@@ -16,6 +16,7 @@ from typing import Any, Literal
 from mla_spec.exchange.call import Call, address, read_call
 from mla_spec.exchange.contents import Answer, ContentsSubject, read_answer
 from mla_spec.exchange.declared import Declared, read_declared
+from mla_spec.exchange.structure import drawn
 from mla_spec.exchange.tensor_file import LARGEST, ExchangeError
 from mla_spec.subjects.violation import NoAnswer, NotExported, SubjectCrashed
 from mla_spec.text.files import write_atomically
@@ -206,12 +207,15 @@ def files_subject(path: str) -> ContentsSubject:
 
 
 def read_calls(folder: Folder) -> Iterator[tuple[str, Call]]:
-    """Every call of a folder by its address; ExchangeError where one is damaged, or is not what its name says."""
+    """Every call of a folder by its address; ExchangeError where one is damaged, or is not what its name says.
+
+    Of a call whose tensors were not kept these are drawn by their moments.
+    """
     for name, data in folder.calls():
         what = f"{CALLS}/{name}{SUFFIX}"
         if address(data) != name:
             raise ExchangeError(f"{what} has the sha256 {address(data)}: it is not what was written")
-        yield name, read_call(data, what)
+        yield name, drawn(read_call(data, what), what)
 
 
 def _read(path: Path) -> bytes:

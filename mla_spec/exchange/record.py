@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from mla_spec.exchange.call import Call, address
 from mla_spec.exchange.contents import Answer
 from mla_spec.exchange.folder import Folder, HeaderLine
 from mla_spec.exchange.sample import Sample, require_rate, sampled
+from mla_spec.exchange.structure import structure_of
 from mla_spec.exchange.tensor_file import ExchangeError, encode
 from mla_spec.installed import operation_named
 from mla_spec.subjects.description import Description
@@ -25,6 +27,7 @@ def record(
     most: int = 2**30,
     operation: str | None = None,
     seed: int | None = None,
+    tensors: bool = True,
 ) -> Any:
     """The kernel, of whose calls a random sample is written into a new folder, for ``mla-spec judge``.
 
@@ -38,10 +41,12 @@ def record(
         rate: share of the calls that are recorded, 0 to 1.
         most: bytes of all files, after which nothing is recorded any more.
         seed: of the sample; None for another each time.
+        tensors: whether their elements are written. Otherwise integers alone are, such as tables and lengths, and shape, strides
+            and moments of everything else, of calls of any size and without outputs: ``mla-spec replay`` draws such tensors again.
 
     Returns:
-        What is called like ``kernel``. Its ``recording`` has counts: ``calls``, ``taken``, ``too_large``, and ``full``, why
-        nothing is recorded any more.
+        What is called like ``kernel``. Its ``recording`` has counts: ``calls``, ``taken``, ``too_large``, ``of_bytes``, those of
+        quantized pages where no tensors are kept, and ``full``, why nothing is recorded any more.
 
     Raises:
         ValueError: ``rate`` is no share, the folder cannot be made, or the kernel offers no operation that has tensors.
@@ -49,7 +54,8 @@ def record(
     require_rate(rate)
 
     def make(declared: Description) -> Recording:
-        return Recording(folder_of(directory, declared), declared, rate, most, seed)
+        cls = Recording if tensors else StructureRecording
+        return cls(folder_of(directory, declared), declared, rate, most, seed)
 
     return sampled(kernel, operation, "recording", make)
 
@@ -59,25 +65,36 @@ class Recording(Sample):
 
     def __init__(self, folder: Folder, declared: Description, rate: float, most: int, seed: int | None) -> None:
         super().__init__(declared, rate, seed)
-        self.folder, self.most = folder, most
+        self.folder, self.most, self.of_bytes = folder, most, 0
         self.what = f"mla_spec.record: nothing more is recorded in {folder.path}"
 
     def keep(self, call: Call, answer: Answer) -> None:
         """Write a call and its answer, unless the call is there."""
-        data, outputs = call.encoded(), encode(answer, {})
-        if self.folder.size + len(data) + len(outputs) > self.most:
+        outputs = encode(answer, {}) if answer else b""
+        if self.folder.size + len(call.encoded()) + len(outputs) > self.most:
             self.stop(f"its files would exceed {self.most} bytes")
             return
         if put(self.folder, call, outputs, str(self.taken)):
             self.taken += 1
 
 
+class StructureRecording(Recording):
+    """A sample of which no elements of tensors are written, but integers and moments."""
+
+    def copied(self, given: Call) -> tuple[Call, Callable[[Answer], Answer]] | None:
+        """What is written of a call; None where it is of bytes."""
+        found = structure_of(given)
+        self.of_bytes += found is None
+        return None if found is None else (found, lambda answer: {})
+
+
 def put(folder: Folder, call: Call, answer: bytes, case: str) -> bool:
-    """Write a call and the bytes of its answer; False where the call was there."""
+    """Write a call and the bytes of its answer, none where these are empty; False where the call was there."""
     name = address(call.encoded())
     if name in folder.known:
         return False
-    folder.put_answer(name, answer)
+    if answer:
+        folder.put_answer(name, answer)
     folder.add(call, "", case, 2**63)
     folder.size += len(answer)
     return True

@@ -89,7 +89,11 @@ class Sample:
         """A copy of a call, or of a part of it, and what takes the same part of its outputs; None where it is too large."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None
-        given = call = call_of(operation, places, options)
+        return self.copied(call_of(operation, places, options))
+
+    def copied(self, given: Call) -> tuple[Call, Callable[[Answer], Answer]] | None:
+        """See ``_before``."""
+        operation, call = given.signature, given
         outputs: Callable[[Answer], Answer] = _whole
         if _size(call.tensors) > self.whole:
             part = choose_rows(call, self.drawn, self.most_heads, self._query_scale(call))

@@ -51,7 +51,7 @@ def encode(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> bytes:
     for name in order:
         data = _bytes_of(tensors[name])
         header[name] = {
-            "dtype": _dtype_name(name, tensors[name]),
+            "dtype": dtype_name(name, tensors[name]),
             "shape": list(tensors[name].shape),
             "data_offsets": [end, end + len(data)],
         }
@@ -62,7 +62,8 @@ def encode(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *contents])
 
 
-def _dtype_name(name: str, x: Tensor) -> str:
+def dtype_name(name: str, x: Tensor) -> str:
+    """What a header calls the dtype of a tensor, which messages call ``name``; ExchangeError where files do not have it."""
     if x.dtype not in _NAMES:
         raise ExchangeError(f"{name} is of {x.dtype}; a file holds {', '.join(DTYPES)}")
     return _NAMES[x.dtype]
