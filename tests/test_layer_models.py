@@ -25,7 +25,7 @@ GRADIENT_LAWS = [law for law in LAWS if law.check.__module__.endswith("test_laye
 RELATIVE = "test_layer_depends_on_relative_positions_only"
 DOTS = "dots3-note-prev-dsa-layers"
 WITHOUT_A_LAYER = {"Mistral-Large-4-1T-A52B", "A.X-K1", "A.X-K2-Light"}
-"""Verified, but an option is not modelled or, for A.X-K1, its rope_theta is not published."""
+"""Verified, but an option is not modelled or, for A.X-K1 and A.X-K2-Light, its rope_theta is not published."""
 
 
 def small_case(model: str, dtype: str = "float32", **changes: object) -> LayerCase:

@@ -49,7 +49,7 @@ class TorchExplicit(
         backward=BACKWARD,
         dense_sink=("decode", "prefill", "layer"),
         sliding_window=("decode", "prefill"),
-        output_gate=("head", "element"),
+        output_gate=("head", "element", "query"),
     )
 
     def prefill(
@@ -367,7 +367,7 @@ class TorchSDPA(TorchSparseSDPA, TorchAbsorbed):
         attention_sink=False,
         backward=BACKWARD,
         sliding_window=("decode", "prefill"),
-        output_gate=("head", "element"),
+        output_gate=("head", "element", "query"),
     )
 
     def shares(self, lses: Tensor) -> tuple[Tensor, Tensor]:

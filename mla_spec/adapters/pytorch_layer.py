@@ -58,9 +58,8 @@ class TorchLayerSteps(TorchRope, TorchAttention):
         if config.q_lora_rank is None:
             q = self.linear(hidden, weights["q_proj"])
         else:
-            c_q = self.linear(hidden, weights["q_a_proj"])
-            c_q = self.rms_norm(c_q, weights["q_a_layernorm"], config.latent_norm_eps)
-            q = self.scaled(self.linear(c_q, weights["q_b_proj"]), config.q_lora_scale)
+            w_q = self.query_and_gate(weights, config)[0] if config.output_gate == "query" else weights["q_b_proj"]
+            q = self.scaled(self.linear(self.query_latent(hidden, weights, config), w_q), config.q_lora_scale)
         q = q.unflatten(-1, (config.num_heads, config.qk_head_dim))
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         q_pe = self.layer_rope(q_pe, positions, config)
@@ -68,6 +67,18 @@ class TorchLayerSteps(TorchRope, TorchAttention):
             return q_nope, q_pe
         factor = self.temperature(positions, config.llama_4_scaling, wide(q.dtype))
         return self.scaled(q_nope, factor), self.scaled(q_pe, factor)
+
+    def query_latent(self, hidden: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
+        """What is projected up to queries, [b, s, q_lora_rank]; beside it, with a gate "query", the latent before its norm."""
+        down = self.linear(hidden, weights["q_a_proj"])
+        c_q = self.rms_norm(down, weights["q_a_layernorm"], config.latent_norm_eps)
+        return torch.cat([c_q, down], dim=-1) if config.output_gate == "query" else c_q
+
+    def query_and_gate(self, weights: Mapping[str, Tensor], config: MLAConfig) -> tuple[Tensor, Tensor]:
+        """The rows of ``q_gate_proj``: of queries [h·(n+r), 2·q_lora_rank], and of gates [h·v, 2·q_lora_rank]."""
+        rows = weights["q_gate_proj"].unflatten(0, (config.num_heads, -1))  # [h, n+r+v, ·]
+        of_query, of_gate = rows.split([config.qk_head_dim, config.v_head_dim], dim=1)
+        return of_query.flatten(0, 1), of_gate.flatten(0, 1)
 
     def temperature(self, positions: Tensor, scaling: Llama4Scaling, dtype: torch.dtype) -> Tensor:
         """The factor of the queries, [b, s, 1, 1] for positions [b, s]."""
@@ -92,8 +103,11 @@ class TorchLayerSteps(TorchRope, TorchAttention):
 
     def gated(self, out: Tensor, hidden: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
         """The result of attention [b, s, h, v] times its gates."""
-        gate = self.gate(self.linear(hidden, weights["g_proj"]))  # [b, s, h or h·v]
-        return self.scaled(out, gate.unflatten(-1, (config.num_heads, -1)))
+        if config.output_gate == "query":
+            g = self.linear(self.query_latent(hidden, weights, config), self.query_and_gate(weights, config)[1])
+        else:
+            g = self.linear(hidden, weights["g_proj"])  # [b, s, h or h·v]
+        return self.scaled(out, self.gate(g).unflatten(-1, (config.num_heads, -1)))
 
     def gate(self, g: Tensor) -> Tensor:
         return g.to(wide(g.dtype)).sigmoid()

@@ -27,7 +27,8 @@ class TorchTensorParallel:
 
     def head_axis(self, name: str) -> int | None:
         """The axis of a weight along which its heads lie."""
-        return {"q_proj": 0, "q_b_proj": 0, "kv_b_proj": 0, "o_proj": 1, "g_proj": 0, "sinks": 0}.get(name)
+        rows = ("q_proj", "q_b_proj", "q_gate_proj", "kv_b_proj", "g_proj", "sinks")
+        return {**dict.fromkeys(rows, 0), "o_proj": 1}.get(name)
 
     def shard_weight(self, name: str, weight: Tensor, rank: int, ranks: int) -> Tensor:
         """What ``rank`` has of a weight."""

@@ -29,7 +29,7 @@ from mla_spec.bounds.running_steps import (
     temperature,
 )
 from mla_spec.reference.config import MLAConfig
-from mla_spec.reference.mla import Weights, absorb, check_weights
+from mla_spec.reference.mla import Weights, absorb, check_weights, query_and_gate
 from mla_spec.reference.typing import Array, IntArray
 
 
@@ -166,7 +166,7 @@ def bounded_layer(
         attended, lse = _attend(q, k, value, weights, config, profile)
         out = product("hvc,...shc->...shv", w_uv, attended, profile)
     out = out.reshape(*own.value.shape[:-1], h * config.v_head_dim)
-    g = own if config.output_gate is None else product("oe,...e->...o", weights["g_proj"], own, profile)
+    g = _gate(own, c_q, weights, config, profile)
     gated = out if config.output_gate is None else bounded_gate(out, g, h, profile)
     return BoundedLayer(
         *(q_down, q_norm, c_q, q_nope, q_pe),
@@ -184,8 +184,21 @@ def _query(
     q_down = product("oe,...e->...o", weights["q_a_proj"], x, profile)
     q_norm = bounded_rms_norm(q_down, weights["q_a_layernorm"], config.latent_norm_eps, profile)
     c_q = foldable(q_norm, config.q_lora_scale, profile.dtype)
+    if config.output_gate == "query":
+        both = concatenated(q_norm, q_down)
+        w_q, _ = query_and_gate(weights, config)
+        return q_down, q_norm, both, product("oe,...e->...o", w_q, both, profile)
     query = product("oe,...e->...o", weights["q_b_proj"], c_q, profile)
     return q_down, q_norm, c_q, scaled_by_config(query, config.q_lora_scale, profile)
+
+
+def _gate(x: Bounded, c_q: Bounded, weights: Weights, config: MLAConfig, profile: Profile) -> Bounded:
+    """What the gate is the sigmoid of; the tokens x where there is none."""
+    if config.output_gate is None:
+        return x
+    if config.output_gate == "query":
+        return product("oe,...e->...o", query_and_gate(weights, config)[1], c_q, profile)
+    return product("oe,...e->...o", weights["g_proj"], x, profile)
 
 
 def repeated(x: Bounded, heads: int) -> Bounded:

@@ -53,7 +53,7 @@ def _known(case: Case) -> dict[str, tuple[str, ...]]:
         "longrope": tuple(LONGROPE),
         "sink": SINKS,
         "weights": ("dense", "aligned"),
-        "output_gate": ("none", "head", "element"),
+        "output_gate": ("none", "head", "element", "query"),
         "model": ("none", *layer_models()) if hasattr(case, "model") else (),
         "format": tuple(HEAD_DIM_V if case.kind == "quantised-decode" else LAYOUTS),
     }

@@ -18,7 +18,8 @@ cached, lse [b, h, s], attention [b, s, h, v], with a gate g_proj [b, s, h or hÂ
 Those named for a weight are what that module gives.
 
 ``config.output_gate`` multiplies the result of attention by sigmoid(g_proj) of the tokens before o_proj, each "head" or each
-"element" of it; ``config.attention_sink`` adds to the softmax a logit of each head without a value, ``weights["sinks"]`` [h]. A
+"element" of it, or "query": each element, by gates that q_gate_proj gives with the queries, from the query latent after its norm
+and before it; ``config.attention_sink`` adds to the softmax a logit of each head without a value, ``weights["sinks"]`` [h]. A
 subject gets no layer with a gate that ``supports.output_gate`` does not name, and none with a sink unless ``supports.dense_sink``
 names "layer". Their gradients are not judged.
 
@@ -213,6 +214,11 @@ class LayerCase(Case):
         return self._with_gain(weights, 2 * self.gain / (factors * config.qk_head_dim))
 
     def _with_gain(self, weights: dict[str, Array], gain: float) -> dict[str, Array]:
+        if "q_gate_proj" in weights:
+            rows = weights["q_gate_proj"].reshape(self.num_heads, -1, weights["q_gate_proj"].shape[-1]).copy()
+            rows[:, : self.config.qk_head_dim] *= gain
+            weights["q_gate_proj"] = rows.reshape(weights["q_gate_proj"].shape)
+            return weights
         name = "q_proj" if "q_proj" in weights else "q_b_proj"
         weights[name] = weights[name] * gain
         return weights
@@ -258,7 +264,8 @@ def _refused(supports: Supports, config: MLAConfig) -> str:
     if config.rope is not None and not supports.rope_layouts:
         return "there is no rotary embedding"
     if config.output_gate is not None and config.output_gate not in supports.output_gate:
-        return f"there is no gate of each {config.output_gate}"
+        kind = "from the query" if config.output_gate == "query" else f"of each {config.output_gate}"
+        return f"there is no gate {kind}"
     if config.attention_sink and "layer" not in supports.dense_sink:
         return "there is no attention sink"
     if reason := _refused_dims(supports, config):

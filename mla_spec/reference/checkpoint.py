@@ -70,7 +70,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     "kimi_k3": Architecture(rotary=False, output_gate="element"),
     "longcat_flash": Architecture(scales_latents=True),
     **dict.fromkeys(("glm5_next", "glm5_next_text"), Architecture(passes_eps=True, rotary=False)),
-    "axk2": Architecture(not_modelled=("query gate projection and sigmoid output gate",)),
+    "axk2": Architecture(output_gate="query"),
     "bailing_hybrid": Architecture(output_gate="head"),
     "dots3_note_text": Architecture(passes_eps=True, scales_latents=True, normalizes_k_pe=True, output_gate="head"),
     "hy_v4": Architecture(interleaved=False, output_gate="element", attention_sink=True),

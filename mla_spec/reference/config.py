@@ -220,13 +220,15 @@ class MLAConfig:
         k_pe_norm: whether k_pe has an RMSNorm of its own before it is rotated, with latent_norm_eps (dots3).
         llama_4_scaling: temperature by position (Mistral-Large-3), or None.
         output_gate: what the sigmoid of g_proj multiplies before o_proj: each "head" (Ling-3.0, dots3) or each "element"
-            (Kimi-K3, Hy4) of the result of attention; None where there is no gate.
+            (Kimi-K3, Hy4) of the result of attention; None where there is no gate. "query" gates each element, too: queries and
+            gates come from one q_gate_proj, which takes the query latent after its norm and before it (A.X-K2).
         attention_sink: whether each head has a learned logit that joins the sum of its softmax (Hy4).
         softmax_scale: overrides the default scale.
 
     Raises:
         ValueError: a dimension is not a positive integer, rope.dim differs from qk_rope_head_dim, mla_scale_q_lora is set
-            without query compression, k_pe_norm without rope dims, or output_gate is unknown.
+            without query compression, k_pe_norm without rope dims, output_gate is unknown, or it is "query" without query
+            compression or with mla_scale_q_lora.
     """
 
     hidden_size: int
@@ -242,7 +244,7 @@ class MLAConfig:
     mla_scale_kv_lora: bool = False
     k_pe_norm: bool = False
     llama_4_scaling: Llama4Scaling | None = None
-    output_gate: Literal["head", "element"] | None = None
+    output_gate: Literal["head", "element", "query"] | None = None
     attention_sink: bool = False
     softmax_scale: float | None = None
 
@@ -270,8 +272,12 @@ class MLAConfig:
             raise ValueError("MLAConfig: mla_scale_q_lora needs a q_lora_rank, got None")
         if self.k_pe_norm and self.qk_rope_head_dim == 0:
             raise ValueError("MLAConfig: k_pe_norm needs a k_pe, got qk_rope_head_dim 0")
-        if self.output_gate not in (None, "head", "element"):
-            raise ValueError(f"MLAConfig: output_gate must be 'head', 'element' or None, got {self.output_gate!r}")
+        if self.output_gate not in (None, "head", "element", "query"):
+            raise ValueError(
+                f"MLAConfig: output_gate must be 'head', 'element', 'query' or None, got {self.output_gate!r}"
+            )
+        if self.output_gate == "query" and (self.q_lora_rank is None or self.mla_scale_q_lora):
+            raise ValueError("MLAConfig: output_gate 'query' needs a q_lora_rank, and no mla_scale_q_lora")
         if self.softmax_scale is not None:
             require_positive("MLAConfig", softmax_scale=self.softmax_scale)
 

@@ -28,7 +28,8 @@ def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a layer's weights, as in published checkpoints.
 
     ``kv_a_proj_with_mqa`` has the latent rows first, then the rope rows; ``kv_b_proj`` is viewed as (h, n + v, c), key
-    rows first; ``q_proj`` and ``q_b_proj`` as (h, n + r, ·), nope rows first.
+    rows first; ``q_proj`` and ``q_b_proj`` as (h, n + r, ·), nope rows first; ``q_gate_proj`` as (h, n + r + v, ·), rows of the
+    gate last.
     """
     e, h, c = config.hidden_size, config.num_heads, config.kv_lora_rank
     shapes: dict[str, tuple[int, ...]] = {}
@@ -37,14 +38,17 @@ def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
     else:
         shapes["q_a_proj"] = (config.q_lora_rank, e)
         shapes["q_a_layernorm"] = (config.q_lora_rank,)
-        shapes["q_b_proj"] = (h * config.qk_head_dim, config.q_lora_rank)
+        if config.output_gate == "query":
+            shapes["q_gate_proj"] = (h * (config.qk_head_dim + config.v_head_dim), 2 * config.q_lora_rank)
+        else:
+            shapes["q_b_proj"] = (h * config.qk_head_dim, config.q_lora_rank)
     shapes["kv_a_proj_with_mqa"] = (config.cache_dim, e)
     shapes["kv_a_layernorm"] = (c,)
     if config.k_pe_norm:
         shapes["k_rope_only_layernorm"] = (config.qk_rope_head_dim,)
     shapes["kv_b_proj"] = (h * (config.qk_nope_head_dim + config.v_head_dim), c)
     shapes["o_proj"] = (e, h * config.v_head_dim)
-    if config.output_gate is not None:
+    if config.output_gate in ("head", "element"):
         shapes["g_proj"] = (h if config.output_gate == "head" else h * config.v_head_dim, e)
     if config.attention_sink:
         shapes["sinks"] = (h,)
@@ -83,10 +87,8 @@ def project_query(hidden: Array, positions: IntArray, weights: Weights, config: 
     if config.q_lora_rank is None:
         q = accurate_product(hidden, weights["q_proj"].T)  # [..., s, h·(n+r)]
     else:
-        c_q = rms_norm(
-            accurate_product(hidden, weights["q_a_proj"].T), weights["q_a_layernorm"], config.latent_norm_eps
-        )
-        q = accurate_product(config.q_lora_scale * c_q, weights["q_b_proj"].T)  # [..., s, h·(n+r)]
+        w_q = query_and_gate(weights, config)[0] if config.output_gate == "query" else weights["q_b_proj"]
+        q = accurate_product(query_latent(hidden, weights, config), w_q.T)  # [..., s, h·(n+r)]
     q = q.reshape(*hidden.shape[:-1], config.num_heads, config.qk_head_dim)  # [..., s, h, n+r]
     q_nope, q_pe = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
     if config.rope is not None:
@@ -95,6 +97,23 @@ def project_query(hidden: Array, positions: IntArray, weights: Weights, config: 
         factor = config.llama_4_scaling.factor(positions)[..., None, None]  # [..., s, 1, 1]
         q_nope, q_pe = factor * q_nope, factor * q_pe
     return q_nope, q_pe
+
+
+def query_latent(hidden: Array, weights: Weights, config: MLAConfig) -> Array:
+    """What is projected up to queries, [..., s, q_lora_rank]; beside it, with a gate "query", the latent before its norm.
+
+    Source of the latter: transformers 5.23.0, models/axk2/modeling_axk2.py, lines 586-590 (A.X-K2).
+    """
+    down = accurate_product(hidden, weights["q_a_proj"].T)
+    c_q = config.q_lora_scale * rms_norm(down, weights["q_a_layernorm"], config.latent_norm_eps)
+    return np.concatenate([c_q, down], axis=-1) if config.output_gate == "query" else c_q
+
+
+def query_and_gate(weights: Weights, config: MLAConfig) -> tuple[Array, Array]:
+    """(W_Q [h·(n+r), 2·q_lora_rank], W_G [h·v, 2·q_lora_rank]): the rows of ``q_gate_proj``."""
+    rows = weights["q_gate_proj"].reshape(config.num_heads, -1, weights["q_gate_proj"].shape[-1])  # [h, n+r+v, ·]
+    of_query, of_gate = np.split(rows, [config.qk_head_dim], axis=1)
+    return of_query.reshape(-1, rows.shape[-1]), of_gate.reshape(-1, rows.shape[-1])
 
 
 def project_latent(hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig) -> tuple[Array, Array]:
@@ -261,11 +280,15 @@ def gated(out: Array, hidden: Array, weights: Weights, config: MLAConfig) -> Arr
 
     Sources: transformers 5.23.0, models/bailing_hybrid/modeling_bailing_hybrid.py, lines 395-396 (Ling-3.0), and
     models/dots3_note/modeling_dots3_note.py, lines 601-602: one a head; models/hy_v4/modeling_hy_v4.py, lines 408 and 478
-    (Hy4), and vLLM 0.33.0, vllm/models/kimi_k3/nvidia/mla.py (Kimi-K3): one an element.
+    (Hy4), and vLLM 0.33.0, vllm/models/kimi_k3/nvidia/mla.py (Kimi-K3): one an element. models/axk2/modeling_axk2.py, lines
+    589-592 and 396 of its modular file (A.X-K2): one an element, of the query's latent.
     """
     if config.output_gate is None:
         return out
-    g = accurate_product(hidden, weights["g_proj"].T)  # [..., s, h or h·v]
+    if config.output_gate == "query":
+        g = accurate_product(query_latent(hidden, weights, config), query_and_gate(weights, config)[1].T)
+    else:
+        g = accurate_product(hidden, weights["g_proj"].T)  # [..., s, h or h·v]
     return out * sigmoid(g).reshape(*out.shape[:-1], -1)
 
 

@@ -16,7 +16,7 @@ from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.mla import Weights, check_weights
 from mla_spec.reference.typing import Array
 
-HEAD_AXES = {"q_proj": 0, "q_b_proj": 0, "kv_b_proj": 0, "o_proj": 1, "g_proj": 0, "sinks": 0}
+HEAD_AXES = {"q_proj": 0, "q_b_proj": 0, "q_gate_proj": 0, "kv_b_proj": 0, "o_proj": 1, "g_proj": 0, "sinks": 0}
 """The axis of each weight [out, in] along which its heads lie; the others have none."""
 
 

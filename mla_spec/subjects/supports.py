@@ -84,7 +84,7 @@ class Supports:
         mla_scale_lora: whether a layer's latents may have LongCat-Flash's scale factors, or "always" have them.
         k_pe_norm: whether a layer may have an RMSNorm on k_pe.
         llama_4_scaling: whether a layer's queries may have a temperature by position.
-        output_gate: the gates that a layer may have, of "head" and "element". Not taken for granted.
+        output_gate: the gates that a layer may have, of "head", "element" and "query". Not taken for granted.
         layer_weights: what a layer sees when the weights it was made from are overwritten: "live" where its next call uses
             the new ones, "copied" where it keeps those it was made with, and has to be made anew.
         layer_dim_multiple: kv_lora_rank and qk_nope_head_dim of a layer must be multiples of it.
@@ -168,7 +168,7 @@ class Supports:
         _require_known("cache_formats", self.cache_formats, tuple(LAYOUTS))
         _require_known("backward", self.backward or (), BACKWARD)
         _require_known("dense_sink", self.dense_sink, (*WITH_OPTIONS, "layer"))
-        _require_known("output_gate", self.output_gate, ("head", "element"))
+        _require_known("output_gate", self.output_gate, ("head", "element", "query"))
         _require_known("sliding_window", self.sliding_window, WITH_OPTIONS)
         _require_known("rope_layouts", self.rope_layouts, ("interleaved", "half"))
         _require_known("indexer_rope_layouts", self.indexer_rope_layouts, ("interleaved", "half"))

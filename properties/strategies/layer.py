@@ -226,7 +226,7 @@ def layer_options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rop
         rotary = bool(supports.rope_layouts) and (not supports.rope_optional or draw(between(0, 4)) > 0)
         layout = draw(layouts(supports)) if rotary else "none"
     scaled = FLAGS if supports.mla_scale_lora else choice(False)
-    return {
+    options = {
         "layout": layout,
         "theta": draw(choice(*THETAS)),
         **(draw(scalings(supports)) if layout != "none" else {}),
@@ -238,6 +238,9 @@ def layer_options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rop
         "output_gate": draw(choice("none", *supports.output_gate)) if supports.output_gate else "none",
         "attention_sink": "layer" in supports.dense_sink and draw(FLAGS),
     }
+    if options["output_gate"] == "query" and (q_lora_rank is None or options["mla_scale_q_lora"]):
+        options["output_gate"] = "none"
+    return options
 
 
 def _starts(model: str, narrow: bool) -> tuple[int, ...]:

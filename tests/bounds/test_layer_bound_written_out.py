@@ -65,6 +65,7 @@ CONFIGS = {
     "norm on k_pe": replace(PLAIN, k_pe_norm=True),
     "gate of heads": replace(PLAIN, output_gate="head"),
     "gate of elements": replace(PLAIN, output_gate="element", q_lora_rank=None),
+    "gate of queries": replace(PLAIN, output_gate="query"),
     "sink": replace(PLAIN, attention_sink=True),
     "scaled": replace(
         PLAIN,
@@ -140,17 +141,21 @@ class Composed:
         config = self.config
         if config.q_lora_rank is None:
             return self.q_down
+        if config.output_gate == "query":
+            return side_by_side([self.q_norm, self.q_down])
         return foldable(self.q_norm, config.q_lora_scale, self.profile.dtype)
 
-    @property
-    def up(self) -> Array:
-        """[h·(n+r), q_lora_rank or e]."""
-        return self.weights["q_proj" if self.config.q_lora_rank is None else "q_b_proj"]
+    def up(self, head: int) -> Array:
+        """Of one head's queries, [n+r, q_lora_rank or e]."""
+        qk, v = self.config.qk_head_dim, self.config.v_head_dim
+        if self.config.output_gate == "query":
+            return self.weights["q_gate_proj"][head * (qk + v) :][:qk]
+        return self.weights["q_proj" if self.config.q_lora_rank is None else "q_b_proj"][head * qk :][:qk]
 
     def query(self, head: int) -> tuple[Bounded, Bounded]:
         """(q_nope, q_pe), each [b, s, ·]."""
         config = self.config
-        q = self.linear(self.up[head * config.qk_head_dim :][: config.qk_head_dim], self.c_q)
+        q = self.linear(self.up(head), self.c_q)
         q = scaled_by_config(q, config.q_lora_scale, self.profile)
         n = config.qk_nope_head_dim
         return self.cooled(q[..., :n]), self.cooled(self.rotated(q[..., n:]))
@@ -227,6 +232,10 @@ class Composed:
     @cached_property
     def g(self) -> Bounded:
         x = exact(self.hidden)
+        if self.config.output_gate == "query":
+            qk, v = self.config.qk_head_dim, self.config.v_head_dim
+            rows = [self.weights["q_gate_proj"][head * (qk + v) + qk :][:v] for head in self.heads]
+            return side_by_side([self.linear(own, self.c_q) for own in rows])
         return x if self.config.output_gate is None else self.linear(self.weights["g_proj"], x)
 
     @cached_property
@@ -397,9 +406,7 @@ def test_bound_of_a_layer_is_composed_of_its_steps(name: str, form: Any) -> None
 
 
 @pytest.mark.parametrize("form", ["explicit", "absorbed"])
-@pytest.mark.parametrize(
-    "name", [name for name in CONFIGS if name not in ("gate of heads", "gate of elements", "sink")]
-)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("gate") and name != "sink"])
 def test_bound_of_a_layers_gradients_is_composed_of_its_steps(name: str, form: Any) -> None:
     layer = composed(name, form)
     out_grad = np.random.default_rng(1).standard_normal(layer.hidden.shape)

@@ -56,12 +56,15 @@ class RelaidWeights(TorchAbsorbed):
     def layer(self, weights: Mapping[str, Tensor], config: MLAConfig) -> TorchLayer:
         if config.rope is None or not config.rope.interleaved:
             return super().layer(weights, config)
-        q_name, kv_name = "q_proj" if config.q_lora_rank is None else "q_b_proj", "kv_a_proj_with_mqa"
-        q = weights[q_name].unflatten(0, (config.num_heads, config.qk_head_dim))  # [h, n+r, ·]
-        q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=1)
+        (q_name,) = {"q_proj", "q_b_proj", "q_gate_proj"} & set(weights)
+        kv_name, n, r = "kv_a_proj_with_mqa", config.qk_nope_head_dim, config.qk_rope_head_dim
+        q = weights[q_name].unflatten(0, (config.num_heads, -1))  # [h, n+r, ·], or with the rows of gates
+        q_nope, q_pe, gates = q.split([n, r, q.shape[1] - n - r], dim=1)
         latent, k_pe = weights[kv_name].split([config.kv_lora_rank, config.qk_rope_head_dim])
         relaid = {
-            q_name: torch.cat([q_nope, self.relayout(q_pe.transpose(0, 1)).transpose(0, 1)], dim=1).flatten(0, 1),
+            q_name: torch.cat([q_nope, self.relayout(q_pe.transpose(0, 1)).transpose(0, 1), gates], dim=1).flatten(
+                0, 1
+            ),
             kv_name: torch.cat([latent, self.relayout_keys(k_pe)]),
         }
         if config.k_pe_norm:
@@ -164,6 +167,34 @@ class GateOfTheLastToken(TorchAbsorbed):
 
     def gated(self, out: Tensor, hidden: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
         return super().gated(out, hidden[:, -1:], weights, config)
+
+
+@planted(
+    "X-query-gate-of-the-normed-latent",
+    symptom="a model whose gates come with its queries is wrong in every layer of attention",
+    shows_when="queries and gates come from one projection",
+    killed_by=(PREFILL, DECODE),
+)
+class QueryGateOfTheNormedLatent(TorchAbsorbed):
+    """The projection takes the query latent after its norm twice."""
+
+    def query_latent(self, hidden: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
+        latent = super().query_latent(hidden, weights, config)
+        return latent if config.output_gate != "query" else latent[..., : config.q_lora_rank].repeat(1, 1, 2)
+
+
+@planted(
+    "X-query-gate-rows-of-all-heads",
+    symptom="right with one head on each rank, and nonsense with several",
+    shows_when="queries and gates come from one projection, of several heads",
+    killed_by=(PREFILL, DECODE),
+)
+class QueryGateRowsOfAllHeads(TorchExplicit):
+    """The rows of all heads' queries are taken to come before those of all gates."""
+
+    def query_and_gate(self, weights: Mapping[str, Tensor], config: MLAConfig) -> tuple[Tensor, Tensor]:
+        both = weights["q_gate_proj"]
+        return both[: config.num_heads * config.qk_head_dim], both[config.num_heads * config.qk_head_dim :]
 
 
 @planted(

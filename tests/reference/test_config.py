@@ -187,6 +187,18 @@ def test_rope_config_refuses(arguments: dict[str, Any], message: str) -> None:
             {"k_pe_norm": True, "qk_rope_head_dim": 0},
             "MLAConfig: k_pe_norm needs a k_pe, got qk_rope_head_dim 0",
         ),
+        (
+            {"output_gate": "tensor"},
+            "MLAConfig: output_gate must be 'head', 'element', 'query' or None, got 'tensor'",
+        ),
+        (
+            {"output_gate": "query", "q_lora_rank": None},
+            "MLAConfig: output_gate 'query' needs a q_lora_rank, and no mla_scale_q_lora",
+        ),
+        (
+            {"output_gate": "query", "q_lora_rank": 4, "mla_scale_q_lora": True},
+            "MLAConfig: output_gate 'query' needs a q_lora_rank, and no mla_scale_q_lora",
+        ),
         ({"softmax_scale": -0.1}, "MLAConfig: softmax_scale must be a positive finite number, got -0.1"),
         ({"softmax_scale": 0.0}, "MLAConfig: softmax_scale must be a positive finite number, got 0.0"),
     ],

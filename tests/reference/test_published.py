@@ -72,7 +72,6 @@ MODELLED = {
 
 NOT_MODELLED = {
     "Mistral-Large-4-1T-A52B": "LeRoPE frequencies",
-    "A.X-K2-Light": "query gate projection",
     "Ling-2.6-1T / Ring-2.6-1T": "which of its layers are MLA",
     "VAETKI-112B": "sliding window",
     "VAETKI-VL-7B": "sliding window",
@@ -80,6 +79,7 @@ NOT_MODELLED = {
 
 UNPUBLISHED = {
     "A.X-K1": "rope_theta",
+    "A.X-K2-Light": "rope_theta",
     "Hy4-preview (class default)": "rope_theta",
     "Ling-2.5-1T / Ring-2.5-1T": "hidden_size",
     "openPangu-Ultra-MoE-718B": "rope_theta",

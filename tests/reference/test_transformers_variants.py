@@ -180,6 +180,48 @@ def test_ling_gates_its_heads() -> None:
     assert excess(got, replace(inputs, weights=ungated), output_gate=None) > 1
 
 
+def axk2_output(inputs: LayerInputs) -> Array:
+    """Of a layer whose indexer selects all keys."""
+    modeling = importlib.import_module("transformers.models.axk2.modeling_axk2")
+    configuration = importlib.import_module("transformers.models.axk2.configuration_axk2")
+    config, hidden = inputs.config, torch.from_numpy(inputs.hidden).float()
+    b, s, _ = hidden.shape
+    theirs = configuration.AXK2Config(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        num_hidden_layers=1,
+        q_lora_rank=config.q_lora_rank,
+        index_topk=s,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        attn_implementation="eager",
+        attention_bias=False,
+        **WIDTHS,
+    )
+    module = modeling.AXK2Attention(theirs, layer_idx=0).eval()
+    state = {f"{name}.weight": torch.from_numpy(w).float() for name, w in inputs.weights.items()}
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(name.startswith("indexer.") for name in missing)
+    positions = torch.from_numpy(inputs.positions)
+    mask = torch.full((s, s), torch.finfo(torch.float32).min).triu(1).expand(b, 1, s, s)
+    table = modeling.AXK2RotaryEmbedding(config=theirs)(hidden, positions)
+    with torch.no_grad():
+        out: Array = module(hidden, table, mask, position_ids=positions)[0].numpy()
+    return out
+
+
+def test_axk2_gates_each_element_by_the_latent_of_its_query() -> None:
+    case = LayerCase(
+        dtype="float32", prompt=6, hidden_size=24, num_heads=3, q_lora_rank=12, start=100, output_gate="query", **WIDTHS
+    )
+    inputs = case.build()
+    got = axk2_output(inputs)
+    assert excess(got, inputs) <= 1
+    halves = np.roll(inputs.weights["q_gate_proj"], 12, axis=1)  # the latent before its norm first
+    assert excess(got, replace(inputs, weights={**inputs.weights, "q_gate_proj": halves})) > 1
+
+
 def hy4_output(inputs: LayerInputs) -> Array:
     """Of a layer that shares the selection of an earlier one, here of all keys, and so has no indexer of its own."""
     modeling = importlib.import_module("transformers.models.hy_v4.modeling_hy_v4")
