@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import math
@@ -181,6 +182,19 @@ def parameters(path: str) -> list[str]:
     return [name for function in functions for name in inspect.signature(function).parameters]
 
 
+def read_parameters(path: str) -> list[str]:
+    """The same of a function whose package cannot be imported here, read in its file."""
+    module, _, attribute = path.partition(":")
+    package, *inside = module.split(".")
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    file = Path(spec.submodule_search_locations[0]).joinpath(*inside).with_suffix(".py")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == attribute)
+    return [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_parameters_are_those_of_the_installed_package(name: str) -> None:
     row = SIGNATURES[name]
@@ -189,8 +203,8 @@ def test_parameters_are_those_of_the_installed_package(name: str) -> None:
         pytest.skip(f"{package} is not installed")
     try:
         known = parameters(row.call)
-    except ImportError as error:
-        pytest.skip(f"{row.call} cannot be imported here: {error}")
+    except ImportError:
+        known = read_parameters(row.call)
     assert [given for given in (*row.plan, *row.arguments) if given not in known] == []
 
 
