@@ -21,6 +21,9 @@ from mla_spec.adapters import triton_bfloat16
 from mla_spec.bounds.profile import Profile
 from mla_spec.subjects.supports import Supports
 
+RUNS = "runs, interpreted"
+"""What a list of adapters says of one whose kernel is interpreted."""
+
 CONVENTION = "interpreted: run by Triton's interpreter on a CPU, which does not round as a GPU does"
 DTYPES = ("float32", "float16", "bfloat16")
 

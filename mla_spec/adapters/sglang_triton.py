@@ -50,6 +50,7 @@ class SglangTriton:
 
     name = "sglang-triton"
     package = "sglang"
+    runs = interpreted.RUNS
 
     def __init__(self) -> None:
         self._decode = adapter_of("sglang-decode", decode_kernel())
@@ -69,6 +70,7 @@ class SglangTritonExtend:
 
     name = "sglang-triton-extend"
     package = "sglang"
+    runs = interpreted.RUNS
 
     def __init__(self) -> None:
         kernel = extend_kernel()

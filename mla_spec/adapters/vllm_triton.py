@@ -20,6 +20,7 @@ class VllmTriton:
 
     name = "vllm-triton"
     package = "vllm"
+    runs = interpreted.RUNS
     num_heads: tuple[int, ...] = (2, 3, 16)
 
     def __init__(self) -> None:

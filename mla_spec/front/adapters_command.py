@@ -30,7 +30,12 @@ def _shipped(name: str, path: str, versions: Mapping[str, list[str]]) -> tuple[s
     found = getattr(importlib.import_module(module), attribute)
     offered = [operation for operation in operation_names() if offers(found, operation)]
     listed = "all operations" if len(offered) == len(operation_names()) else ", ".join(offered)
-    return name, _version(getattr(found, "package", "torch"), versions), unavailable(name) or "runs", listed
+    return (
+        name,
+        _version(getattr(found, "package", "torch"), versions),
+        unavailable(name) or getattr(found, "runs", "runs"),
+        listed,
+    )
 
 
 def _known(name: str, versions: Mapping[str, list[str]]) -> tuple[str, str, str, str]:

