@@ -25,6 +25,7 @@ from mla_spec.exchange.tensor_dump import read_dump
 from mla_spec.exchange.tensor_file import ExchangeError
 from mla_spec.subjects.violation import SubjectCrashed
 from mla_spec.text.files import read_text
+from mla_spec.text.terminal import one_line
 
 METADATA = "metadata.jsonl"
 WRAPPER, DECODE = "BatchMLAPagedAttentionWrapper", "trtllm_batch_decode_with_kv_cache_mla"
@@ -58,6 +59,8 @@ def flashinfer_calls(folder: Path) -> Iterator[Recorded]:
                 yield Recorded(each.name, call, _answer(each, said, lambda outputs: {"out": outputs[0]}))
         except (_Unreadable, ExchangeError) as error:
             yield Recorded(each.name, str(error))
+        except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:  # whatever was dumped
+            yield Recorded(each.name, f"its tensors make no call: {one_line(error, 200)}")
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
@@ -149,6 +152,8 @@ def _ragged(plan: Arguments | None, given: Arguments) -> Call:
     q_nope, ckv = _tensor(given, "q_nope"), _tensor(given, "ckv_cache")
     starts, pages = _tensor(plan, "kv_indptr").tolist(), _tensor(plan, "kv_indices")
     counts = [b - a for a, b in pairwise(starts)]
+    if min([0, *starts, *counts]) < 0 or max([0, *starts]) > len(pages):
+        raise _Unreadable(f"kv_indptr does not divide the {len(pages)} entries of kv_indices")
     table = torch.zeros(len(counts), max([1, *counts]), dtype=torch.int32)
     for row, start, n in zip(table, starts, counts, strict=False):
         row[:n] = pages[start : start + n]

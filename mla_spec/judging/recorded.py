@@ -156,11 +156,13 @@ def judge_results(
         )
     try:
         inputs = operation.recorded(call.inputs())
+        profile = declared.profile.get(dtype) or Profile.default(dtype)
+        compared = _Compared(operation, inputs, profile, declared.supports, failure)
+        wants = compared.wants()  # before anybody is asked: no subject is to blame for arguments that make no sense
         got = results(operation, inputs, dtype)
         if got is None:
             return Judgement(verdict="incomplete", dtype=dtype, message="it has no answer")
-        profile = declared.profile.get(dtype) or Profile.default(dtype)
-        return _compared(_Compared(operation, inputs, profile, declared.supports, failure), dtype, got)
+        return _compared(compared, wants, dtype, got)
     except Violation as error:
         return Judgement(verdict="fail", dtype=dtype, message=str(error), proof=True)
     except Unsupported as error:
@@ -203,9 +205,9 @@ class _Compared:
         return bool((ratios(result, want.value, np.broadcast_to(want.bound.total, want.value.shape)) > 1).any())
 
 
-def _compared(compared: _Compared, dtype: str, got: Results) -> Judgement:
+def _compared(compared: _Compared, wants: tuple[Expected | None, ...], dtype: str, got: Results) -> Judgement:
     """The judgement of outputs, the LSE before the others; the message is of the first that is outside."""
-    pairs = [(o.name, g, w) for o, g, w in zip(compared.operation.outputs, got, compared.wants(), strict=True)]
+    pairs = [(o.name, g, w) for o, g, w in zip(compared.operation.outputs, got, wants, strict=True)]
     margins: dict[str, float] = {}
     sights: dict[str, Sight] = {}
     note = "every element is exactly what it must be"

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -286,6 +287,14 @@ def test_dumps_that_cannot_be_read_are_told_one_by_one(tmp_path: Path) -> None:
     assert "is nothing that torch.load reads" in records[0][2]
     assert records[1][2].startswith("the plan of its wrapper was not dumped")
     assert records[2][2] == "the last line of its metadata.jsonl is no object"
+    shutil.rmtree(folder)
+    flashinfer(folder, ".safetensors")
+    path = plan / "inputs.safetensors"
+    found = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({**found, "arg_2": torch.tensor([0, 3, 2**30]).int()}, path)
+    assert replayed(folder, "torch-absorbed")[1][0][2] == "kv_indptr does not divide the 5 entries of kv_indices"
+    safetensors.torch.save_file({**found, "arg_4": torch.zeros(2, 2).int()}, path)
+    assert replayed(folder, "torch-absorbed")[0] == 3
     assert replayed(run, "torch-absorbed")[0] == 3
 
 
