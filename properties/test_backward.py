@@ -25,7 +25,12 @@ from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.sparse import SPARSE_PREFILL as SPARSE
 from mla_spec.properties.attention import needs_several_sequences
 from mla_spec.properties.hazards import require_unmodified
-from mla_spec.properties.strategies.gradients import exact_backward_cases, prefill_backward_cases, sparse_backward_cases
+from mla_spec.properties.strategies.gradients import (
+    exact_backward_cases,
+    many_backward,
+    prefill_backward_cases,
+    sparse_backward_cases,
+)
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.near import there
@@ -79,7 +84,7 @@ def _bound(x: Bounded) -> ErrorBound:
     return ErrorBound({"running error analysis of the backward pass": x.error})
 
 
-@law(needs=PREFILL, cases=prefill_backward_cases, missing=_needs_prefill)
+@law(needs=PREFILL, cases=prefill_backward_cases, missing=_needs_prefill, first=many_backward)
 def test_prefill_gradients_agree_with_reference(run: Run, case: PrefillBackwardCase) -> None:
     """The gradients of q, k and v are each within their worst-case bound."""
     x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)

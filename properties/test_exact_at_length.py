@@ -28,7 +28,16 @@ from mla_spec.operations.rank_decode import OPERATION as RANK
 from mla_spec.operations.rank_decode import RankDecodeCase, RankDecodeInputs
 from mla_spec.operations.sparse import SPARSE_DECODE, SPARSE_PREFILL, SparseDecodeCase, SparseInputs, SparsePrefillCase
 from mla_spec.properties.exact import PERIOD, QUERY, Answer, Keys, Pattern, patterns, rounds, rows_of, value_table
-from mla_spec.properties.strategies.counts import ELEMENTS, LONG, latent_dims, nearest, placed, prefill_dims
+from mla_spec.properties.strategies.counts import (
+    BETWEEN,
+    ELEMENTS,
+    LONG,
+    latent_dims,
+    nearest,
+    placed,
+    prefill_dims,
+    thinned,
+)
 from mla_spec.reference.cache_layout import QuantisedRows, pack
 from mla_spec.reference.context_parallel import places, seen_by_queries
 from mla_spec.reference.typing import Array, IntArray
@@ -45,22 +54,27 @@ SHORT = (5, 70)
 
 
 def _decode_cases(supports: Supports, profile: Profile) -> list[DecodeCase]:
-    """A long sequence and short ones; rows are narrow where the subject takes them, and else sequences share pages."""
+    """A long sequence and short ones, and many between; rows are narrow where the subject takes them, and else share pages."""
     c, r = latent_dims(supports)
+    calls = [
+        (placed(long, SHORT[:others], place % (others + 1)), 1 + seed % 2)
+        for seed, (long, place) in enumerate(PLACES)
+        for others in _room(long * (c + r))
+    ]
+    calls += [(thinned(lengths, c + r), s) for lengths, s in ((BETWEEN[1::2], 1), (BETWEEN[::2], 4))]
     return [
         DecodeCase(
             dtype=profile.dtype,
             seed=seed,
-            seqlens=placed(long, SHORT[:others], place % (others + 1)),
-            s=min(1 + seed % 2, supports.max_s or 2),
+            seqlens=seqlens,
+            s=min(s, supports.max_s or s),
             num_heads=nearest(supports.num_heads, 2),
             kv_lora_rank=c,
             qk_rope_head_dim=r,
             page_size=nearest(supports.page_sizes, (64, 1, 16, 256)[seed % 4]),
-            causal=supports.causal[seed % len(supports.causal)],
+            causal=supports.causal[seed // 2 % len(supports.causal)],
         )
-        for seed, (long, place) in enumerate(PLACES)
-        for others in _room(long * (c + r))
+        for seed, (seqlens, s) in enumerate(calls)
     ]
 
 
@@ -140,7 +154,7 @@ def _quantised_cases(supports: Supports, profile: Profile) -> list[QuantisedDeco
             causal=supports.causal[0],
         )
         for seed, name in enumerate(latent_formats(supports))
-        for long in ((2081, 8193) if seed == 0 else (2081,))
+        for long in ((2081, 16449) if seed == 0 else (2081,))
     ]
 
 

@@ -14,7 +14,7 @@ from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer_gradients import LayerGradientCase, LayerGradientDriver, LayerGradientInputs
 from mla_spec.properties.attention import needs_several_sequences
 from mla_spec.properties.hazards import require_unmodified
-from mla_spec.properties.strategies.layer_gradients import layer_gradient_cases, scaled_rope
+from mla_spec.properties.strategies.layer_gradients import layer_gradient_cases, many_of_each
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.config import MLAConfig
 from mla_spec.reference.formats import format_of
@@ -109,7 +109,7 @@ def _parts(inputs: LayerGradientInputs) -> Iterator[Part]:
     return parts(inputs.layer.config, tuple(inputs.layer.weights))
 
 
-@law(needs=LAYER, cases=layer_gradient_cases, missing=_needs_gradients, cost=2, first=scaled_rope)
+@law(needs=LAYER, cases=layer_gradient_cases, missing=_needs_gradients, cost=2, first=many_of_each)
 def test_layer_gradients_agree_with_reference(run: Run, case: LayerGradientCase) -> None:
     """Gradients of hidden and of each weight, each kind of rows by itself, within the worst-case bound of the profile."""
     inputs = case.build_gradient()

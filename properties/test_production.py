@@ -1,14 +1,17 @@
-"""Laws of the numbers that production has: see ``mla_spec.properties.strategies.production``."""
+"""Laws of the numbers that production has: see ``mla_spec.properties.strategies.production`` and ``crossed``."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Law, Run, as_test
 from mla_spec.operations.all import CALLED
 from mla_spec.operations.operation import Operation
+from mla_spec.properties.strategies.crossed import CROSSED
 from mla_spec.properties.strategies.production import PRODUCTION
+from mla_spec.subjects.supports import Supports
 
 
 def agrees_at_production_counts(operation: Operation, run: Run, case: Any) -> None:
@@ -17,12 +20,17 @@ def agrees_at_production_counts(operation: Operation, run: Run, case: Any) -> No
     run.agrees(operation, inputs, run.call(operation, inputs))
 
 
+def _cases(operation: str, supports: Supports, profile: Profile) -> list[Any]:
+    """Those that raise one number at a time, and those that raise several."""
+    return [case for made in (PRODUCTION, CROSSED) if operation in made for case in made[operation](supports, profile)]
+
+
 def production_law(operation: Operation) -> Law:
     """The law of one operation."""
     check = partial(agrees_at_production_counts, operation)
     check.__doc__ = agrees_at_production_counts.__doc__
     name = f"test_{operation.name}_at_production_counts"
-    return Law(name, (operation.name,), PRODUCTION[operation.name], check, operation.missing)
+    return Law(name, (operation.name,), partial(_cases, operation.name), check, operation.missing)
 
 
 LAWS = tuple(production_law(operation) for operation in CALLED if operation.name in PRODUCTION)

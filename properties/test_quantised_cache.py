@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.quantised_cache import scale_limits
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.quantised_cache import (
@@ -20,6 +21,7 @@ from mla_spec.operations.quantised_cache import (
     stored_rows,
 )
 from mla_spec.operations.quantised_decode import no_latent_format
+from mla_spec.properties.strategies import crossed
 from mla_spec.properties.strategies.quantised_cache import (
     pages_cases,
     quantise_cases,
@@ -46,13 +48,18 @@ def _scaled_format(supports: Supports) -> str:
     return "" if stores_scales(supports) else "supports no format that stores scales"
 
 
+def _many_scales(supports: Supports, profile: Profile) -> list[QuantiseCase]:
+    """The cases of many tokens whose formats store scales."""
+    return [case for case in crossed.quantize_cache(supports, profile) if case.layout.scale]
+
+
 @law(needs=QUANTIZE_CACHE, cases=quantise_cases, missing=no_format)
 def test_quantised_pages_have_the_bytes_of_the_layout(run: Run, case: QuantiseCase) -> None:
     """As many pages as hold the tokens, each of exactly the bytes that the layout has with its alignment."""
     run.call(QUANTIZE_CACHE, case.build())  # the engine holds the shape against the layout
 
 
-@law(needs=QUANTIZE_CACHE, cases=narrowed(quantise_cases, scaled=True), missing=_scaled_format)
+@law(needs=QUANTIZE_CACHE, cases=narrowed(quantise_cases, scaled=True), missing=_scaled_format, first=_many_scales)
 def test_scales_are_within_limits(run: Run, case: QuantiseCase) -> None:
     """A scale is neither so small that its group saturates, nor so large that codes lose a bit; never NaN."""
     inputs = case.build()
@@ -68,7 +75,7 @@ def test_scales_are_within_limits(run: Run, case: QuantiseCase) -> None:
         )
 
 
-@law(needs=QUANTIZE_CACHE, cases=quantise_cases, missing=no_format)
+@law(needs=QUANTIZE_CACHE, cases=quantise_cases, missing=no_format, first=crossed.quantize_cache)
 def test_codes_are_the_nearest(run: Run, case: QuantiseCase) -> None:
     """With the stored scales every element is the nearest one, saturated, never NaN; plain ones are rounded once."""
     inputs = case.build()
@@ -116,7 +123,7 @@ def _held(run: Run, inputs: PagesInputs) -> Result:
     return rows.arranged(lambda x: x.reshape(-1, x.shape[-1])[: len(inputs.rows)])
 
 
-@law(needs=DEQUANTIZE_CACHE, cases=pages_cases, missing=no_format)
+@law(needs=DEQUANTIZE_CACHE, cases=pages_cases, missing=no_format, first=crossed.dequantize_cache)
 def test_dequantised_rows_are_code_times_scale(run: Run, case: PagesCase) -> None:
     """Pages that the reference made are read as code times scale, rounded to the dtype; exactly where it holds them."""
     inputs = case.build()

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Law, Run, as_test
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeInputs
 from mla_spec.operations.operation import Operation
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillInputs
+from mla_spec.properties.strategies import crossed
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.ordinary import with_options
 from mla_spec.properties.strategies.prefill import prefill_cases
@@ -38,15 +40,20 @@ def _without_window(operation: str, supports: Supports) -> str:
     return "" if True in supports.causal else f"{operation} is never causal"
 
 
-def _both(end: str, missing: Callable[[str, Supports], str], **keywords: Any) -> Callable[[Check], Check]:
-    """Make two laws of a statement; their names end with ``end``, and ``keywords`` are those of both strategies."""
+def _both(
+    end: str, missing: Callable[[str, Supports], str], *, option: str = "", **keywords: Any
+) -> Callable[[Check], Check]:
+    """Make two laws of a statement; their names end with ``end``, and ``keywords`` are those of both strategies.
+
+    ``option``: "sink" or "window" where they begin with that option at counts of production.
+    """
 
     def decorate(check: Check) -> Check:
         for operation, strategy in ((DECODE, decode_cases), (PREFILL, prefill_cases)):
             of_one = partial(check, operation)
             of_one.__doc__ = check.__doc__
             name, cases = f"test_{operation.name}_{end}", narrowed(strategy, **keywords)
-            absent, first = partial(missing, operation.name), partial(with_options, operation.name)
+            absent, first = partial(missing, operation.name), partial(_first, operation.name, option)
             made = Law(name, (operation.name,), cases, of_one, absent, first=first)
             globals()[name] = as_test(made, __name__)
         return check
@@ -54,7 +61,15 @@ def _both(end: str, missing: Callable[[str, Supports], str], **keywords: Any) ->
     return decorate
 
 
-@_both("attention_sink", _without_sink, sinks=("finite", "infinite"), logit_stds=SINK_STDS)
+def _first(operation: str, option: str, supports: Supports, profile: Profile) -> list[Any]:
+    """The ordinary case with the options, and where one is named, cases with it of several counts of production."""
+    cases: list[Any] = with_options(operation, supports, profile)
+    if option:
+        cases += crossed.with_options(operation, supports, profile, sink=option == "sink")
+    return cases
+
+
+@_both("attention_sink", _without_sink, option="sink", sinks=("finite", "infinite"), logit_stds=SINK_STDS)
 def _attention_sink(operation: Operation, run: Run, case: Any) -> None:
     """A sink takes its share of out and of nothing else; -inf takes none, and +inf leaves exactly 0."""
     inputs = case.build()
@@ -92,7 +107,7 @@ def _one_key_each(case: Any, supports: Supports) -> dict[str, Any]:
     return {"seqlens_q": (1,) * count, "seqlens_k": (1,) * count}
 
 
-@_both("window", _without_window, windows=WINDOWS, causal=True)
+@_both("window", _without_window, option="window", windows=WINDOWS, causal=True)
 def _window(operation: Operation, run: Run, case: Any) -> None:
     """Each query sees the last keys of those that it would see, as many as the window has."""
     inputs = case.build()

@@ -15,6 +15,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.operations.gradients import PrefillBackwardCase, SparseBackwardCase
 from mla_spec.operations.merge_gradients import MergeBackwardCase, RingCase
 from mla_spec.operations.rope_gradients import RopeBackwardCase
+from mla_spec.properties.strategies.counts import ELEMENTS, nearest, prefill_dims
 from mla_spec.properties.strategies.merge import merge_cases
 from mla_spec.properties.strategies.rope import options, rope_cases
 from mla_spec.properties.strategies.sizes import SEEDS, between, choice, large_size, several, supported
@@ -101,6 +102,38 @@ def _stds(regime: str, profile: Profile, rows: int) -> tuple[float, ...]:
     if regime == "aligned":
         return ALIGNED_STDS
     return (1.0, 0.1, 4.0) if rows >= 16 and format_of(profile.dtype).bits > 16 else (1.0, 0.1)
+
+
+MANY = (
+    # queries, keys, heads
+    ((3,) * 20, (9, 20, 5, 12) * 5, 2),
+    ((4, 2), (20, 9), 48),
+    ((140, 3), (300, 5), 1),
+    ((3, 2), (600, 70), 1),
+)
+
+
+def many_backward(supports: Supports, profile: Profile) -> list[PrefillBackwardCase]:
+    """Many sequences, heads, queries and keys, one number at a time, in rows as narrow as the subject takes."""
+    d, v = prefill_dims(supports)
+    regimes = judgeable_regimes(supports, profile, max(d, v))
+    regime = "typical" if "typical" in regimes else "aligned"
+    return [
+        PrefillBackwardCase(
+            dtype=profile.dtype,
+            seed=seed,
+            seqlens_q=queries,
+            seqlens_k=keys,
+            num_heads=nearest(supports.num_heads, heads),
+            qk_head_dim=d,
+            v_head_dim=v,
+            causal=max(supports.causal),
+            logit_std=1.0 if regime == "typical" else min(ALIGNED_STDS),
+            regime=regime,
+        )
+        for seed, (queries, keys, heads) in enumerate(MANY)
+        if (sum(queries) + sum(keys)) * nearest(supports.num_heads, heads) * (d + v) <= ELEMENTS
+    ]
 
 
 @st.composite

@@ -23,6 +23,9 @@ C = TypeVar("C", bound=LayerCase)
 LONG = 4161
 """Tokens of a long prompt."""
 
+PROMPTS = (126, 254, 574, 1022, LONG)
+"""Tokens of prompts; decoded ones follow across 128, 256 and 1024, where caches grow and kernels change."""
+
 
 @functools.cache
 def supported_models(supports: Supports) -> list[str]:
@@ -204,19 +207,21 @@ def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
     cases += [replace(base, output_gate=gate, num_heads=2, hidden_size=6) for gate in supports.output_gate]
     if "layer" in supports.dense_sink:
         cases.append(replace(base, attention_sink=True, num_heads=2, hidden_size=6))
+    cases.append(replace(base, num_heads=72, hidden_size=72))
     cases.append(replace(base, kv_lora_rank=512, qk_rope_head_dim=64, num_heads=2, hidden_size=6))
     return list(dict.fromkeys(fitted(case, supports) for case in cases))
 
 
 def long_layers(supports: Supports, profile: Profile) -> list[LayerCase]:
-    """More than 4096 tokens, where the subject has so many positions: in formats of 16 bits in the widths of DeepSeek-V3's cache, else in narrow rows."""
+    """Hundreds of tokens and thousands, where the subject has so many positions: in formats of 16 bits in the widths of DeepSeek-V3's cache, else in narrow rows."""
     case = every_option(supports, profile)[-1]
     if format_of(profile.dtype).bits > 16:
         case = replace(case, kv_lora_rank=case.qk_nope_head_dim, qk_rope_head_dim=8)
     # aligned weights have a mean, so that outputs over many tokens do not average out to 0
     case = replace(case, num_heads=1, hidden_size=5, gain=0.0625, q_lora_rank=None, weights="aligned")
-    made = fitted(replace(case, prompt=LONG, steps=3), supports)
-    return [made] if made.prompt == LONG else []
+    wanted = [replace(case, prompt=prompt, steps=3) for prompt in PROMPTS]
+    made = [fitted(each, supports) for each in wanted]
+    return [case for case, prompt in zip(made, PROMPTS, strict=True) if case.prompt == prompt]
 
 
 def layer_options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rope_dim: int) -> dict[str, Any]:

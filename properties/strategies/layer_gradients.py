@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
@@ -68,6 +69,19 @@ def layer_gradient_cases(
     )
     made: LayerGradientCase = fitted(case, supports)
     return made
+
+
+MANY: tuple[dict[str, Any], ...] = ({"prompt": 70}, {"batch": 6}, {"num_heads": 24, "hidden_size": 24})
+"""Tokens, sequences and heads of a layer, more than a tile or a small batch has."""
+
+
+def many_of_each(supports: Supports, profile: Profile) -> list[LayerGradientCase]:
+    """A layer whose rotary embedding is scaled, and then many tokens, sequences and heads in formats of more than 16 bits."""
+    scaled = scaled_rope(supports, profile)
+    if format_of(profile.dtype).bits <= 16:
+        return scaled
+    plain = [replace(case, yarn="none", longrope="none", weights="aligned") for case in scaled]
+    return scaled + [fitted(replace(case, **changes), supports) for case in plain for changes in MANY]
 
 
 def scaled_rope(supports: Supports, profile: Profile) -> list[LayerGradientCase]:

@@ -70,7 +70,7 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
             kv_lora_rank=c,
             qk_rope_head_dim=r,
             page_size=page_size,
-            causal=supports.causal[seed % len(supports.causal)],
+            causal=supports.causal[seed // 2 % len(supports.causal)],
             logit_std=1.0,
             shared_pages=0 if pages * len(seqlens) <= room else room,
         )

@@ -21,7 +21,8 @@ def decode(supports: Supports, profile: Profile) -> list[DecodeCase]:
     """All scores far below 0, and queries on both sides of a boundary of pages; and the first and the last page of a pool."""
     c, r = latent_dims(supports)
     s = min(4, supports.max_s or 4)
-    sunken = judgeable_stds(SUNKEN_STDS, profile, c + r, "sunken")
+    # of rows so narrow one key has all the weight, and what rounds its score changes nothing
+    sunken = judgeable_stds(SUNKEN_STDS, profile, c + r, "typical" if c + r <= 8 else "sunken")
     cases = []
     for size in sorted({nearest(supports.page_sizes, size) for size in (1, 16, 64)}):
         base = DecodeCase(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.rope import LONGROPE, YARN, RopeCase
+from mla_spec.operations.rope import CONTEXTS, LONGROPE, YARN, RopeCase
 from mla_spec.properties.strategies.sizes import MANY_HEADS, SEEDS, among, between, choice, large_size
 from mla_spec.reference.config import YarnScaling
 from mla_spec.subjects.supports import YARN_OPTIONS, Supports
@@ -51,8 +51,21 @@ def _far(profile: Profile) -> tuple[tuple[int, int], ...]:
     return ((64, 163_830), (64, 262_130), (64, 2**20 - 50)) if profile.rope.angle in ("float32", "float64") else ()
 
 
+def _at_the_end(supports: Supports, profile: Profile) -> list[RopeCase]:
+    """Positions on both sides of the end of the context that a scaling states, or makes, for which a table may be made."""
+    cases = []
+    for i, scaling in enumerate(supported_scalings(supports)):
+        yarn, longrope = YARN[scaling.get("yarn", "none")], LONGROPE[scaling.get("longrope", "none")]
+        made = int(yarn.factor * yarn.original_max_position_embeddings) if yarn else None
+        end = CONTEXTS.get(scaling.get("yarn", "none"), longrope or made)
+        if end is not None and (end < 2**14 or profile.rope.angle in ("float32", "float64")):
+            layout = supports.rope_layouts[i % len(supports.rope_layouts)]
+            cases.append(RopeCase(dtype=profile.dtype, s=4, heads=2, dim=16, layout=layout, start=end - 3, **scaling))
+    return cases
+
+
 def options(supports: Supports, profile: Profile) -> list[RopeCase]:
-    """Every scaling once in each layout, in few and many dims; the largest base of a published model."""
+    """Every scaling once in each layout, in few and many dims, and at the end of its context; the largest base of a published model."""
     cases = []
     for i, scaling in enumerate(supported_scalings(supports)):
         for j, layout in enumerate(supports.rope_layouts):
@@ -60,6 +73,7 @@ def options(supports: Supports, profile: Profile) -> list[RopeCase]:
             cases.append(
                 RopeCase(dtype=profile.dtype, s=3, heads=2, dim=dim, layout=layout, start=250, stride=5, **scaling)
             )
+    cases += _at_the_end(supports, profile)
     return cases + [
         RopeCase(dtype=profile.dtype, s=3, dim=dim, layout=supports.rope_layouts[0], theta=8e7, start=start, stride=17)
         for dim, start in ((2, 60), (4, 4095), (24, 60), (64, 4095), *_far(profile))

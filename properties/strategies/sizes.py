@@ -104,27 +104,48 @@ LARGE_PRODUCTS = 16.0
 """How much larger the products of a score may be, against the score, than in the regime "typical"."""
 
 
+FAR_FROM_ZERO = {"sunken": (1.25, 0.5), "outlier": (5.0, 0.0), "offset": (5.0, 0.0), "sink": (5.0, 0.0)}
+"""Regimes in which scores are larger than their spread: by about which factor, times which power of the width of rows."""
+
+
+def _feels_score_roundings(std: float, profile: Profile, head_dim: int, regime: str) -> bool:
+    """Whether roundings of scores that are stored in 16 bits move outputs by so much that their bound says nothing.
+
+    Measured, not derived: a bound that says nothing fails no kernel. Where scores are spread so far that one key has all the
+    weight, no rounding is felt.
+    """
+    rounding = profile.score_roundings * format_of(profile.score_format).unit_roundoff
+    if rounding < 2.0**-12 or (std >= 64 and regime not in FAR_FROM_ZERO):
+        return False
+    factor, power = FAR_FROM_ZERO.get(regime, (1.0, 0.0))
+    size: float = std * factor * head_dim**power
+    return size * rounding > 0.1
+
+
 @cache
 def judgeable_stds(
     logit_stds: tuple[float, ...], profile: Profile, head_dim: int, regime: str = ""
 ) -> tuple[float, ...]:
     """Those that leave the scores an error below about 0.4, and so the bound a meaning.
 
-    Operands or queries that are rounded before they are multiplied leave products an error that is felt at any size of the
-    scores: then 0.03 is the limit, and where it is too little for all of ``logit_stds``, the smallest that there is remains.
+    Operands or queries that are rounded before they are multiplied, and sums in 16 bits, leave products an error that is felt
+    at any size of the scores: then 0.03 is the limit, and where it is too little for all of ``logit_stds``, the smallest that
+    there is remains.
 
     Args:
         regime: of the case; "" where it is any.
     """
     # All keys meet the same rounded query, so that it moves an output by little more than the square of this.
     query = format_of(profile.query).unit_roundoff if profile.query else 0.0
-    if profile.score.operand_error or query:
+    coarse_sums = profile.score.relative_error(head_dim) > 2.0**-10
+    if profile.score.operand_error or query or coarse_sums:
         large = head_dim**0.5 * (1.0 if regime in ("typical", "ties", "sunken") else LARGE_PRODUCTS)
         products = large * profile.score.relative_error(head_dim)
-        candidates = (*logit_stds, 0.5, 0.25) if query else logit_stds
+        more = (0.5, 0.25) if query else (1e-3,) if coarse_sums else ()
+        candidates = (*logit_stds, *more)
         most = 0.2 if head_dim <= 128 else 0.08  # covariances of wide rows are not formed where they would take long
         fine = tuple(std for std in candidates if std * products < 0.03 and std * large * query < most)
-        return fine or (min(LOGIT_STDS),)
+        return fine or (min(*candidates, min(LOGIT_STDS)),)
     rounding = profile.score_roundings * format_of(profile.score_format).unit_roundoff
     gamma = profile.score.relative_error(head_dim + profile.operand_roundings)
     # Merging parts by LSEs takes two roundings of numbers as large as the largest score, and each moves out by as much.
@@ -132,9 +153,11 @@ def judgeable_stds(
     merging = 8 * profile.merges(1) * u_lse
 
     def judgeable(std: float) -> bool:
-        return std * (head_dim**0.5 * gamma + rounding) < 0.4 and std * merging < 0.02
+        fine = std <= 64 or (std * (head_dim**0.5 * gamma + rounding) < 0.4 and std * merging < 0.02)
+        return fine and not _feels_score_roundings(std, profile, head_dim, regime)
 
-    return tuple(std for std in logit_stds if std <= 64 or judgeable(std))
+    fine = tuple(std for std in logit_stds if judgeable(std))
+    return fine or (max(std for std in LOGIT_STDS if judgeable(std) or std == min(LOGIT_STDS)),)
 
 
 def cancelling_stds(stds: tuple[float, ...], profile: Profile, head_dim: int) -> tuple[float, ...]:
