@@ -10,6 +10,7 @@ made, and what depends on earlier draws is chosen by a drawn number, not by a ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, TypeVar
@@ -122,6 +123,11 @@ def _feels_score_roundings(std: float, profile: Profile, head_dim: int, regime: 
     return size * rounding > 0.1
 
 
+def _power_of_two(x: float) -> float:
+    """The largest that is not above x > 0."""
+    return float(2.0 ** math.floor(math.log2(x)))
+
+
 @cache
 def judgeable_stds(
     logit_stds: tuple[float, ...], profile: Profile, head_dim: int, regime: str = ""
@@ -129,8 +135,7 @@ def judgeable_stds(
     """Those that leave the scores an error below about 0.4, and so the bound a meaning.
 
     Operands or queries that are rounded before they are multiplied, and sums in 16 bits, leave products an error that is felt
-    at any size of the scores: then 0.03 is the limit, and where it is too little for all of ``logit_stds``, the smallest that
-    there is remains.
+    at any size of the scores: then 0.03 is the limit, and where it is too little for all of ``logit_stds``, one is made.
 
     Args:
         regime: of the case; "" where it is any.
@@ -141,11 +146,10 @@ def judgeable_stds(
     if profile.score.operand_error or query or coarse_sums:
         large = head_dim**0.5 * (1.0 if regime in ("typical", "ties", "sunken") else LARGE_PRODUCTS)
         products = large * profile.score.relative_error(head_dim)
-        more = (0.5, 0.25) if query else (1e-3,) if coarse_sums else ()
-        candidates = (*logit_stds, *more)
+        candidates = (*logit_stds, 0.5, 0.25) if query else logit_stds
         most = 0.2 if head_dim <= 128 else 0.08  # covariances of wide rows are not formed where they would take long
         fine = tuple(std for std in candidates if std * products < 0.03 and std * large * query < most)
-        return fine or (min(*candidates, min(LOGIT_STDS)),)
+        return fine or (min(*LOGIT_STDS, _power_of_two(0.03 / products)),)
     rounding = profile.score_roundings * format_of(profile.score_format).unit_roundoff
     gamma = profile.score.relative_error(head_dim + profile.operand_roundings)
     # Merging parts by LSEs takes two roundings of numbers as large as the largest score, and each moves out by as much.
@@ -161,9 +165,10 @@ def judgeable_stds(
 
 
 def cancelling_stds(stds: tuple[float, ...], profile: Profile, head_dim: int) -> tuple[float, ...]:
-    """Those up to 4 that leave scores, sums of products so much larger than they are, an error below 0.075; or the smallest."""
+    """Those up to 4 that leave scores, sums of products so much larger than they are, an error below 0.075; or the largest that does."""
     products = LARGE_PRODUCTS * head_dim**0.5 * profile.score.relative_error(head_dim + profile.operand_roundings)
-    return tuple(std for std in stds if std <= 4 and std * products < 0.075) or (min(stds),)
+    fine = tuple(std for std in stds if std <= 4 and std * products < 0.075)
+    return fine or (min(*stds, _power_of_two(0.075 / products)),)
 
 
 def long_enough(length: int, unit: int, profile: Profile) -> int:
