@@ -22,7 +22,7 @@ LONG = (4161, 8193, 32769, 65606, 131142)
 """Keys of a long sequence: just beyond a power of two, but for what no kernel's part divides."""
 
 BETWEEN = (
-    *(256, 321, 383, 485, 512, 577, 703, 741, 768, 832, 959, 1000, 1024, 1025, 1216, 1343),
+    *(256, 321, 383, 485, 512, 577, 703, 741, 768, 832, 959, 1000, 1024, 1025, 1216, 1407),
     *(1536, 1601, 1791, 1984, 2048, 2049, 2239, 2560, 2880, 3071, 3328, 3584, 3841, 4032, 4095, 4096),
 )
 """Lengths of 4 to 64 tiles of 64 keys: tiles of every remainder by 2, 3, 4, 5 and 8, whole ones and not, and powers of two."""

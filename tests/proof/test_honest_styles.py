@@ -18,11 +18,14 @@ from torch import Tensor
 from mla_spec.bounds.attention import attention_with_bound
 from mla_spec.bounds.kernel_presets import presets
 from mla_spec.bounds.profile import Accumulator, Profile
+from mla_spec.bounds.profile_presets import preset
 from mla_spec.installed import all_laws
+from mla_spec.judging.judge import require_meaningful
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
-from mla_spec.judging.verdict import Record
-from mla_spec.properties.strategies.sizes import cancelling_stds
+from mla_spec.judging.verdict import Record, VacuousCase
+from mla_spec.operations.decode import DecodeCase, decode_expected
+from mla_spec.properties.strategies.sizes import LOGIT_STDS, cancelling_stds, judgeable_stds
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Unsupported
 
@@ -302,3 +305,20 @@ def test_scores_that_cancel_are_drawn_as_large_as_the_profile_can_bear() -> None
     assert cancelling_stds(stds, hopper, narrow) == (1.0, 4.0)
     # 16 · √576 · γ_576 in float16 is 150, and 2^-11 of it below 0.075
     assert cancelling_stds(stds, Profile.default("float16", score=Accumulator(format="float16")), wide) == (2.0**-11,)
+
+
+@pytest.mark.parametrize("regime", ["sunken", "offset", "outlier", "negative"])
+def test_scores_stored_in_16_bits_are_drawn_as_large_as_their_bound_bears(regime: str) -> None:
+    eager, widths = preset("bf16-eager"), {"kv_lora_rank": 48, "qk_rope_head_dim": 16}
+    stds = judgeable_stds(LOGIT_STDS, eager, 64, regime)
+    assert {0.1, 0.01} <= set(stds)
+    assert 4.0 in judgeable_stds(LOGIT_STDS, Profile.default("bfloat16"), 64, regime)
+    for std in stds:
+        case = DecodeCase(dtype="bfloat16", seqlens=(63, 20), s=2, logit_std=std, regime=regime, **widths)
+        want = decode_expected(case.build(), eager)
+        require_meaningful(want.out, want.out_error.total)
+    if regime == "sunken":
+        case = DecodeCase(dtype="bfloat16", seqlens=(63, 20), s=2, logit_std=4.0, regime=regime, **widths)
+        want = decode_expected(case.build(), eager)
+        with pytest.raises(VacuousCase):
+            require_meaningful(want.out, want.out_error.total)

@@ -11,7 +11,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.layer import layer_models
 from mla_spec.operations.rope import LONGROPE, YARN
-from mla_spec.properties.strategies import production, rare
+from mla_spec.properties.strategies import crossed, production, rare
 from mla_spec.properties.strategies.layer import every_option, long_layers
 from mla_spec.properties.strategies.rope import options
 from mla_spec.reference.sparse import indexer_logits
@@ -78,6 +78,42 @@ def test_cases_are_what_the_subject_takes(operation: str, supports: Supports) ->
         if supports is REAL and operation not in ("rope", "indexer", "write_cache"):
             assert case.num_heads in (16, 128)
         assert case.dtype == "bfloat16"
+
+
+def test_numbers_of_production_meet() -> None:
+    cases = crossed.decode(FREE, PROFILE)
+    long = [case for case in cases if max(case.seqlens) > 4096]
+    assert any(case.s > 2 and case.causal for case in long)
+    assert any(case.num_heads > 64 and case.s == 1 for case in long)
+    assert any(0 in case.seqlens for case in long)
+    assert any(len(case.seqlens) == 1 and case.seqlens[0] > 128 * 64 for case in long)
+    assert any(sum(n > 4096 for n in case.seqlens) > 1 for case in long)
+    assert any(len(case.seqlens) * case.s * case.num_heads > 65535 for case in cases)
+    tiles = {-(-n // 64) for case in cases for n in case.seqlens if n > 512}
+    assert all({n % remainder for n in tiles} == set(range(remainder)) for remainder in (2, 3, 4, 5, 8))
+    windows = crossed.with_options("decode", FREE, PROFILE, sink=False)
+    assert all(case.window > 128 and case.causal for case in windows)
+    prompts = [
+        pair for case in crossed.prefill(FREE, PROFILE) for pair in zip(case.seqlens_q, case.seqlens_k, strict=True)
+    ]
+    assert any(q > 128 and k - q > 1024 for q, k in prompts)
+    assert max(q for q, _ in prompts) > 2**16
+    assert any(case.rank > 8 for case in crossed.rank_decode(FREE, PROFILE))
+    (merge,) = crossed.merge(FREE, PROFILE)
+    assert merge.batch * merge.s * merge.num_heads > 65535
+
+
+@pytest.mark.parametrize("operation", crossed.CROSSED)
+def test_cases_that_meet_are_what_the_subject_takes(operation: str) -> None:
+    for case in crossed.CROSSED[operation](REAL, PROFILE):
+        if hasattr(case, "page_size"):
+            assert case.page_size == 64
+        if hasattr(case, "num_heads") and operation != "indexer":
+            assert case.num_heads in (16, 128)
+        if hasattr(case, "seqlens"):
+            assert min(case.seqlens) >= min(case.s, 1)
+        if hasattr(case, "seqlens_k"):
+            assert all(k >= q for q, k in zip(case.seqlens_q, case.seqlens_k, strict=True))
 
 
 def test_prefill_reaches_the_counts_of_production() -> None:
