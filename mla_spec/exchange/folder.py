@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from mla_spec.text.typed import Count, Mistyped, Size
 SCHEMA, VERSION = "mla-spec-exchange", 1
 INDEX, CALLS, ANSWERS, SUFFIX = "calls.jsonl", "calls", "answers", ".safetensors"
 LONGEST_LINE = 2**24
+_ADDRESS = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,8 @@ class Folder:
         folder = cls(Path(path), lines[0], read_declared(lines[0].subject, f"{shown(path)}: subject"))
         for line in lines:
             if isinstance(line, CallLine):
+                if not _ADDRESS.fullmatch(line.call):
+                    raise ExchangeError(f"{shown(path)}: {INDEX} has the call {shown(line.call)}; expected a SHA-256")
                 folder.known.add(line.call)
                 folder.size += line.bytes
         return folder

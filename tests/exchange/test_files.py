@@ -233,6 +233,18 @@ def test_a_call_that_was_changed_is_not_answered(copied: Path, capsys: pytest.Ca
     assert "it is not what was written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["\ud800", "../../secret", "", "A" * 64])
+def test_a_call_has_no_other_name_than_an_address(name: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (copied / INDEX).read_text(encoding="utf-8").splitlines()
+    call = next(line for line in lines if json.loads(line)["type"] == "call")
+    lines[lines.index(call)] = json.dumps({**json.loads(call), "call": name})
+    (copied / INDEX).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert main(["judge", str(copied)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "expected a SHA-256" in error
+
+
 def test_the_index_says_what_was_written(merged: Path) -> None:
     lines = [json.loads(line) for line in (merged / INDEX).read_text(encoding="utf-8").splitlines()]
     kinds = [line["type"] for line in lines]
