@@ -49,9 +49,10 @@ DECODE = (
     ((4500, 0, 8641, 4161), 3, 2, 64),
     ((4161, 4161, 4161), 2, 2, 32),
     (tuple(cycled(list(PADDED), 130)), 2, 3, 32),
-    (tuple(cycled([7, 12, 3], 256)), 2, 128, 16),
+    (tuple(cycled([7, 12, 3], 256)), 2, 128, 16),  # more than 65535 rows of queries
+    ((300, 5), 1, 112, 64),
+    ((700, 129), 4, 128, 64),
 )
-"""The last has more than 65535 rows of queries."""
 
 
 def _lengths(wanted: tuple[int, ...], elements: int, least: int, supports: Supports, profile: Profile) -> Any:
@@ -91,6 +92,7 @@ PREFILL = (
     ((256, 3, 384), (256, 5, 640), 2),
     ((300, 2, 70), (5, 40, 90), 2),
     ((66, 1), (130, 65), 72),
+    ((260, 3), (260, 70), 16),
 )
 
 
@@ -114,6 +116,7 @@ def prefill(supports: Supports, profile: Profile) -> list[PrefillCase]:
         )
 
     cases = [case(*wanted, seed, max(supports.causal)) for seed, wanted in enumerate(PREFILL)]
+    cases.append(case((140, 3), (1300, 70), 2, len(cases), min(supports.causal)))
     if supports.empty_row != "unsupported" or False in supports.causal:
         cases.append(case((66_000, 3), (20, 5), 1, len(cases), min(supports.causal)))
     return [
@@ -130,7 +133,9 @@ def with_options(operation: str, supports: Supports, profile: Profile, *, sink: 
     chosen = [case for case in chosen if case.seed in ((1, 4, 7) if operation == "decode" else (1, 4))]
     if sink:
         return [replace(case, sink="finite") for case in chosen]
-    return [replace(case, window=window, causal=True) for case, window in zip(chosen, (513, 130, 200), strict=False)]
+    made = [replace(case, window=window, causal=True) for case, window in zip(chosen, (513, 130, 200), strict=False)]
+    both = [replace(case, sink="finite") for case in made[-1:]] if operation in supports.dense_sink else []
+    return made + both
 
 
 RAGGED = (
@@ -139,6 +144,8 @@ RAGGED = (
     ((1, 300, 1, 129, 2), (70, 2348, 4161, 1281, 512), 2, 16),
     ((3, 1), (2049, 700), 128, 64),
     (tuple([1] * 66 + [70, 1, 0, 0, 0]), tuple([37] * 66 + [200, 5, 0, 0, 0]), 2, 32),
+    (tuple([70] + [1] * 67), tuple([90] + [37] * 67), 2, 64),
+    ((66, 1), (90, 37), 72, 64),
     ((66_000, 3), (20, 5), 1, 64),
 )
 
