@@ -10,6 +10,10 @@ from mla_spec.text.terminal import UsageError, append_json, show_progress, write
 
 
 def run_check(options: argparse.Namespace) -> int:
+    from mla_spec.judging.copies import begin_imports
+
+    if not options.in_process:
+        begin_imports()
     from mla_spec.front.check_command import check
 
     return check(options)

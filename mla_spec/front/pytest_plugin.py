@@ -80,7 +80,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--mla-quick", action="store_true", help="elementary laws alone, on small cases; docs/quick_check.md says which"
     )
-    group.addoption("--mla-examples", type=int, metavar="N", help="generated cases per law (50; 8 with --mla-quick)")
+    group.addoption("--mla-examples", type=int, metavar="N", help="generated cases per law (25; 8 with --mla-quick)")
     group.addoption(
         "--mla-minimise-seconds",
         type=float,

@@ -6,7 +6,6 @@ The subject is neither where the report is made nor where its results are judged
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 import threading
@@ -18,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 
-from mla_spec.installed import all_laws, law_modules
+from mla_spec.installed import all_laws
+from mla_spec.judging.copies import CONTEXT
 from mla_spec.judging.law import Options
 from mla_spec.judging.run import replay_command, run_law
 from mla_spec.judging.verdict import Record
@@ -26,9 +26,6 @@ from mla_spec.subjects.description import Description, declared_by
 from mla_spec.subjects.process import SubjectProcess
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import BrokenSubject, SubjectCrashed, SuiteFailed, UnknownSubject
-
-_CONTEXT = multiprocessing.get_context("forkserver")  # torch and the laws are imported once for all processes
-_CONTEXT.set_forkserver_preload([__name__, *law_modules()])
 
 PATIENCE = 5.0
 """Seconds in which a process that judges ends what it has started."""
@@ -161,9 +158,9 @@ class _Worker:
         self.connection.send((law, replace(self.options, announce=None), self.signature))
 
     def _start(self) -> None:
-        self.connection, theirs = _CONTEXT.Pipe()
-        end, self.lifeline = _CONTEXT.Pipe(duplex=False)
-        self.process = _CONTEXT.Process(target=_serve, args=(theirs, end, self.settings, dict(os.environ)), daemon=True)
+        self.connection, theirs = CONTEXT.Pipe()
+        end, self.lifeline = CONTEXT.Pipe(duplex=False)
+        self.process = CONTEXT.Process(target=_serve, args=(theirs, end, self.settings, dict(os.environ)), daemon=True)
         self.process.start()
         theirs.close()
         end.close()

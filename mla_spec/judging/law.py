@@ -315,7 +315,7 @@ def as_test(made: Law, module: str) -> Callable[[Any], None]:
     return test
 
 
-EXAMPLES = 50
+EXAMPLES = 25
 MINIMISING = 60.0
 """What ``Options`` means where it names no number of cases, and no seconds."""
 
@@ -325,7 +325,7 @@ class Options:
     """How laws are run.
 
     Attributes:
-        examples: generated cases per law, spread over the dtypes; None for 50, or for 8 in a quick check.
+        examples: generated cases per law, spread over the dtypes; None for 25, or for 8 in a quick check.
         quick: whether only elementary laws run, where none is named, and cases are small.
         seed: of the generation; equal seeds give equal cases.
         device: torch device of the tensors.

@@ -46,6 +46,7 @@ DECODE = (
     ((4225, 1000), 2, 96, 64),
     ((2049, 0, 700), 8, 16, 64),
     ((8400,), 1, 2, 64),
+    ((33_000,), 1, 2, 64),
     ((4500, 0, 8641, 4161), 3, 2, 64),
     ((4161, 4161, 4161), 2, 2, 32),
     (tuple(cycled(list(PADDED), 130)), 2, 3, 32),
@@ -91,6 +92,7 @@ PREFILL = (
     ((300, 1, 129, 0, 40), (2348, 70, 1281, 9, 512), 2),
     ((256, 3, 384), (256, 5, 640), 2),
     ((300, 2, 70), (5, 40, 90), 2),
+    ((600, 1, 5, 1), (600, 40, 70, 300), 2),
     ((66, 1), (130, 65), 72),
     ((260, 3), (260, 70), 16),
 )
@@ -266,10 +268,16 @@ def _sinks(supports: Supports) -> list[tuple[int, int, dict[str, Any]]]:
 
 
 def sparse_prefill(supports: Supports, profile: Profile) -> list[SparsePrefillCase]:
-    """Many heads, holes, lengths and repetitions among hundreds of indices; a sink beside them."""
+    """Many heads, holes, lengths and repetitions among hundreds of indices; a sink beside them; thousands of queries, of more than
+    2^17 rows a few.
+    """
+    many = [(2100, 300, 16), (3, 131_200, 64)]
     return [
-        SparsePrefillCase(s_q=4, s_kv=2 * topk + 65, **_sparse(supports, profile, topk, heads, **options))
-        for topk, heads, options in (*SPARSE, *_sinks(supports))
+        *(
+            SparsePrefillCase(s_q=4, s_kv=2 * topk + 65, **_sparse(supports, profile, topk, heads, **options))
+            for topk, heads, options in (*SPARSE, *_sinks(supports))
+        ),
+        *(SparsePrefillCase(s_q=s_q, s_kv=s_kv, **_sparse(supports, profile, topk, 2)) for s_q, s_kv, topk in many),
     ]
 
 

@@ -207,6 +207,7 @@ def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
     cases += [replace(base, output_gate=gate, num_heads=2, hidden_size=6) for gate in supports.output_gate]
     if "layer" in supports.dense_sink:
         cases.append(replace(base, attention_sink=True, num_heads=2, hidden_size=6))
+    cases += [replace(base, seed=seed, gain=1.0, hidden_scale=2.0**-10) for seed in range(3)]
     cases.append(replace(base, num_heads=72, hidden_size=72))
     cases.append(replace(base, kv_lora_rank=512, qk_rope_head_dim=64, num_heads=2, hidden_size=6))
     return list(dict.fromkeys(fitted(case, supports) for case in cases))

@@ -55,7 +55,7 @@ def add_check(parsers: Parsers) -> None:
         action="store_true",
         help="elementary laws alone, on small adversarial cases first, for slow subjects; docs/quick_check.md says what it leaves out",
     )
-    parser.add_argument("--examples", type=int, metavar="N", help="generated cases per law (50; 8 with --quick)")
+    parser.add_argument("--examples", type=int, metavar="N", help="generated cases per law (25; 8 with --quick)")
     parser.add_argument(
         "--minimise-seconds",
         type=float,

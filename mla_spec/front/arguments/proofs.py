@@ -44,7 +44,7 @@ def add_selftest(parsers: Parsers) -> None:
         help="only count for how many bugs of decode, prefill, rope and layer the cause is named, and by what; of N, evenly chosen",
     )
     parser.add_argument("--catalogue", action="store_true", help="only list the reported faults, planted or not")
-    parser.add_argument("--examples", type=int, default=50, metavar="N", help="generated cases per law (50)")
+    parser.add_argument("--examples", type=int, default=25, metavar="N", help="generated cases per law (25)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generation (0)")
     parser.add_argument("--device", default="cpu", help="torch device of the laws (cpu)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="bugs at once (2)")
