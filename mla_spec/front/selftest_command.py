@@ -9,7 +9,7 @@ from typing import Any
 
 from mla_spec.front.device import require_device
 from mla_spec.front.overview import overview
-from mla_spec.front.selftest_report import report, write_markdown
+from mla_spec.front.selftest_report import report, require_markdown, write_markdown
 from mla_spec.installed import reported_faults
 from mla_spec.judging.causes import Cause
 from mla_spec.judging.law import Options
@@ -35,7 +35,9 @@ def selftest(options: argparse.Namespace) -> int:
     require_device(options.device)
     try:
         bugs = planted_bugs(options.bug)
-    except ValueError as error:
+        for path in options.markdown:
+            require_markdown(path)
+    except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     if options.catalogue:
         print(format_table([("bug", "status", "symptom"), *_catalogue()]))

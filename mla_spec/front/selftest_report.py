@@ -10,6 +10,7 @@ from mla_spec.text.files import write_atomically
 from mla_spec.text.table import format_table
 
 BEGIN, END = "<!-- mla-spec selftest: begin -->", "<!-- mla-spec selftest: end -->"
+TITLE = "# Planted bugs\n"
 """Between these lines of a Markdown file the score stands."""
 
 HEADER = ("bug", "law", "verdict", "cases", "seconds", "case")
@@ -70,6 +71,13 @@ def _first(result: BugResult) -> str:
     return "**survives**" if result.survives else f"`{result.kills[0].law}`"
 
 
+def require_markdown(path: str) -> None:
+    """Raise ValueError where ``write_markdown`` would replace what it has not written, OSError where the file cannot be read."""
+    content = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+    if content and not content.startswith(TITLE) and (BEGIN not in content or END not in content):
+        raise ValueError(f"{path} has other text; expected a matrix, or the marks {BEGIN} and {END}")
+
+
 def write_markdown(path: str, matrix: Matrix, tables: Sequence[str] = (), short_tables: Sequence[str] = ()) -> None:
     """Write the Markdown to a file, or the short one between the two marks of a file that has them.
 
@@ -82,7 +90,7 @@ def write_markdown(path: str, matrix: Matrix, tables: Sequence[str] = (), short_
     file = Path(path)
     content = file.read_text(encoding="utf-8") if file.exists() else ""
     if BEGIN not in content or END not in content:
-        write_atomically(file, f"# Planted bugs\n\n{markdown(matrix, tables)}\n")
+        write_atomically(file, f"{TITLE}\n{markdown(matrix, tables)}\n")
         return
     before, rest = content.split(BEGIN, 1)
     text = f"{before}{BEGIN}\n{markdown(matrix, short_tables, short=True)}\n{END}{rest.split(END, 1)[1]}"

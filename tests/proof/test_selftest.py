@@ -181,6 +181,18 @@ def test_a_marked_file_gets_the_score_and_another_the_whole_table(tmp_path: Path
     assert whole.read_text().endswith("| all of the peers |\n")
 
 
+def test_a_file_of_other_text_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    law = next(iter(all_laws()))
+    matrix, other, written = tmp_path / "matrix.json", tmp_path / "notes.md", tmp_path / "score.md"
+    write_json(str(matrix), Matrix((_result("P", **{law: "fail"}),), complete=False).as_dict())
+    other.write_text("# Notes\n")
+    for _ in range(2):  # what it has written it may replace
+        assert main(["selftest", "--read", str(matrix), "--markdown", str(written)]) == 0
+    assert main(["selftest", "--read", str(matrix), "--markdown", str(other)]) == 2
+    assert f"{other} has other text; expected a matrix" in capsys.readouterr().err
+    assert other.read_text() == "# Notes\n"
+
+
 def test_a_matrix_that_was_written_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     law = next(iter(all_laws()))
     matrix = Matrix((_result("P", **{law: "fail"}), _result("Q", **{law: "pass"})), complete=True)
