@@ -6,10 +6,11 @@ import json
 import signal
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, Protocol
 
@@ -160,19 +161,25 @@ def run_in(
 ) -> Iterator[Judged]:
     """Run cells in the processes of ``pool``, and give each as it is judged. ``show`` is told what is running."""
     running: dict[Future[Record], Cell] = {}
+    judged: SimpleQueue[Future[Record]] = SimpleQueue()
     for cell in cells:
         asked = subjects[cell.spec]
         if asked.declared.fault:
             yield cell, Record(cell.law, asked.declared.name, "crashed", message=asked.declared.fault)
             continue
-        running[pool.submit(cell.law, asked.declared.name, asked.options_of(cell), asked.signature)] = cell
+        future = pool.submit(cell.law, asked.declared.name, asked.options_of(cell), asked.signature)
+        running[future] = cell
+        future.add_done_callback(judged.put)
     while running:
-        done, _ = wait(running, OFTEN, FIRST_COMPLETED)
-        for future in done:
+        try:
+            future = judged.get(timeout=OFTEN)
+        except Empty:
+            pass
+        else:
             cell = running.pop(future)
             yield cell, named(cell, future.result())
-        for cell in [cell for future, cell in running.items() if future.running()][:1]:
-            show(cell)
+        if (now := next((cell for future, cell in running.items() if future.running()), None)) is not None:
+            show(now)
 
 
 def named(cell: Cell, record: Record) -> Record:
