@@ -8,7 +8,7 @@ from multiprocessing import forkserver
 from mla_spec.installed import law_modules
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["mla_spec.judging.isolation", *law_modules()])
+CONTEXT.set_forkserver_preload(law_modules())
 
 
 def begin_imports() -> None:

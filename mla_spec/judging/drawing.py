@@ -21,6 +21,7 @@ from mla_spec.judging.law import Law, Options, Run
 from mla_spec.judging.quick import small
 from mla_spec.judging.verdict import VacuousCase
 from mla_spec.operations.case import Case
+from mla_spec.operations.case_limits import elements
 from mla_spec.operations.extent import Most
 from mla_spec.subjects.find import elsewhere
 from mla_spec.subjects.supports import Supports
@@ -83,14 +84,18 @@ def generate(law: Law, run: Run, examples: int, options: Options, attempt: Attem
     if drawn is not None and (failing is None or minimise):
         try:
             draw(law, run, drawn, examples, replace(options, minimise=minimise), attempt)
-        except TimeIsUp:
-            failing = attempt.smallest
+        except TimeIsUp:  # what was drawn may still be larger than the first case that failed
+            failing = min((case for case in (failing, attempt.smallest) if case is not None), key=_size)
         except (SuiteFailed, VacuousCase, InvalidBound, NotOffered):
             if failing is None:
                 raise
     if failing is not None:
         attempt(failing)
         raise Flaky("a failure did not come back")
+
+
+def _size(case: Case) -> int:
+    return sum(elements(case).values())
 
 
 def _first_failure(cases: Iterable[Case], attempt: Callable[[Case], None]) -> Case | None:

@@ -87,7 +87,7 @@ def test_laws_that_need_more_are_refused() -> None:
     got = record(Limited(), "test_decode_is_exact_at_length")
     assert (got.verdict, got.message) == (
         "unsupported",
-        "refused by the subject: max_keys=64, and the case has more",
+        "refused by the subject: max_batch=3, and the case has more",
     )
     got = record(Limited(), "test_decode_memory_grows_with_the_batch")
     assert got.message == "refused by the subject: max_batch=3, and a call has 4"
@@ -95,7 +95,7 @@ def test_laws_that_need_more_are_refused() -> None:
 
 def test_refused_cases_are_counted() -> None:
     assert (
-        "17 of 22 cases refused by the subject: max_batch=3, and the case has more"
+        "31 of 36 cases refused by the subject: max_keys=64, and the case has more"
         in record(Limited(), "test_decode_at_production_counts").note
     )
 
