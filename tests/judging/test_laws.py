@@ -39,6 +39,8 @@ CHECKED = [
 @pytest.mark.parametrize(("subject", "name", "dtype"), CHECKED, ids=lambda x: getattr(x, "name", x))
 def test_shipped_subjects_conform(subject: TorchExplicit, name: str, dtype: str) -> None:
     record = run_law(LAWS[name], subject, replace(FEW, dtypes=(dtype,), spread=len(DTYPES)))
+    if record.verdict == "unsupported":  # there, and perhaps not in others
+        record = run_law(LAWS[name], subject, FEW)
     if record.verdict == "unsupported":
         assert not subject.supports.lse or LAWS[name].unavailable(FEW)
         return
