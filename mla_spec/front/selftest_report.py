@@ -10,8 +10,10 @@ from mla_spec.text.files import write_atomically
 from mla_spec.text.table import format_table
 
 BEGIN, END = "<!-- mla-spec selftest: begin -->", "<!-- mla-spec selftest: end -->"
-TITLE = "# Planted bugs\n"
 """Between these lines of a Markdown file the score stands."""
+
+TITLE = "# Planted bugs\n"
+"""With which a file begins that holds the whole matrix."""
 
 HEADER = ("bug", "law", "verdict", "cases", "seconds", "case")
 

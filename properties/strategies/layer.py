@@ -214,7 +214,10 @@ def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
 
 
 def long_layers(supports: Supports, profile: Profile) -> list[LayerCase]:
-    """Hundreds of tokens and thousands, where the subject has so many positions: in formats of 16 bits in the widths of DeepSeek-V3's cache, else in narrow rows."""
+    """Hundreds of tokens and thousands, where the subject has so many positions.
+
+    Rows of the cache are as wide as DeepSeek-V3's in formats of 16 bits, and narrow in others.
+    """
     case = every_option(supports, profile)[-1]
     if format_of(profile.dtype).bits > 16:
         case = replace(case, kv_lora_rank=case.qk_nope_head_dim, qk_rope_head_dim=8)

@@ -59,7 +59,9 @@ def test_rms_and_what_is_divided_by_it(known: float) -> None:
         want = rms_of(each[i][s], EPS)
         got = rms.rms[i, s, 0], rms.shift[i, s, 0], rms.least[i, s, 0]
         assert got == pytest.approx(want, rel=1e-12, abs=1e-12)
-        np.testing.assert_allclose(rms.divide(other)[i, s], [divided(y, want) for y in others[i][s]], rtol=1e-10)
+        # fewer than 32 roundings, but for the difference in the smallest rms
+        rtol = gamma(32, U64) * (1 + (want[0] + want[1]) / want[2])
+        np.testing.assert_allclose(rms.divide(other)[i, s], [divided(y, want) for y in others[i][s]], rtol=rtol)
 
 
 def test_rms_of_what_may_be_nothing_is_that_of_eps_at_least() -> None:
