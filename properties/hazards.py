@@ -18,9 +18,9 @@ from mla_spec.judging.law import CaseSource, Law, Live, Run
 from mla_spec.operations.all import CALLED
 from mla_spec.operations.gradients import Branched, Gradients
 from mla_spec.operations.operation import Operation
+from mla_spec.properties.cases import CASES
 from mla_spec.properties.far import far_apart, left_out_where_too_large
-from mla_spec.properties.strategies.all import STRATEGIES
-from mla_spec.properties.strategies.ordinary import ORDINARY, with_options
+from mla_spec.properties.fixed.options import with_all_options
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.subjects.driver import Driver, Results, Tensors, is_tensor, tensor_bits
 from mla_spec.subjects.memory import at_the_end, filled_memory_of_any_device, ordinary_memory, share_memory
@@ -288,7 +288,7 @@ def hazard_law(operation: Operation, hazard: Hazard) -> Law:
     """The law that an operation is free of a hazard."""
     check = partial(hazard.check, operation)
     check.__doc__ = hazard.check.__doc__
-    strategy = STRATEGIES[operation.name]
+    strategy = CASES[operation.name].drawn
     cases: CaseSource = (
         narrowed(strategy, **SEVERAL[operation.name]) if (hazard.several and operation.name in SEVERAL) else strategy
     )
@@ -307,7 +307,8 @@ def hazard_law(operation: Operation, hazard: Hazard) -> Law:
 
 def _first(operation: str, supports: Supports, profile: Profile) -> list[Any]:
     """Ordinary cases, and one with the options that the subject takes."""
-    return [*ORDINARY[operation](supports, profile), *with_options(operation, supports, profile)]
+    cases = CASES[operation].ordinary(supports, profile)
+    return [*cases, *with_all_options(operation, cases, supports)]
 
 
 def _laws() -> Iterator[Law]:

@@ -17,8 +17,8 @@ from mla_spec.operations.quantised_decode import QuantisedDecodeCase, QuantisedD
 from mla_spec.operations.sparse import SPARSE_DECODE as SPARSE_OPERATION
 from mla_spec.operations.sparse import SparseDecodeCase, SparseInputs
 from mla_spec.operations.workload_line import shared
+from mla_spec.properties.fixed.counts import nearest
 from mla_spec.properties.load import Load, Row
-from mla_spec.properties.strategies.counts import nearest
 from mla_spec.subjects.supports import Supports
 
 HEADS = (128, 64, 32, 24)

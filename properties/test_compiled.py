@@ -15,7 +15,7 @@ from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase
 from mla_spec.operations.rope import OPERATION as ROPE
 from mla_spec.operations.rope import RopeCase
-from mla_spec.properties.strategies import ordinary
+from mla_spec.properties.fixed import decode, prefill
 from mla_spec.subjects.supports import Supports
 
 
@@ -27,7 +27,7 @@ def _rope_cases(supports: Supports, profile: Profile) -> list[RopeCase]:
     ]
 
 
-@law(needs=DECODE, cases=ordinary.decode, unavailable=needs_compiler, live="tensors")
+@law(needs=DECODE, cases=decode.ordinary, unavailable=needs_compiler, live="tensors")
 def test_compiled_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     """Compiled once, decode is within the bound of its profile for longer and for shorter sequences."""
     driver, inputs = compiled(run, "decode"), case.build()
@@ -36,7 +36,7 @@ def test_compiled_decode_agrees_with_reference(run: Run, case: DecodeCase) -> No
         run.agrees(DECODE, this, driver.call(DECODE, this))
 
 
-@law(needs=PREFILL, cases=ordinary.prefill, unavailable=needs_compiler, live="tensors")
+@law(needs=PREFILL, cases=prefill.ordinary, unavailable=needs_compiler, live="tensors")
 def test_compiled_prefill_agrees_with_reference(run: Run, case: PrefillCase) -> None:
     """Compiled once, prefill is within the bound of its profile for longer and for shorter sequences."""
     driver = compiled(run, "prefill")

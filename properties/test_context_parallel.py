@@ -15,8 +15,8 @@ from mla_spec.operations.decode import DecodeCase, decode_expected
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase, PrefillInputs, prefill_expected
 from mla_spec.properties.attention import judge_merged_results
+from mla_spec.properties.fixed import prefill
 from mla_spec.properties.ranks import PLACEMENTS, RingStep, decode_ranks, ring_steps
-from mla_spec.properties.strategies import ordinary
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.prefill import prefill_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -67,7 +67,7 @@ def _self_attention(supports: Supports, profile: Profile) -> list[PrefillCase]:
     lengths = (5, 3)
     return [
         replace(case, seed=seed, seqlens_q=lengths, seqlens_k=lengths, causal=True)
-        for case in ordinary.prefill(supports, profile)
+        for case in prefill.ordinary(supports, profile)
         for seed in range(3)  # another number of ranks each
     ]
 

@@ -13,8 +13,8 @@ from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs, declared_lse, decode_expected
 from mla_spec.properties.attention import judge_attention, needs_several_sequences
+from mla_spec.properties.fixed import decode
 from mla_spec.properties.pages import relabelled, unused_slots, used_entries, with_other_last_keys
-from mla_spec.properties.strategies import ordinary, rare
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.typing import IntArray
@@ -32,7 +32,7 @@ def _needs_several_queries(supports: Supports) -> str:
     return "" if supports.max_s is None or supports.max_s > 1 else "decode takes one query per sequence"
 
 
-@law(needs=DECODE, cases=narrowed(decode_cases, shared=True), first=rare.decode)
+@law(needs=DECODE, cases=narrowed(decode_cases, shared=True), first=decode.rare)
 def test_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     """out = softmax(scale · q · rowsᵀ) · latents, within the worst-case bound of the profile."""
     inputs = case.build()
@@ -40,7 +40,7 @@ def test_decode_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     run.within(run.call(DECODE, inputs)[0], want.out, want.out_error)
 
 
-@law(needs=DECODE, cases=narrowed(decode_cases, shared=True), first=rare.decode, missing=_needs_lse)
+@law(needs=DECODE, cases=narrowed(decode_cases, shared=True), first=decode.rare, missing=_needs_lse)
 def test_decode_lse_agrees_with_reference(run: Run, case: DecodeCase) -> None:
     """lse = log Σ exp(scale · q · rowsᵀ), natural, laid out [b, h, s], the declared value where there is no key."""
     inputs = case.build()
@@ -115,7 +115,7 @@ def _half(inputs: DecodeInputs, first: bool) -> DecodeInputs:
     return replace(inputs, kv_cache=cache, block_table=table, cache_seqlens=half.astype(np.int32))
 
 
-@law(needs=DECODE, cases=decode_cases, first=ordinary.decode)
+@law(needs=DECODE, cases=decode_cases, first=decode.ordinary)
 def test_decode_page_relabelling_changes_nothing(run: Run, case: DecodeCase) -> None:
     """Moving pages in the pool and renaming them in the table changes no bit."""
     inputs = case.build()
@@ -190,7 +190,7 @@ def test_decode_ignores_future_keys(run: Run, case: DecodeCase) -> None:
                 run.same_bits(got[past], want[past], why)
 
 
-@law(needs=DECODE, cases=decode_cases, first=ordinary.decode)
+@law(needs=DECODE, cases=decode_cases, first=decode.ordinary)
 def test_decode_last_key_matters(run: Run, case: DecodeCase) -> None:
     """The newest key carries its weight: when it holds all of it, the output is its value."""
     inputs = case.build()

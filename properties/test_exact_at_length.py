@@ -28,7 +28,7 @@ from mla_spec.operations.rank_decode import OPERATION as RANK
 from mla_spec.operations.rank_decode import RankDecodeCase, RankDecodeInputs
 from mla_spec.operations.sparse import SPARSE_DECODE, SPARSE_PREFILL, SparseDecodeCase, SparseInputs, SparsePrefillCase
 from mla_spec.properties.exact import PERIOD, QUERY, Answer, Keys, Pattern, patterns, rounds, rows_of, value_table
-from mla_spec.properties.strategies.counts import (
+from mla_spec.properties.fixed.counts import (
     BETWEEN,
     ELEMENTS,
     LONG,

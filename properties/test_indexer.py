@@ -15,7 +15,7 @@ from mla_spec.operations.indexer import IndexerCase, IndexerInputs, Selection, i
 from mla_spec.operations.rope import OPERATION as ROPE
 from mla_spec.operations.rope import RopeInputs
 from mla_spec.properties.attention import needs_several_sequences
-from mla_spec.properties.strategies import ordinary, production
+from mla_spec.properties.fixed import indexer
 from mla_spec.properties.strategies.indexer import indexer_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.config import RopeConfig
@@ -51,7 +51,7 @@ def test_indexer_logits_agree_with_reference(run: Run, case: IndexerCase) -> Non
     logits.judge(run, run.call(INDEXER, inputs).logits)
 
 
-@law(needs=INDEXER, cases=indexer_cases, first=production.indexer)
+@law(needs=INDEXER, cases=indexer_cases, first=indexer.counts)
 def test_indexer_selects_the_largest_logits(run: Run, case: IndexerCase) -> None:
     """Each row names the top_k largest exact logits up to the error of theirs, each key once, then -1."""
     inputs = case.build()
@@ -68,7 +68,7 @@ def _require_choice(run: Run, inputs: IndexerInputs) -> None:
 
 
 def _integers(supports: Supports, profile: Profile) -> list[IndexerCase]:
-    return [case for case in production.indexer(supports, profile) if case.regime == "integers"]
+    return [case for case in indexer.counts(supports, profile) if case.regime == "integers"]
 
 
 @law(needs=INDEXER, cases=narrowed(indexer_cases, regimes=("integers",)), missing=_needs_tie_rule, first=_integers)
@@ -133,7 +133,7 @@ def _shown(logits: Result, visible: BoolArray) -> Result:
     needs=(ROPE, INDEXER),
     cases=narrowed(indexer_cases, regimes=("typical",), min_head_dim=2),
     missing=_needs_rope_dims,
-    first=ordinary.indexer,
+    first=indexer.ordinary,
 )
 def test_indexer_of_rotated_operands(run: Run, case: IndexerCase) -> None:
     """With the leading dims of q and k rotated by the subject, in either layout, logits are those of exact rotation."""

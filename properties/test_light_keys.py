@@ -14,7 +14,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs
-from mla_spec.properties.strategies.counts import ELEMENTS, latent_dims, nearest
+from mla_spec.properties.fixed.counts import ELEMENTS, latent_dims, nearest
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.supports import Supports
 

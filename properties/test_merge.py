@@ -13,7 +13,7 @@ from mla_spec.operations.decode import DecodeCase, DecodeInputs, declared_lse, d
 from mla_spec.operations.merge import OPERATION as MERGE
 from mla_spec.operations.merge import MergeCase, MergeInputs, merge_expected
 from mla_spec.properties.attention import judge_merged_results
-from mla_spec.properties.strategies.counts import nearest
+from mla_spec.properties.fixed.counts import nearest
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.merge import merge_cases
 from mla_spec.properties.strategies.sizes import narrowed

@@ -14,7 +14,7 @@ from mla_spec.operations.decode import DecodeCase, declared_lse, decode_expected
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillCase, PrefillInputs, prefill_expected
 from mla_spec.properties.attention import judge_attention, judge_merged_results, needs_several_sequences
-from mla_spec.properties.strategies import ordinary, rare
+from mla_spec.properties.fixed import prefill
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.prefill import prefill_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -130,7 +130,7 @@ def _require_same(
 
 
 def _causal(supports: Supports, profile: Profile) -> list[PrefillCase]:
-    return [replace(case, causal=True) for case in ordinary.prefill(supports, profile)]
+    return [replace(case, causal=True) for case in prefill.ordinary(supports, profile)]
 
 
 @law(
@@ -180,7 +180,7 @@ def test_prefill_in_chunks_of_queries(run: Run, case: PrefillCase) -> None:
     cases=narrowed(prefill_cases, min_queries=1, min_past=0, causal=True, logit_stds=MERGEABLE),
     missing=_needs_both_masks,
     cost=2,
-    first=rare.full_and_empty_prefixes,
+    first=prefill.full_and_empty_prefixes,
 )
 def test_chunked_prefill_merges_to_the_whole(run: Run, case: PrefillCase) -> None:
     """Cached keys in chunks that all queries see, and new keys under the causal mask, merged by LSE, are the whole."""

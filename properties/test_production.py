@@ -1,4 +1,4 @@
-"""Laws of the numbers that production has: see ``mla_spec.properties.strategies.production`` and ``crossed``."""
+"""Laws of the numbers that production has: see ``mla_spec.properties.fixed``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Law, Run, as_test
 from mla_spec.operations.all import CALLED
 from mla_spec.operations.operation import Operation
-from mla_spec.properties.strategies.crossed import CROSSED
-from mla_spec.properties.strategies.production import PRODUCTION
+from mla_spec.properties.cases import CASES, none
 from mla_spec.subjects.supports import Supports
 
 
@@ -22,7 +21,8 @@ def agrees_at_production_counts(operation: Operation, run: Run, case: Any) -> No
 
 def _cases(operation: str, supports: Supports, profile: Profile) -> list[Any]:
     """Those that raise one number at a time, and those that raise several."""
-    return [case for made in (PRODUCTION, CROSSED) if operation in made for case in made[operation](supports, profile)]
+    fixed = CASES[operation]
+    return [*fixed.counts(supports, profile), *fixed.crossed(supports, profile)]
 
 
 def production_law(operation: Operation) -> Law:
@@ -33,6 +33,6 @@ def production_law(operation: Operation) -> Law:
     return Law(name, (operation.name,), partial(_cases, operation.name), check, operation.missing)
 
 
-LAWS = tuple(production_law(operation) for operation in CALLED if operation.name in PRODUCTION)
+LAWS = tuple(production_law(operation) for operation in CALLED if CASES[operation.name].counts is not none)
 
 globals().update({made.name: as_test(made, __name__) for made in LAWS})

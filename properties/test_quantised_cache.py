@@ -21,7 +21,7 @@ from mla_spec.operations.quantised_cache import (
     stored_rows,
 )
 from mla_spec.operations.quantised_decode import no_latent_format
-from mla_spec.properties.strategies import crossed
+from mla_spec.properties.fixed import dequantize_cache, quantize_cache
 from mla_spec.properties.strategies.quantised_cache import (
     pages_cases,
     quantise_cases,
@@ -50,7 +50,7 @@ def _scaled_format(supports: Supports) -> str:
 
 def _many_scales(supports: Supports, profile: Profile) -> list[QuantiseCase]:
     """The cases of many tokens whose formats store scales."""
-    return [case for case in crossed.quantize_cache(supports, profile) if case.layout.scale]
+    return [case for case in quantize_cache.crossed(supports, profile) if case.layout.scale]
 
 
 @law(needs=QUANTIZE_CACHE, cases=quantise_cases, missing=no_format)
@@ -75,7 +75,7 @@ def test_scales_are_within_limits(run: Run, case: QuantiseCase) -> None:
         )
 
 
-@law(needs=QUANTIZE_CACHE, cases=quantise_cases, missing=no_format, first=crossed.quantize_cache)
+@law(needs=QUANTIZE_CACHE, cases=quantise_cases, missing=no_format, first=quantize_cache.crossed)
 def test_codes_are_the_nearest(run: Run, case: QuantiseCase) -> None:
     """With the stored scales every element is the nearest one, saturated, never NaN; plain ones are rounded once."""
     inputs = case.build()
@@ -123,7 +123,7 @@ def _held(run: Run, inputs: PagesInputs) -> Result:
     return rows.arranged(lambda x: x.reshape(-1, x.shape[-1])[: len(inputs.rows)])
 
 
-@law(needs=DEQUANTIZE_CACHE, cases=pages_cases, missing=no_format, first=crossed.dequantize_cache)
+@law(needs=DEQUANTIZE_CACHE, cases=pages_cases, missing=no_format, first=dequantize_cache.crossed)
 def test_dequantised_rows_are_code_times_scale(run: Run, case: PagesCase) -> None:
     """Pages that the reference made are read as code times scale, rounded to the dtype; exactly where it holds them."""
     inputs = case.build()

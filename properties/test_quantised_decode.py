@@ -9,7 +9,7 @@ import numpy as np
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.quantised_decode import OPERATION as DECODE
 from mla_spec.operations.quantised_decode import QuantisedDecodeCase, QuantisedDecodeInputs, no_latent_format
-from mla_spec.properties.strategies import ordinary
+from mla_spec.properties.fixed import decode_quantized
 from mla_spec.properties.strategies.quantised_cache import quantised_decode_cases
 from mla_spec.reference.cache_layout import used_bytes
 from mla_spec.reference.typing import BoolArray
@@ -45,7 +45,7 @@ def test_quantised_decode_ignores_unused_bytes(run: Run, case: QuantisedDecodeCa
         run.same(got, want, f"unused bytes of pages were set to {poison:#04x}")
 
 
-@law(needs=DECODE, cases=quantised_decode_cases, missing=no_latent_format, cost=2, first=ordinary.decode_quantized)
+@law(needs=DECODE, cases=quantised_decode_cases, missing=no_latent_format, cost=2, first=decode_quantized.ordinary)
 def test_quantised_page_relabelling_changes_nothing(run: Run, case: QuantisedDecodeCase) -> None:
     """Moving pages in the pool and renaming them in the table changes no bit."""
     inputs = case.build()

@@ -15,8 +15,8 @@ from mla_spec.operations.decode import DecodeCase, declared_lse, decode_expected
 from mla_spec.operations.ragged import OPERATION as RAGGED
 from mla_spec.operations.ragged import RaggedDecodeCase, RaggedDecodeInputs, ragged_decode_expected
 from mla_spec.properties.attention import needs_several_sequences
+from mla_spec.properties.fixed import ragged_decode
 from mla_spec.properties.pages import relabelled, unused_slots, used_entries, with_other_last_keys
-from mla_spec.properties.strategies import ordinary, rare
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.ragged import RAGGED_SIZES, ragged_decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -36,7 +36,7 @@ def _needs_causal(supports: Supports) -> str:
 
 
 def _causal(supports: Supports, profile: Profile) -> list[RaggedDecodeCase]:
-    return [replace(case, causal=True) for case in ordinary.ragged_decode(supports, profile)]
+    return [replace(case, causal=True) for case in ragged_decode.ordinary(supports, profile)]
 
 
 def _packed(inputs: RaggedDecodeInputs, sequences: IntArray, spans: IntArray | None = None) -> RaggedDecodeInputs:
@@ -78,7 +78,7 @@ def _require_same(run: Run, got: Any, want: Outputs, bounds: tuple[ErrorBound, E
 @law(
     needs=RAGGED,
     cases=narrowed(ragged_decode_cases, sizes=RAGGED_SIZES, shared=True),
-    first=rare.ragged_decode,
+    first=ragged_decode.rare,
 )
 def test_ragged_decode_agrees_with_reference(run: Run, case: RaggedDecodeCase) -> None:
     """out = softmax(scale · q · rowsᵀ) · latents of each sequence, within the worst-case bound of the profile."""
@@ -87,7 +87,7 @@ def test_ragged_decode_agrees_with_reference(run: Run, case: RaggedDecodeCase) -
     run.within(run.call(RAGGED, inputs)[0], want.out, want.out_error)
 
 
-@law(needs=RAGGED, cases=ragged_decode_cases, first=rare.ragged_decode, missing=_needs_lse)
+@law(needs=RAGGED, cases=ragged_decode_cases, first=ragged_decode.rare, missing=_needs_lse)
 def test_ragged_decode_lse_agrees_with_reference(run: Run, case: RaggedDecodeCase) -> None:
     """lse = log Σ exp(scale · q · rowsᵀ), natural, laid out [h, tokens], the declared value where there is no key."""
     inputs = case.build()
@@ -140,7 +140,7 @@ ALONE = 8
 @law(
     needs=RAGGED,
     cases=narrowed(ragged_decode_cases, min_batch=2),
-    first=ordinary.ragged_decode,
+    first=ragged_decode.ordinary,
     missing=needs_several_sequences,
 )
 def test_ragged_decode_follows_the_order_of_sequences(run: Run, case: RaggedDecodeCase) -> None:
@@ -157,7 +157,7 @@ def test_ragged_decode_follows_the_order_of_sequences(run: Run, case: RaggedDeco
     _require_same(run, got, _rows(there, tokens), bounds, "the sequences came in another order")
 
 
-@law(needs=RAGGED, cases=ragged_decode_cases, first=ordinary.ragged_decode)
+@law(needs=RAGGED, cases=ragged_decode_cases, first=ragged_decode.ordinary)
 def test_ragged_decode_sequences_without_queries_change_nothing(run: Run, case: RaggedDecodeCase) -> None:
     """Sequences of which no token is computed, with keys or without, may stand anywhere in the batch."""
     inputs = case.build()
@@ -203,7 +203,7 @@ def test_ragged_decode_in_chunks_of_queries(run: Run, case: RaggedDecodeCase) ->
             _require_same(run, run.call(RAGGED, chunk), _rows(whole, tokens), bounds, why)
 
 
-@law(needs=RAGGED, cases=ragged_decode_cases, first=ordinary.ragged_decode)
+@law(needs=RAGGED, cases=ragged_decode_cases, first=ragged_decode.ordinary)
 def test_ragged_decode_ignores_other_queries(run: Run, case: RaggedDecodeCase) -> None:
     """Another query of a token, of the same sequence or a neighbor, changes no bit of the other tokens' rows."""
     inputs = case.build()
@@ -236,7 +236,7 @@ def test_ragged_decode_ignores_future_keys(run: Run, case: RaggedDecodeCase) -> 
             run.same_bits(a, b, "only the last key of each sequence, which these queries do not see, was changed")
 
 
-@law(needs=RAGGED, cases=ragged_decode_cases, first=ordinary.ragged_decode)
+@law(needs=RAGGED, cases=ragged_decode_cases, first=ragged_decode.ordinary)
 def test_ragged_decode_page_relabelling_changes_nothing(run: Run, case: RaggedDecodeCase) -> None:
     """Moving pages in the pool and renaming them in the table changes no bit."""
     inputs = case.build()
@@ -247,7 +247,7 @@ def test_ragged_decode_page_relabelling_changes_nothing(run: Run, case: RaggedDe
     run.same(got, want, "pages were stored in another order and the block table renamed accordingly")
 
 
-@law(needs=RAGGED, cases=ragged_decode_cases, cost=2, first=ordinary.ragged_decode)
+@law(needs=RAGGED, cases=ragged_decode_cases, cost=2, first=ragged_decode.ordinary)
 def test_ragged_decode_ignores_unused_cache_slots(run: Run, case: RaggedDecodeCase) -> None:
     """NaN, infinity or 2^100 in slots past a sequence's length, and in free pages, changes no bit."""
     inputs = case.build()
@@ -259,7 +259,7 @@ def test_ragged_decode_ignores_unused_cache_slots(run: Run, case: RaggedDecodeCa
         run.same(got, want, f"unused cache slots were filled with {poison:g}")
 
 
-@law(needs=RAGGED, cases=ragged_decode_cases, first=ordinary.ragged_decode)
+@law(needs=RAGGED, cases=ragged_decode_cases, first=ragged_decode.ordinary)
 def test_ragged_decode_ignores_unused_table_entries(run: Run, case: RaggedDecodeCase) -> None:
     """Table entries past a sequence's pages may name a page of NaN, or no page at all."""
     inputs = case.build()

@@ -12,9 +12,9 @@ from mla_spec.operations.decode import DecodeCase, DecodeInputs, declared_lse, d
 from mla_spec.operations.rank_decode import OPERATION as RANK
 from mla_spec.operations.rank_decode import RankDecodeCase, RankDecodeInputs, no_empty_rows, rank_decode_expected
 from mla_spec.properties.attention import judge_merged_results
+from mla_spec.properties.fixed import decode, rank_decode
+from mla_spec.properties.fixed.counts import nearest
 from mla_spec.properties.pages import unused_slots, with_other_last_keys
-from mla_spec.properties.strategies import ordinary
-from mla_spec.properties.strategies.counts import nearest
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.rank_decode import rank_decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -37,7 +37,7 @@ def _needs_several_queries(supports: Supports) -> str:
     return no_empty_rows(supports) or ("" if several else "rank_decode takes one query per sequence")
 
 
-@law(needs=RANK, cases=rank_decode_cases, first=ordinary.rank_decode, missing=no_empty_rows)
+@law(needs=RANK, cases=rank_decode_cases, first=rank_decode.ordinary, missing=no_empty_rows)
 def test_rank_decode_agrees_with_reference(run: Run, case: RankDecodeCase) -> None:
     """out = softmax(scale · q · rowsᵀ) · latents over the rank's keys, within the worst-case bound of the profile."""
     inputs = case.build()
@@ -45,7 +45,7 @@ def test_rank_decode_agrees_with_reference(run: Run, case: RankDecodeCase) -> No
     run.within(run.call(RANK, inputs)[0], want.out, want.out_error)
 
 
-@law(needs=RANK, cases=rank_decode_cases, first=ordinary.rank_decode, missing=_needs_lse)
+@law(needs=RANK, cases=rank_decode_cases, first=rank_decode.ordinary, missing=_needs_lse)
 def test_rank_decode_lse_agrees_with_reference(run: Run, case: RankDecodeCase) -> None:
     """lse = log Σ exp(scale · q · rowsᵀ) over the rank's keys, natural, laid out [b, h, s], the declared value where there is none."""
     inputs = case.build()
@@ -88,7 +88,7 @@ def test_rank_decode_of_one_rank_is_decode(run: Run, case: DecodeCase) -> None:
     cases=narrowed(decode_cases, logit_stds=MERGEABLE, sizes=()),
     missing=_needs_lse,
     cost=5,
-    first=ordinary.decode,
+    first=decode.ordinary,
 )
 def test_merge_of_rank_decodes_is_the_whole(run: Run, case: DecodeCase) -> None:
     """Tokens dealt to ranks in blocks, decoded rank by rank with the mask of the whole and merged, are decoded whole."""
@@ -108,7 +108,7 @@ def test_merge_of_rank_decodes_is_the_whole(run: Run, case: DecodeCase) -> None:
     needs=RANK,
     cases=narrowed(rank_decode_cases, min_s=2, causal=True),
     missing=_needs_several_queries,
-    first=lambda supports, profile: [replace(c, causal=True) for c in ordinary.rank_decode(supports, profile)],
+    first=lambda supports, profile: [replace(c, causal=True) for c in rank_decode.ordinary(supports, profile)],
 )
 def test_rank_decode_ignores_future_keys(run: Run, case: RankDecodeCase) -> None:
     """Changing the last key that a rank holds changes no bit of queries that come before it in the whole sequence."""
@@ -129,7 +129,7 @@ def test_rank_decode_ignores_future_keys(run: Run, case: RankDecodeCase) -> None
         run.same_bits(got.lse[heads_last], want.lse[heads_last], why)
 
 
-@law(needs=RANK, cases=rank_decode_cases, cost=2, first=ordinary.rank_decode, missing=no_empty_rows)
+@law(needs=RANK, cases=rank_decode_cases, cost=2, first=rank_decode.ordinary, missing=no_empty_rows)
 def test_rank_decode_ignores_unused_cache_slots(run: Run, case: RankDecodeCase) -> None:
     """NaN, infinity or 2^100 in slots past the rank's tokens, fewer than the sequence has, changes no bit."""
     inputs = case.build()

@@ -28,7 +28,8 @@ from mla_spec.operations.sparse import (
     sparse_expected,
 )
 from mla_spec.properties.attention import needs_several_sequences
-from mla_spec.properties.strategies import rare
+from mla_spec.properties.cases import none
+from mla_spec.properties.fixed import sparse_decode, sparse_prefill
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.properties.strategies.sparse import sparse_decode_cases, sparse_prefill_cases
@@ -84,18 +85,17 @@ def _both(
     """
 
     def decorate(check: Check) -> Check:
-        for operation, strategy, end, own in (
-            (SPARSE_PREFILL, sparse_prefill_cases, prefill, prefill_only),
-            (SPARSE_DECODE, sparse_decode_cases, decode or prefill, decode_only),
+        for operation, strategy, rare, end, own in (
+            (SPARSE_PREFILL, sparse_prefill_cases, sparse_prefill.rare, prefill, prefill_only),
+            (SPARSE_DECODE, sparse_decode_cases, sparse_decode.rare, decode or prefill, decode_only),
         ):
             of_one = partial(check, operation)
             of_one.__doc__ = check.__doc__
             cases = narrowed(strategy, **keywords, **own or {})
             name = f"test_{operation.name}_{end}"
-            first = {"sparse_prefill": rare.sparse_prefill, "sparse_decode": rare.sparse_decode}[operation.name]
-            own_first = {"first": first} if rare_first else {}
+            first = rare if rare_first else none
             absent = needs_several_sequences if "min_batch" in (own or {}) else missing
-            made = Law(name, (operation.name,), cases, of_one, absent, cost=cost, **own_first)
+            made = Law(name, (operation.name,), cases, of_one, absent, cost=cost, first=first)
             globals()[name] = as_test(made, __name__)
         return check
 

@@ -19,9 +19,10 @@ from mla_spec.operations.decode import DecodeInputs
 from mla_spec.operations.operation import Operation
 from mla_spec.operations.prefill import OPERATION as PREFILL
 from mla_spec.operations.prefill import PrefillInputs
-from mla_spec.properties.strategies import crossed
+from mla_spec.properties.cases import CASES, Cases
+from mla_spec.properties.fixed import decode, prefill
+from mla_spec.properties.fixed.options import with_all_options, with_sinks, with_windows
 from mla_spec.properties.strategies.decode import decode_cases
-from mla_spec.properties.strategies.ordinary import with_options
 from mla_spec.properties.strategies.prefill import prefill_cases
 from mla_spec.properties.strategies.sizes import SINK_STDS, WINDOWS, narrowed
 from mla_spec.reference.typing import BoolArray, IntArray
@@ -49,11 +50,14 @@ def _both(
     """
 
     def decorate(check: Check) -> Check:
-        for operation, strategy in ((DECODE, decode_cases), (PREFILL, prefill_cases)):
+        for operation, strategy, long in (
+            (DECODE, decode_cases, decode.long),
+            (PREFILL, prefill_cases, prefill.long),
+        ):
             of_one = partial(check, operation)
             of_one.__doc__ = check.__doc__
             name, cases = f"test_{operation.name}_{end}", narrowed(strategy, **keywords)
-            absent, first = partial(missing, operation.name), partial(_first, operation.name, option)
+            absent, first = partial(missing, operation.name), partial(_first, operation.name, option, long)
             made = Law(name, (operation.name,), cases, of_one, absent, first=first)
             globals()[name] = as_test(made, __name__)
         return check
@@ -61,11 +65,13 @@ def _both(
     return decorate
 
 
-def _first(operation: str, option: str, supports: Supports, profile: Profile) -> list[Any]:
-    """The ordinary case with the options, and where one is named, cases with it of several counts of production."""
-    cases: list[Any] = with_options(operation, supports, profile)
-    if option:
-        cases += crossed.with_options(operation, supports, profile, sink=option == "sink")
+def _first(operation: str, option: str, long: Cases, supports: Supports, profile: Profile) -> list[Any]:
+    """The ordinary case with the options, and where one is named, ``long`` cases with it."""
+    cases: list[Any] = with_all_options(operation, CASES[operation].ordinary(supports, profile), supports)
+    if option == "sink":
+        cases += with_sinks(long(supports, profile))
+    if option == "window":
+        cases += with_windows(operation, long(supports, profile), supports)
     return cases
 
 

@@ -15,7 +15,7 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.operations.gradients import PrefillBackwardCase, SparseBackwardCase
 from mla_spec.operations.merge_gradients import MergeBackwardCase, RingCase
 from mla_spec.operations.rope_gradients import RopeBackwardCase
-from mla_spec.properties.strategies.counts import ELEMENTS, nearest, prefill_dims
+from mla_spec.properties.fixed.counts import ELEMENTS, nearest, prefill_dims
 from mla_spec.properties.strategies.merge import merge_cases
 from mla_spec.properties.strategies.rope import options, rope_cases
 from mla_spec.properties.strategies.sizes import SEEDS, between, choice, large_size, several, supported

@@ -22,7 +22,7 @@ from mla_spec.exchange.folder import INDEX, CallLine, Folder, HeaderLine
 from mla_spec.exchange.tensor_file import DTYPES, ExchangeError, decode, encode
 from mla_spec.operations.all import CALLED
 from mla_spec.operations.operation import Operation
-from mla_spec.properties.strategies.ordinary import ORDINARY
+from mla_spec.properties.cases import CASES
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import SubjectCrashed, Unsupported
@@ -47,7 +47,7 @@ class Nothing:
 
 def asked(operation: Operation) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of an ordinary call."""
-    case = ORDINARY[operation.name](Supports(), Profile.default("bfloat16"))[0]
+    case = CASES[operation.name].ordinary(Supports(), Profile.default("bfloat16"))[0]
     subject, inputs = Nothing(operation), operation.build(case)
     driver = Driver(subject, "bfloat16")
     with pytest.raises(KeyboardInterrupt):

@@ -11,7 +11,7 @@ import pytest
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.front.cli import main
-from mla_spec.properties.strategies import rare
+from mla_spec.properties.fixed import decode
 from mla_spec.subjects.supports import DTYPES, Supports
 from mla_spec.text.files import write_atomically
 
@@ -63,7 +63,7 @@ def test_a_conforming_subject_gets_0_and_a_table(kernel: str, capsys: pytest.Cap
     row = lines[header + 1]
     assert lines[header].split() == ["law", "verdict", "cases", "error/bound", "worst", "case"]
     assert row.split()[:2] == ["test_decode_agrees_with_reference", "pass"]
-    assert int(row.split()[2]) == 8 + sum(len(rare.decode(Supports(), Profile.default(dtype))) for dtype in DTYPES)
+    assert int(row.split()[2]) == 8 + sum(len(decode.rare(Supports(), Profile.default(dtype))) for dtype in DTYPES)
     assert "decode:dtype=" in row
     assert "1 pass in" in out
 
@@ -241,8 +241,8 @@ def test_version_and_help_as_a_process() -> None:
 
 
 def test_the_first_failing_case_may_stay_as_it_is(kernel: str, capsys: pytest.CaptureFixture[str]) -> None:
-    law = ("--law", "test_decode_agrees_with_reference", "--dtype", "float32", "--examples", "3")
-    fixed = [case.id for case in rare.decode(Supports(), Profile.default("float32"))]
+    law = ("--law", "test_decode_agrees_with_reference", "--dtype", "float32", "--examples", "3", "--seed", "0")
+    fixed = [case.id for case in decode.rare(Supports(), Profile.default("float32"))]
     for options, same in (((), False), (("--no-minimise",), True)):
         code, out, _ = run(capsys, "check", f"{kernel}:Wrong", "-v", *law, *options)
         assert code == 1

@@ -21,7 +21,7 @@ from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
 from mla_spec.operations.all import CALLED
 from mla_spec.operations.operation import Exactly, Operation, Within
-from mla_spec.properties.strategies.ordinary import ORDINARY
+from mla_spec.properties.cases import CASES
 from mla_spec.subjects import process as processes
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.near import there
@@ -121,7 +121,7 @@ def test_no_answer_is_sent_to_the_subject(operation: Operation, monkeypatch: pyt
     sent: list[bytes] = []
     framed = processes.framed
     monkeypatch.setattr(processes, "framed", lambda parts: (sent.append(b"".join(map(bytes, parts))), framed(parts))[1])
-    case = ORDINARY[operation.name](Supports(), Profile.default("float32"))[0]
+    case = CASES[operation.name].ordinary(Supports(), Profile.default("float32"))[0]
     inputs = operation.build(case)
     subject = SubjectProcess("torch-absorbed")
     try:

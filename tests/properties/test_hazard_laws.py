@@ -16,7 +16,7 @@ from mla_spec.judging.law import Options
 from mla_spec.judging.run import run_law
 from mla_spec.operations.all import CALLED
 from mla_spec.operations.operation import Operation
-from mla_spec.properties.strategies.ordinary import ORDINARY
+from mla_spec.properties.cases import CASES
 from mla_spec.subjects.contract import profile_of
 from mla_spec.subjects.driver import Driver
 from mla_spec.subjects.memory import share_memory
@@ -64,7 +64,7 @@ FAULTS: dict[str, Fault] = {
 
 def tensor_names(operation: Operation) -> list[str]:
     """The tensor arguments, those of a dict by "argument.key"."""
-    case = ORDINARY[operation.name](TorchAbsorbed.supports, profile_of(TorchAbsorbed(), "float32"))[0]
+    case = CASES[operation.name].ordinary(TorchAbsorbed.supports, profile_of(TorchAbsorbed(), "float32"))[0]
     return list(Driver(TorchAbsorbed(), "float32").tensors(operation, operation.build(case)))
 
 

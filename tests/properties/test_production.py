@@ -11,7 +11,21 @@ from mla_spec.bounds.profile import Profile
 from mla_spec.operations.decode import DecodeCase
 from mla_spec.operations.layer import layer_models
 from mla_spec.operations.rope import LONGROPE, YARN
-from mla_spec.properties.strategies import crossed, production, rare
+from mla_spec.properties.cases import CASES, none
+from mla_spec.properties.fixed import (
+    decode,
+    indexer,
+    merge,
+    prefill,
+    ragged_decode,
+    rank_decode,
+    rope,
+    sparse_decode,
+    sparse_prefill,
+    write_cache,
+)
+from mla_spec.properties.fixed.counts import ELEMENTS
+from mla_spec.properties.fixed.options import with_windows
 from mla_spec.properties.strategies.layer import every_option, long_layers
 from mla_spec.properties.strategies.rope import options
 from mla_spec.reference.sparse import indexer_logits
@@ -37,7 +51,7 @@ def fields(cases: list[Any], name: str) -> set[Any]:
 
 
 def test_decode_reaches_the_counts_of_production() -> None:
-    cases = production.decode(FREE, PROFILE)
+    cases = decode.counts(FREE, PROFILE)
     assert {96, 128, 256} <= {len(case.seqlens) for case in cases}
     assert {24, 32, 48, 64, 96, 112, 128} <= fields(cases, "num_heads")
     assert {5, 6, 7, 8} <= fields(cases, "s")
@@ -49,7 +63,7 @@ def test_decode_reaches_the_counts_of_production() -> None:
 
 
 def test_some_page_of_a_long_sequence_has_no_number_of_16_bits() -> None:
-    (case,) = (case for case in production.decode(FREE, PROFILE) if 131142 in case.seqlens)
+    (case,) = (case for case in decode.counts(FREE, PROFILE) if 131142 in case.seqlens)
     inputs = case.build()
     i = case.seqlens.index(131142)
     used = inputs.block_table[i, : -(-131142 // case.page_size)]
@@ -58,19 +72,19 @@ def test_some_page_of_a_long_sequence_has_no_number_of_16_bits() -> None:
 
 
 def test_declared_widths_cost_no_sequences() -> None:
-    cases = production.decode(REAL, PROFILE)
+    cases = decode.counts(REAL, PROFILE)
     assert max(len(case.seqlens) for case in cases) == 256
     assert any(max(case.seqlens) >= 200 for case in cases)
     for case in cases:
-        assert len(case.seqlens) * max(case.seqlens) * 576 <= 2 * production.ELEMENTS
+        assert len(case.seqlens) * max(case.seqlens) * 576 <= 2 * ELEMENTS
         assert min(case.seqlens) >= case.s
-        assert (case.shared_pages or sum(case.pages_needed)) * 64 * 576 <= 8 * production.ELEMENTS
+        assert (case.shared_pages or sum(case.pages_needed)) * 64 * 576 <= 8 * ELEMENTS
 
 
-@pytest.mark.parametrize("operation", production.PRODUCTION)
+@pytest.mark.parametrize("operation", [name for name, fixed in CASES.items() if fixed.counts is not none])
 @pytest.mark.parametrize("supports", [FREE, REAL], ids=["free", "declared"])
 def test_cases_are_what_the_subject_takes(operation: str, supports: Supports) -> None:
-    cases = production.PRODUCTION[operation](supports, PROFILE)
+    cases = CASES[operation].counts(supports, PROFILE)
     assert cases
     for case in cases:
         if supports is REAL and hasattr(case, "page_size"):
@@ -81,7 +95,7 @@ def test_cases_are_what_the_subject_takes(operation: str, supports: Supports) ->
 
 
 def test_numbers_of_production_meet() -> None:
-    cases = crossed.decode(FREE, PROFILE)
+    cases = decode.crossed(FREE, PROFILE)
     long = [case for case in cases if max(case.seqlens) > 4096]
     assert any(case.s > 2 and case.causal for case in long)
     assert any(case.num_heads > 64 and case.s == 1 for case in long)
@@ -91,21 +105,21 @@ def test_numbers_of_production_meet() -> None:
     assert any(len(case.seqlens) * case.s * case.num_heads > 65535 for case in cases)
     tiles = {-(-n // 64) for case in cases for n in case.seqlens if n > 512}
     assert all({n % remainder for n in tiles} == set(range(remainder)) for remainder in (2, 3, 4, 5, 8))
-    windows = crossed.with_options("decode", FREE, PROFILE, sink=False)
+    windows = with_windows("decode", decode.long(FREE, PROFILE), FREE)
     assert all(case.window > 128 and case.causal for case in windows)
     prompts = [
-        pair for case in crossed.prefill(FREE, PROFILE) for pair in zip(case.seqlens_q, case.seqlens_k, strict=True)
+        pair for case in prefill.crossed(FREE, PROFILE) for pair in zip(case.seqlens_q, case.seqlens_k, strict=True)
     ]
     assert any(q > 128 and k - q > 1024 for q, k in prompts)
     assert max(q for q, _ in prompts) > 2**16
-    assert any(case.rank > 8 for case in crossed.rank_decode(FREE, PROFILE))
-    (merge,) = crossed.merge(FREE, PROFILE)
-    assert merge.batch * merge.s * merge.num_heads > 65535
+    assert any(case.rank > 8 for case in rank_decode.crossed(FREE, PROFILE))
+    (rows,) = merge.crossed(FREE, PROFILE)
+    assert rows.batch * rows.s * rows.num_heads > 65535
 
 
-@pytest.mark.parametrize("operation", crossed.CROSSED)
+@pytest.mark.parametrize("operation", [name for name, fixed in CASES.items() if fixed.crossed is not none])
 def test_cases_that_meet_are_what_the_subject_takes(operation: str) -> None:
-    for case in crossed.CROSSED[operation](REAL, PROFILE):
+    for case in CASES[operation].crossed(REAL, PROFILE):
         if hasattr(case, "page_size"):
             assert case.page_size == 64
         if hasattr(case, "num_heads") and operation != "indexer":
@@ -117,7 +131,7 @@ def test_cases_that_meet_are_what_the_subject_takes(operation: str) -> None:
 
 
 def test_prefill_reaches_the_counts_of_production() -> None:
-    cases = production.prefill(FREE, PROFILE)
+    cases = prefill.counts(FREE, PROFILE)
     assert max(len(case.seqlens_q) for case in cases) == 128
     assert max(max(case.seqlens_q) for case in cases) == 1100
     assert {4100, 8193, 65700} <= {max(case.seqlens_k) for case in cases}
@@ -125,7 +139,7 @@ def test_prefill_reaches_the_counts_of_production() -> None:
 
 
 def test_packed_queries_reach_the_counts_of_production() -> None:
-    cases = production.ragged_decode(FREE, PROFILE)
+    cases = ragged_decode.counts(FREE, PROFILE)
     assert max(len(case.seqlens_q) for case in cases) == 128
     assert {24, 48, 112, 128} <= fields(cases, "num_heads")
     assert {1, 16, 32, 64, 256} <= fields(cases, "page_size")
@@ -133,12 +147,12 @@ def test_packed_queries_reach_the_counts_of_production() -> None:
     assert long.causal
     assert long.seqlens_q.count(1) == 2
     assert {4161, 8193, 32769, 65606, 131142} <= {max(case.seqlens_k) for case in cases}
-    for case in production.ragged_decode(REAL, PROFILE):
+    for case in ragged_decode.counts(REAL, PROFILE):
         assert all(t >= s for s, t in zip(case.seqlens_q, case.seqlens_k, strict=True))
 
 
 def test_ranks_hold_parts_of_long_sequences() -> None:
-    cases = production.rank_decode(FREE, PROFILE)
+    cases = rank_decode.counts(FREE, PROFILE)
     assert {65606, 131142} <= {max(case.seqlens) for case in cases}
     assert {2, 4, 8, 16} <= fields(cases, "ranks")
     assert {24, 128} <= fields(cases, "num_heads")
@@ -148,23 +162,23 @@ def test_ranks_hold_parts_of_long_sequences() -> None:
 
 def test_decoded_tokens_stand_before_and_behind_hundreds_of_queries() -> None:
     for supports in (FREE, REAL):
-        cases = rare.ragged_decode(supports, PROFILE)
+        cases = ragged_decode.rare(supports, PROFILE)
         assert any(max(case.seqlens_q) == 300 and case.seqlens_q.index(300) == 1 for case in cases)
         assert all(1 in case.seqlens_q for case in cases)
-    assert any(0 in case.seqlens_k for case in rare.ragged_decode(FREE, PROFILE))
-    assert all(t for case in rare.ragged_decode(REAL, PROFILE) for t in case.seqlens_k)
+    assert any(0 in case.seqlens_k for case in ragged_decode.rare(FREE, PROFILE))
+    assert all(t for case in ragged_decode.rare(REAL, PROFILE) for t in case.seqlens_k)
 
 
 def test_selections_are_of_more_keys() -> None:
-    assert any(case.topk == 2048 < case.s_kv for case in production.sparse_prefill(FREE, PROFILE))
-    assert any(case.topk == 2048 < case.pages * case.page_size for case in production.sparse_decode(FREE, PROFILE))
+    assert any(case.topk == 2048 < case.s_kv for case in sparse_prefill.counts(FREE, PROFILE))
+    assert any(case.topk == 2048 < case.pages * case.page_size for case in sparse_decode.counts(FREE, PROFILE))
     for supports in (FREE, REAL):
-        assert any(case.top_k == 2048 < max(case.seqlens_k) for case in production.indexer(supports, PROFILE))
+        assert any(case.top_k == 2048 < max(case.seqlens_k) for case in indexer.counts(supports, PROFILE))
 
 
 def test_more_keys_tie_than_a_buffer_holds() -> None:
     """Of some query, more than 1500 visible keys have the logit at which the selection ends."""
-    (case,) = (case for case in production.indexer(FREE, PROFILE) if case.regime == "integers")
+    (case,) = (case for case in indexer.counts(FREE, PROFILE) if case.regime == "integers")
     inputs = case.build()
     logits = indexer_logits(inputs.q, inputs.k, inputs.weights)
     ties = []
@@ -176,8 +190,8 @@ def test_more_keys_tie_than_a_buffer_holds() -> None:
 
 
 def test_65600_tokens_are_written_and_2_17_rows_rotated() -> None:
-    assert max(case.tokens for case in production.write_cache(FREE, PROFILE)) == 65_600
-    assert max(case.batch * case.s * max(case.heads, 1) for case in production.rope(FREE, PROFILE)) > 2**17
+    assert max(case.tokens for case in write_cache.counts(FREE, PROFILE)) == 65_600
+    assert max(case.batch * case.s * max(case.heads, 1) for case in rope.counts(FREE, PROFILE)) > 2**17
 
 
 def sunken(case: DecodeCase) -> float:
@@ -189,7 +203,7 @@ def sunken(case: DecodeCase) -> float:
 
 
 def test_some_queries_see_no_key_of_the_last_page_and_all_scores_are_far_below_zero() -> None:
-    cases = [case for case in rare.decode(FREE, PROFILE) if case.regime == "sunken"]
+    cases = [case for case in decode.rare(FREE, PROFILE) if case.regime == "sunken"]
     assert any(sunken(case) < -104 for case in cases)
     for case in cases:
         blind = [n - case.s + 1 <= (n - 1) // case.page_size * case.page_size for n in case.seqlens]
@@ -200,7 +214,7 @@ def test_some_queries_see_no_key_of_the_last_page_and_all_scores_are_far_below_z
 def test_the_first_and_the_last_page_of_a_pool_are_used() -> None:
     for supports in (FREE, REAL):
         used: set[int] = set()
-        for case in rare.decode(supports, PROFILE):
+        for case in decode.rare(supports, PROFILE):
             inputs, last = case.build(), 0
             for table, count in zip(inputs.block_table, case.pages_needed, strict=True):
                 last = len(inputs.kv_cache) - 1
@@ -210,12 +224,12 @@ def test_the_first_and_the_last_page_of_a_pool_are_used() -> None:
 
 
 def test_full_and_empty_prefixes_are_mixed() -> None:
-    for case in rare.full_and_empty_prefixes(FREE, PROFILE):
+    for case in prefill.full_and_empty_prefixes(FREE, PROFILE):
         past = [t - s for s, t in zip(case.seqlens_q, case.seqlens_k, strict=True)]
         assert min(past) == 0 < max(past)
 
 
-@pytest.mark.parametrize("case", rare.sparse_prefill(FREE, PROFILE), ids=lambda case: str(case.topk))
+@pytest.mark.parametrize("case", sparse_prefill.rare(FREE, PROFILE), ids=lambda case: str(case.topk))
 def test_some_first_tiles_select_nothing(case: Any) -> None:
     inputs = case.build()
     tile = 64 if case.topk > 64 else 16

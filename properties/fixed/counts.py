@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.properties.strategies.sizes import cycled
@@ -37,6 +38,13 @@ AROUND = 66
 """Sequences among which one is long."""
 
 
+LENGTHS = (5, 37, 20)
+"""Of an ordinary batch."""
+
+PADDED = (5, 37, 0, 1, 70, 20, 0)
+"""Lengths of a batch that is padded with empty sequences, over and over."""
+
+
 def shortened(lengths: tuple[int, ...], elements: int) -> tuple[int, ...]:
     """Lengths so cut that all keys of a batch, of so many elements each, are no more than ``ELEMENTS``."""
     most = max(3, ELEMENTS // (len(lengths) * elements))
@@ -51,6 +59,27 @@ def thinned(lengths: tuple[int, ...], elements: int) -> tuple[int, ...]:
 def nearest(allowed: tuple[int, ...] | None, wanted: int) -> int:
     """``wanted``, or the nearest that is allowed."""
     return wanted if allowed is None else min(allowed, key=lambda n: abs(n - wanted))
+
+
+def first_of(allowed: tuple[Any, ...] | None, default: Any) -> Any:
+    """The first that is allowed, or ``default`` where anything is."""
+    return allowed[0] if allowed else default
+
+
+def ordinary_page_size(supports: Supports) -> int:
+    """16, or the nearest that is allowed."""
+    return nearest(supports.page_sizes, 16)
+
+
+def takes_empty_rows(supports: Supports) -> bool:
+    """Whether rows without keys may occur."""
+    return supports.empty_row != "unsupported"
+
+
+def room_for_pages(pages: int, elements: int) -> int:
+    """How many pages all sequences share, where so many of so many elements each would be too large a pool; 0 where not."""
+    room = max(ELEMENTS // 2 // elements, 64)
+    return 0 if pages <= room else room
 
 
 def latent_dims(supports: Supports) -> tuple[int, int]:
