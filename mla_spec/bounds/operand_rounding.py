@@ -82,6 +82,11 @@ def with_roundings(
         exact = round_to(x, fmt.name) == x
         return np.where(exact, 0.0, rate * np.abs(x) + fmt.smallest_subnormal / 2)
 
+    of_k, width = error(k), v.shape[-1]
+    same = v.shape[:-1] == k.shape[:-1] and np.array_equal(v, k[..., :width])  # as in the absorbed form
+    of_v = of_k[..., :width] if same else error(v)
+    if not (of_k.any() or of_v.any()):  # as where the cache holds the format itself; bounds without errors cost half
+        return inherited
     if inherited is None:
-        return InheritedError(np.zeros_like(q), error(k), error(v))
-    return InheritedError(inherited.q, inherited.k + error(k), inherited.v + error(v))
+        return InheritedError(np.zeros_like(q), of_k, of_v)
+    return InheritedError(inherited.q, inherited.k + of_k, inherited.v + of_v)
