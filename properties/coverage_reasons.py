@@ -145,11 +145,6 @@ LAYERS: tuple[Reason, ...] = (
         ("one token in all",),
         "a single key has all the weight whatever its score, and what queries and keys get is 0",
     ),
-    Reason(
-        ("test_layer_gradients_*", "test_every_weight_*", "test_layer_backward_*", "test_gradients_of_a_batch_*"),
-        ("output gate", "attention sink"),
-        "gradients through them are not derived",
-    ),
     Reason(("test_every_shard_caches_*",), ("output gate", "attention sink"), "what is cached does not depend on them"),
     Reason(
         ("test_layer_gradients_*", "test_every_weight_*", "test_layer_backward_*", "test_gradients_of_a_batch_*"),

@@ -96,9 +96,9 @@ def test_layer_laws_hold(name: str) -> None:
     for law in LAWS:
         for dtype in DTYPES:
             case = small_case(name, dtype)
-            if law in GRADIENT_LAWS and case.config.output_gate is not None:
-                continue  # not derived
             if law in GRADIENT_LAWS:
+                if case.config.k_pe_norm and dtype in ("float16", "bfloat16"):
+                    continue  # of that norm's gradient 16 bits leave nothing; see ``layer_gradient_cases``
                 case = gradient_case(case)
             record = run_law(law, TorchAbsorbed(), Options(case=case))
             shown = law.name != RELATIVE or _depends_on_differences(case)

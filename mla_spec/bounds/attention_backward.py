@@ -96,6 +96,7 @@ class BackwardAttention:
     largest: BoolArray  # keys whose computed score may be the row's largest, [..., g, rows, t]
     seen: BoolArray  # [..., 1, rows, t]
     heads: int
+    sink_joins: bool = False
 
     @classmethod
     @np.errstate(over="ignore", invalid="ignore")
@@ -111,6 +112,7 @@ class BackwardAttention:
         causal: bool = True,
         inherited: InheritedError | None = None,
         attn_sink: Array | None = None,
+        sink_joins: bool = False,
     ) -> BackwardAttention:
         """Of the arguments of ``attention_with_bound``."""
         profile = replace(profile, cache_dequantised=None)  # gradients do not go through a quantised cache
@@ -130,6 +132,7 @@ class BackwardAttention:
                 causal=causal,
                 inherited=inherited,
                 attn_sink=sink,
+                sink_joins=sink_joins,
             )
 
         def output(x: BoundedAttention) -> Bounded:
@@ -170,6 +173,7 @@ class BackwardAttention:
             largest=block.visible & (block.scores + delta >= highest),
             seen=block.visible,
             heads=h,
+            sink_joins=sink_joins,
         )
 
     @np.errstate(over="ignore", invalid="ignore")
@@ -181,18 +185,45 @@ class BackwardAttention:
         lse_grad_error: Array | None = None,
     ) -> Gradients:
         """Of q [..., s, h, d], k [..., t, g, d] and v [..., t, g, dv], before they are stored; the heads of a group added."""
-        g = self.key.value.shape[-3]
-        error = np.zeros_like(out_grad) if out_grad_error is None else out_grad_error
-        do = Bounded(heads_to_rows(out_grad, g), heads_to_rows(error, g))
         dlse = Bounded(*(self._per_row(x) for x in (lse_grad, lse_grad_error)))
-        p = self._narrow_at_any_share(multiply(self.p, self.share, self.rates.u))
-        dp = self._narrow_at_any_share(matmul(do, _transposed(self.value), self._rate(do.value.shape[-1])))
+        do, p, dp = self._weighted(out_grad, out_grad_error)
         ds = self._scores(p, dp, do, dlse)  # [..., g, rows, t], times the scale
         dq = matmul(ds, self.key, self._rate(ds.value.shape[-1]))  # [..., g, rows, d]
         s = out_grad.shape[-3]
         dq = _masked(dq, np.asarray(self.seen.any(axis=-1, keepdims=True)))
         by_head = dq.map(lambda x: rows_to_heads(x, s, self.heads))
         return by_head, self._of_keys(ds, self.query, s), self._of_keys(p, do, s)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def sink_gradient(self, out_grad: Array, out_grad_error: Array) -> Bounded:
+        """What each query [..., s, h] adds to the gradient of its head's sink: −P_sink D.
+
+        D is that of ``_mean``, or the share of what it is without a sink; P_sink is a weight of the softmax, or what a share leaves
+        of 1, and so may have the error of the share, however small it is.
+        """
+        u = self.rates.u
+        do, p, dp = self._weighted(out_grad, out_grad_error)
+        mean, share, relative = _row_sum(multiply(p, dp, u), u), self.share.value, self._relative_error_of_share()
+        gauge = (p.value * (np.abs(dp.value) + dp.error)).sum(axis=-1, keepdims=True)  # at least |D|
+        of_share = share * _row_sum(multiply(do, self.whole, u), u).error + (relative + 4 * u) * gauge
+        error = np.maximum.reduce([mean.error, _row_sum(multiply(do, self.out, u), u).error, of_share])
+        taken = self._narrow_at_any_share(Bounded(1 - share, self.share.error + 2 * u))
+        each = multiply(taken, Bounded(-mean.value, error), 4 * u)
+        # The sink may be the largest score; see ``_scores``.
+        largest = gamma(2 * p.value.shape[-1] + 10, u) * (3 * gauge + error)
+        each = self._perhaps_narrow(Bounded(each.value, each.error + largest))
+        return each.map(lambda x: rows_to_heads(x, out_grad.shape[-3], self.heads)[..., 0])
+
+    def _weighted(self, out_grad: Array, out_grad_error: Array | None) -> tuple[Bounded, Bounded, Bounded]:
+        """(dO [..., g, rows, dv], P of a row with its sink [..., g, rows, t], dP [..., g, rows, t])."""
+        g = self.key.value.shape[-3]
+        error = np.zeros_like(out_grad) if out_grad_error is None else out_grad_error
+        do = Bounded(heads_to_rows(out_grad, g), heads_to_rows(error, g))
+        p = multiply(self.p, self.share, self.rates.u)
+        if self.sink_joins:  # beside a large sink a weight may be smaller than any number, and not only its share
+            p = Bounded(p.value, p.error + self.seen * format_of(self.profile.softmax).smallest_normal)
+        dp = matmul(do, _transposed(self.value), self._rate(do.value.shape[-1]))
+        return do, self._narrow_at_any_share(p), self._narrow_at_any_share(dp)
 
     def _per_row(self, x: Array | None) -> Array:
         """[..., g, rows, 1] of [..., h, s]; 0 for None."""
@@ -230,10 +261,15 @@ class BackwardAttention:
 
         mean = of_weights(p)
         error = np.maximum(mean.error, of_out(self.out))
-        relative = self.share.error / np.where(self._sunk, self.share.value, 1.0)
-        taken = (1 - self.share.value) * of_out(self.whole) + (2 * relative + 8 * u) * gauge
+        taken = (1 - self.share.value) * of_out(self.whole)
+        taken = taken + (2 * self._relative_error_of_share() + 8 * u) * gauge
         through_lse = of_weights(self._narrow_at_any_share(self.p)).error + taken
         return Bounded(mean.value, np.where(self._sunk, np.maximum(error, through_lse), error))
+
+    def _relative_error_of_share(self) -> Array:
+        """[..., g, rows, 1]; 0 without a sink."""
+        relative: Array = self.share.error / np.where(self._sunk, self.share.value, 1.0)
+        return relative
 
     def _scores(self, p: Bounded, dp: Bounded, do: Bounded, dlse: Bounded) -> Bounded:
         """Of the scores before they are scaled: σ (P (dP − D) + P dlse), where a sink changes the first P only."""

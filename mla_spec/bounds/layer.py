@@ -167,7 +167,7 @@ def bounded_layer(
         out = product("hvc,...shc->...shv", w_uv, attended, profile)
     out = out.reshape(*own.value.shape[:-1], h * config.v_head_dim)
     g = _gate(own, c_q, weights, config, profile)
-    gated = out if config.output_gate is None else bounded_gate(out, g, h, profile)
+    gated = out if config.output_gate is None else bounded_gate(out, g, profile)
     return BoundedLayer(
         *(q_down, q_norm, c_q, q_nope, q_pe),
         *(kv_down, kv_norm, latent, k_pe),

@@ -17,7 +17,7 @@ from mla_spec.bounds.running import (
     multiply,
     perhaps_stored,
 )
-from mla_spec.bounds.running_steps import BoundedRms
+from mla_spec.bounds.running_steps import BoundedRms, bounded_sigmoid, spread
 from mla_spec.reference.formats import FORMATS, format_of
 from mla_spec.reference.typing import Array
 
@@ -27,19 +27,46 @@ Gradient = tuple[Array, ErrorBound]
 """A gradient that is an output of the backward pass, and its bound."""
 
 
-def added(a: Bounded, b: Bounded, profile: Profile) -> Bounded:
-    """The sum of the gradients of two uses of one operand."""
-    error = a.error + b.error
-    value = a.value + b.value
-    return perhaps_stored(Bounded(value, error + _U64 * np.abs(value)), profile.dtype)
+def added(*parts: Bounded, profile: Profile) -> Bounded:
+    """The sum of the gradients of several uses of one operand, added in any order and rounded on the way."""
+    value, error = (np.sum([getattr(x, name) for x in parts], axis=0) for name in ("value", "error"))
+    size = np.sum([np.abs(x.value) + x.error for x in parts], axis=0)  # of no sum on the way more
+    between = (len(parts) - 2) * (half_ulp(size, profile.dtype) + _U64 * size)
+    return perhaps_stored(Bounded(value, error + between + _U64 * np.abs(value)), profile.dtype)
 
 
 def summed_over_heads(x: Bounded, profile: Profile) -> Bounded:
-    """[..., i] of the gradients [..., h, i] that the heads of one operand give it, as they may be stored."""
+    """[..., i] of the gradients [..., h, i] that the heads, or other users, of one operand give it, as they may be stored."""
     heads = x.value.shape[-2]
     rate = profile.linear.relative_error(heads) + gamma(heads, _U64)
     error = x.error.sum(axis=-2) + rate * (np.abs(x.value) + x.error).sum(axis=-2)
     return perhaps_stored(Bounded(x.value.sum(axis=-2), error), profile.dtype)
+
+
+def summed_over_tokens(each: Bounded, profile: Profile) -> Gradient:
+    """[n] of the gradients [..., s, n] that the tokens of each sequence give a weight that all share."""
+    rate = profile.linear.relative_error(each.value[..., 0].size) + gamma(each.value.size, _U64)
+    error = (each.error + rate * (np.abs(each.value) + each.error)).sum(axis=-2)
+    return _over_sequences(Bounded(each.value.sum(axis=-2), error), 1, profile)
+
+
+def gate_gradients(out: Bounded, g: Bounded, grad: Bounded, profile: Profile) -> tuple[Bounded, Bounded]:
+    """(∂out [..., h·v], ∂g [..., h or h·v]) of out · y with y = sigmoid(g), given the gradient of the product.
+
+    ∂g = ∂y · y (1 − y) in any order; 1 − y has the error of y as it was stored, however small it is.
+    """
+    u, width = format_of(profile.softmax).unit_roundoff, out.value.shape[-1]
+    y, dtype = bounded_sigmoid(g, profile), profile.dtype
+    y_grad = perhaps_stored(multiply(grad, out, u), dtype)
+    if g.value.shape[-1] < width:
+        by_head = y_grad.map(lambda x: np.swapaxes(x.reshape(*g.value.shape, -1), -1, -2))  # [..., v, h]
+        y_grad = summed_over_heads(by_head, profile)
+    left = perhaps_stored(Bounded(1 - y.value, y.error + u), dtype)
+    slope = perhaps_stored(multiply(y, left, u), dtype)
+    return (
+        perhaps_stored(multiply(grad, spread(y, width), u), dtype),
+        perhaps_stored(multiply(y_grad, slope, 2 * u), dtype),
+    )
 
 
 def weight_gradient(grad: Bounded, x: Bounded, profile: Profile) -> Gradient:
@@ -95,10 +122,6 @@ def rms_norm_gradients(
     unit = Bounded(x.value / rms.rms, rms.divide(x))
     unit = perhaps_stored(Bounded(unit.value, unit.error + rate * (np.abs(unit.value) + unit.error)), profile.dtype)
     each = perhaps_stored(multiply(grad, unit, u), profile.dtype)  # [..., s, n]
-    tokens = profile.linear.relative_error(each.value[..., 0].size) + gamma(each.value.size, _U64)
-    per_sequence = Bounded(
-        each.value.sum(axis=-2), (each.error + tokens * (np.abs(each.value) + each.error)).sum(axis=-2)
-    )
     y = perhaps_stored(multiply(grad, Bounded(weight, np.zeros_like(weight)), u), profile.dtype)
     along = multiply(unit, y, 0.0)
     size = np.mean(np.abs(along.value) + along.error, axis=-1, keepdims=True)
@@ -108,6 +131,4 @@ def rms_norm_gradients(
     error = (
         rms.divide(inner) + rate * (np.abs(y.value) + y.error + (np.abs(unit.value) + unit.error) * size) / rms.least
     )
-    return perhaps_stored(Bounded(inner.value / rms.rms, error), profile.dtype), _over_sequences(
-        per_sequence, 1, profile
-    )
+    return perhaps_stored(Bounded(inner.value / rms.rms, error), profile.dtype), summed_over_tokens(each, profile)

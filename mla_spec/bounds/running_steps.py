@@ -58,8 +58,8 @@ def bounded_rms_norm(x: Bounded, weight: Array, eps: float, profile: Profile) ->
     return rounded(Bounded(value, error), profile.dtype)
 
 
-def bounded_gate(out: Bounded, g: Bounded, heads: int, profile: Profile) -> Bounded:
-    """out [..., h·v] times sigmoid(g), g having a number for each head or for each element; both are stored.
+def bounded_sigmoid(g: Bounded, profile: Profile) -> Bounded:
+    """sigmoid(g), stored.
 
     The sigmoid is monotone, so that an error of g moves it no further than at g ± e. Computing it takes exp of −g, perhaps as a
     power of 2 whose exponent is rounded, which counts by 1 − sigmoid(g), an addition and a division.
@@ -69,11 +69,20 @@ def bounded_gate(out: Bounded, g: Bounded, heads: int, profile: Profile) -> Boun
     size = np.abs(g.value) + g.error
     taken = sigmoid(g.error - g.value)  # at most, of 1
     relative = (1 + 4 * u) / np.maximum(1 - taken * np.expm1(u * (size + profile.exp_error)), 0.0) - 1
-    gate = rounded(Bounded(value, moved + (relative + 8 * _U64) * (value + moved)), profile.dtype)
-    width = out.value.shape[-1] // g.value.shape[-1]
-    assert width * g.value.shape[-1] == out.value.shape[-1] and g.value.shape[-1] % heads == 0
-    spread = Bounded(*(np.repeat(x, width, axis=-1) for x in (gate.value, gate.error)))
-    return rounded(multiply(out, spread, u), profile.dtype)
+    return rounded(Bounded(value, moved + (relative + 8 * _U64) * (value + moved)), profile.dtype)
+
+
+def spread(gate: Bounded, width: int) -> Bounded:
+    """A gate of heads or elements [..., h or h·v] as one of elements, [..., h·v = width]."""
+    of_each = width // gate.value.shape[-1]
+    assert of_each * gate.value.shape[-1] == width
+    return Bounded(*(np.repeat(x, of_each, axis=-1) for x in (gate.value, gate.error)))
+
+
+def bounded_gate(out: Bounded, g: Bounded, profile: Profile) -> Bounded:
+    """out [..., h·v] times sigmoid(g), g having a number for each head or for each element; both are stored."""
+    gate = spread(bounded_sigmoid(g, profile), out.value.shape[-1])
+    return rounded(multiply(out, gate, format_of(profile.softmax).unit_roundoff), profile.dtype)
 
 
 def foldable(x: Bounded, factor: float, dtype: str) -> Bounded:

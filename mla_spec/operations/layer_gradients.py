@@ -67,6 +67,9 @@ class LayerGradientCase(LayerCase):
             if name.endswith("layernorm"):
                 weights[name] = 1 + 0.25 * rng.uniform(-1, 1, shape)
                 continue
+            if name == "sinks":
+                weights[name] = rng.uniform(-1, 2, shape)
+                continue
             w = rng.uniform(0.25, 1.0, shape) / shape[1]
             if name != "o_proj":
                 w[:, 0] *= _LEAK
@@ -78,8 +81,9 @@ class LayerGradientCase(LayerCase):
         if config.qk_rope_head_dim:
             # Rotated back, rope dims add to the gradient of the query's latent with either sign.
             n, r = config.qk_nope_head_dim, config.qk_rope_head_dim
-            rows = weights["q_proj" if config.q_lora_rank is None else "q_b_proj"].reshape(config.num_heads, n + r, -1)
-            rows[:, n:] *= n / (4 * r)
+            (name,) = {"q_proj", "q_b_proj", "q_gate_proj"} & set(weights)
+            rows = weights[name].reshape(config.num_heads, -1, weights[name].shape[-1])
+            rows[:, n : n + r] *= n / (4 * r)
         return weights
 
 

@@ -140,9 +140,8 @@ def sparse_prefill_backward(
     dlse = np.zeros(q.shape[:-1]) if lse_grad is None else np.swapaxes(lse_grad, -1, -2)  # [..., s, h]
     if attn_sink is not None:
         out, lse = attention(query, key, value, softmax_scale=softmax_scale, cache_seqlens=count, causal=False)
-        share = sink_share(lse[..., 0], attn_sink)  # [..., s, h]
-        dlse = dlse + share * (1 - share) * (do * out).sum(axis=-1)[..., 0, :]
-        do = share[..., None, :, None] * do
+        do, through_share, _ = sink_backward(out, lse, do, attn_sink)
+        dlse = dlse + through_share[..., 0]
     dq, dk, dv = attention_backward(
         query,
         key,
@@ -155,6 +154,26 @@ def sparse_prefill_backward(
     )
     dk[..., :head_dim_v] += dv
     return dq[..., 0, :, :], scattered(dk[..., 0, :], *selected_indices(kv, indices, topk_length), kv.shape[-2])
+
+
+def sink_backward(out: Array, lse: Array, out_grad: Array, attn_sink: Array) -> tuple[Array, Array, Array]:
+    """Gradients of a loss with respect to attention without a sink and to the sink, given that of ``share · out``.
+
+    The share is that of ``sink_share``: ∂share/∂lse = share (1 − share) = −∂share/∂sink.
+
+    Args:
+        out, lse: of ``attention`` without the sink, [..., s, h, dv] and [..., h, s].
+        out_grad: [..., s, h, dv].
+        attn_sink: [h].
+
+    Returns:
+        (out_grad [..., s, h, dv], lse_grad [..., h, s], sink_grad [h]): the last is a sum over all queries. Queries that see no
+        key give 0.
+    """
+    share = sink_share(np.swapaxes(lse, -1, -2), attn_sink)  # [..., s, h]
+    through_share = share * (1 - share) * (out_grad * out).sum(axis=-1)  # [..., s, h]
+    sink_grad = -through_share.reshape(-1, attn_sink.size).sum(axis=0)
+    return share[..., None] * out_grad, np.swapaxes(through_share, -1, -2), sink_grad
 
 
 def scattered(rows: Array, chosen: IntArray, count: IntArray, t: int) -> Array:

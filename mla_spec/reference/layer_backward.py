@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from mla_spec.reference.attention import attention
-from mla_spec.reference.backward import attention_backward
+from mla_spec.reference.attention import attention, sink_share
+from mla_spec.reference.backward import attention_backward, sink_backward
 from mla_spec.reference.config import MLAConfig, RopeConfig
-from mla_spec.reference.mla import Weights, check_weights, project_latent, project_query, rms_norm
+from mla_spec.reference.mla import (
+    Weights,
+    check_weights,
+    gate,
+    gated,
+    project_latent,
+    project_query,
+    query_latent,
+)
 from mla_spec.reference.rope import apply_rope
 from mla_spec.reference.typing import Array, IntArray
 
@@ -32,11 +40,9 @@ def layer_backward(
         (gradient of hidden [..., s, e], those of the weights by name, each of its weight's shape): sums over all tokens.
 
     Raises:
-        ValueError: weights do not fit the configuration, it has an output gate or a sink, or out_grad does not have the shape
-            of hidden.
+        ValueError: weights do not fit the configuration, or out_grad does not have the shape of hidden.
     """
     check_weights(weights, config)
-    require_differentiable(config)
     if out_grad.shape != hidden.shape:
         raise ValueError(f"out_grad must have the shape {hidden.shape} of hidden, got {out_grad.shape}")
     h, n = config.num_heads, config.qk_nope_head_dim
@@ -45,51 +51,83 @@ def layer_backward(
     up = (latent @ weights["kv_b_proj"].T).reshape(*hidden.shape[:-1], h, -1)  # [..., t, h, n+v]
     shared = np.broadcast_to(k_pe[..., None, :], (*up.shape[:-1], k_pe.shape[-1]))  # [..., t, h, r]
     k, v = np.concatenate([up[..., :n], shared], axis=-1), up[..., n:]
-    out, _ = attention(q, k, v, softmax_scale=config.scale)
+    out, lse = attention(q, k, v, softmax_scale=config.scale)
+    attended = out
+    if config.attention_sink:
+        attended = sink_share(np.swapaxes(lse, -1, -2), weights["sinks"])[..., None] * out  # [..., s, h, v]
+    result = gated(attended, hidden, weights, config)
 
-    attended_grad = (out_grad @ weights["o_proj"]).reshape(out.shape)  # [..., s, h, v]
-    q_grad, k_grad, v_grad = attention_backward(q, k, v, attended_grad, softmax_scale=config.scale)
+    grads = {"o_proj": linear_backward(out_grad, result.reshape(*hidden.shape[:-1], -1))}
+    attended_grad, g_grad = gate_backward(
+        attended, hidden, weights, config, (out_grad @ weights["o_proj"]).reshape(out.shape)
+    )
+    lse_grad = None
+    if config.attention_sink:
+        attended_grad, lse_grad, grads["sinks"] = sink_backward(out, lse, attended_grad, weights["sinks"])
+    q_grad, k_grad, v_grad = attention_backward(q, k, v, attended_grad, softmax_scale=config.scale, lse_grad=lse_grad)
     up_grad = np.concatenate([k_grad[..., :n], v_grad], axis=-1).reshape(*hidden.shape[:-1], -1)  # [..., t, h·(n+v)]
     latent_grad = up_grad @ weights["kv_b_proj"]  # [..., t, c]
     k_pe_grad = k_grad[..., n:].sum(axis=-2)  # every head has the same k_pe
+    grads["kv_b_proj"] = linear_backward(up_grad, latent)
 
-    by_query, q_grads = project_query_backward(hidden, positions, weights, config, q_grad)
+    hidden_grad, q_grads = project_query_backward(hidden, positions, weights, config, q_grad, g_grad)
     by_latent, kv_grads = project_latent_backward(hidden, positions, weights, config, latent_grad, k_pe_grad)
-    grads = {
-        **q_grads,
-        **kv_grads,
-        "kv_b_proj": linear_backward(up_grad, latent),
-        "o_proj": linear_backward(out_grad, out.reshape(*hidden.shape[:-1], -1)),
-    }
-    return by_query + by_latent, grads
+    hidden_grad = hidden_grad + by_latent
+    if "g_proj" in weights and g_grad is not None:
+        grads["g_proj"] = linear_backward(g_grad, hidden)
+        hidden_grad = hidden_grad + g_grad @ weights["g_proj"]
+    grads |= q_grads | kv_grads
+    return hidden_grad, {name: grads[name] for name in weights}
 
 
-def require_differentiable(config: MLAConfig) -> None:
-    """Raise ValueError for options whose gradients are not derived."""
-    if config.output_gate is not None or config.attention_sink:
-        option = "attention_sink" if config.attention_sink else "output_gate"
-        raise ValueError(f"gradients of a layer with {option} are not derived; expected a configuration without it")
+def gate_backward(
+    out: Array, hidden: Array, weights: Weights, config: MLAConfig, grad: Array
+) -> tuple[Array, Array | None]:
+    """(∂out, ∂g) through ``gated``, given the gradient of its result [..., s, h, v]; g is what the sigmoid is taken of.
+
+    With y = sigmoid(g), dy/dg = y (1 − y). A gate of each head has the gradients of all its elements: ∂g is [..., s, h], else
+    [..., s, h·v], and None without a gate.
+    """
+    if config.output_gate is None:
+        return grad, None
+    y = gate(hidden, weights, config).reshape(*out.shape[:-1], -1)  # [..., s, h, 1 or v]
+    y_grad = grad * out
+    if config.output_gate == "head":
+        y_grad = y_grad.sum(axis=-1, keepdims=True)
+    return grad * y, (y_grad * y * (1 - y)).reshape(*hidden.shape[:-1], -1)
 
 
 def project_query_backward(
-    hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig, q_grad: Array
+    hidden: Array, positions: IntArray, weights: Weights, config: MLAConfig, q_grad: Array, g_grad: Array | None = None
 ) -> tuple[Array, dict[str, Array]]:
-    """(∂hidden, ∂weights) through ``project_query``, given ∂[q_nope; q_pe] [..., s, h, n+r]."""
+    """(∂hidden, ∂weights) through ``project_query``, given ∂[q_nope; q_pe] [..., s, h, n+r].
+
+    A gate "query" comes from the same weights as the queries: ``g_grad`` [..., s, h·v] then goes back with theirs.
+    """
     n = config.qk_nope_head_dim
     if config.llama_4_scaling is not None:
         q_grad = config.llama_4_scaling.factor(positions)[..., None, None] * q_grad
     q_pe_grad = rope_backward(q_grad[..., n:], positions, config.rope)
-    grad = np.concatenate([q_grad[..., :n], q_pe_grad], axis=-1).reshape(*hidden.shape[:-1], -1)  # [..., s, h·(n+r)]
+    parts = [q_grad[..., :n], q_pe_grad]
+    if config.output_gate == "query" and g_grad is not None:
+        parts.append(g_grad.reshape(*q_grad.shape[:-1], -1))  # [..., s, h, v]
+    grad = np.concatenate(parts, axis=-1).reshape(*hidden.shape[:-1], -1)  # [..., s, h·(n+r) or h·(n+r+v)]
     if config.q_lora_rank is None:
         return grad @ weights["q_proj"], {"q_proj": linear_backward(grad, hidden)}
+    name = "q_gate_proj" if config.output_gate == "query" else "q_b_proj"
     down = hidden @ weights["q_a_proj"].T  # [..., s, q_lora_rank]
-    norm, eps = weights["q_a_layernorm"], config.latent_norm_eps
-    c_q_grad = config.q_lora_scale * (grad @ weights["q_b_proj"])
-    down_grad, norm_grad = rms_norm_backward(down, norm, eps, c_q_grad)
+    c_q_grad, past_norm = np.split(
+        grad @ weights[name], [config.q_lora_rank], axis=-1
+    )  # the latter [..., s, 0] but for A.X-K2
+    down_grad, norm_grad = rms_norm_backward(
+        down, weights["q_a_layernorm"], config.latent_norm_eps, config.q_lora_scale * c_q_grad
+    )
+    if past_norm.size:
+        down_grad = down_grad + past_norm
     return down_grad @ weights["q_a_proj"], {
         "q_a_proj": linear_backward(down_grad, hidden),
         "q_a_layernorm": norm_grad,
-        "q_b_proj": linear_backward(grad, config.q_lora_scale * rms_norm(down, norm, eps)),
+        name: linear_backward(grad, query_latent(hidden, weights, config)),
     }
 
 

@@ -285,11 +285,14 @@ def gated(out: Array, hidden: Array, weights: Weights, config: MLAConfig) -> Arr
     """
     if config.output_gate is None:
         return out
+    return out * gate(hidden, weights, config).reshape(*out.shape[:-1], -1)
+
+
+def gate(hidden: Array, weights: Weights, config: MLAConfig) -> Array:
+    """sigmoid(W_G h) of a configuration with an output gate, [..., s, h or h·v]."""
     if config.output_gate == "query":
-        g = accurate_product(query_latent(hidden, weights, config), query_and_gate(weights, config)[1].T)
-    else:
-        g = accurate_product(hidden, weights["g_proj"].T)  # [..., s, h or h·v]
-    return out * sigmoid(g).reshape(*out.shape[:-1], -1)
+        return sigmoid(accurate_product(query_latent(hidden, weights, config), query_and_gate(weights, config)[1].T))
+    return sigmoid(accurate_product(hidden, weights["g_proj"].T))
 
 
 def sigmoid(x: Array) -> Array:

@@ -17,11 +17,6 @@ from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
 
 
-def differentiable(supports: Supports) -> Supports:
-    """Without the options of a layer whose gradients are not derived."""
-    return replace(supports, output_gate=(), dense_sink=())
-
-
 @st.composite
 def layer_gradient_cases(
     draw: DrawFn, supports: Supports, profile: Profile, *, min_batch: int = 1
@@ -32,8 +27,8 @@ def layer_gradient_cases(
     norm on k_pe: the gradient of its weight is a sum of terms that cancel, of which 16 bits leave nothing.
     """
     narrow, coarse = (format_of(profile.dtype).precision <= bits for bits in (11, 8))
-    supports = differentiable(supports)
-    names = supported_models(supports)
+    known = replace(supports, k_pe_norm=supports.k_pe_norm and not narrow)
+    names = supported_models(known)
     name = draw(choice(*names)) if names and draw(FLAGS) else "none"
     fields = {} if name == "none" else layer_models()[name].fields
     heads, multiple = draw(between(1, 2)), supports.layer_dim_multiple
@@ -44,7 +39,6 @@ def layer_gradient_cases(
         compressed = fields["q_lora_rank"] is not None
         rope_dim = 0 if fields["qk_rope_head_dim"] == 0 else 8
     q_lora_rank = draw(between(3, 5)) if compressed else None
-    known = replace(supports, k_pe_norm=supports.k_pe_norm and not narrow)
     temperature = fields.get("llama_4_scaling")
     starts = (0, 1, 62) if temperature is None else (temperature["original_max_position_embeddings"] - 2, 0)
     start = draw(choice(*starts))
@@ -76,12 +70,24 @@ MANY: tuple[dict[str, Any], ...] = ({"prompt": 70}, {"batch": 6}, {"num_heads": 
 
 
 def many_of_each(supports: Supports, profile: Profile) -> list[LayerGradientCase]:
-    """A layer whose rotary embedding is scaled, and then many tokens, sequences and heads in formats of more than 16 bits."""
+    """Layers with each gate, with a sink and with a scaled rotary embedding, and then, in formats of more than 16 bits, many
+    tokens, sequences and heads.
+    """
     scaled = scaled_rope(supports, profile)
+    first = gated_or_sunk(supports, profile) + scaled
     if format_of(profile.dtype).bits <= 16:
-        return scaled
+        return first
     plain = [replace(case, yarn="none", longrope="none", weights="aligned") for case in scaled]
-    return scaled + [fitted(replace(case, **changes), supports) for case in plain for changes in MANY]
+    return first + [fitted(replace(case, **changes), supports) for case in plain for changes in MANY]
+
+
+def gated_or_sunk(supports: Supports, profile: Profile) -> list[LayerGradientCase]:
+    """Two heads, with each kind of gate and with a sink, as far as the subject has them."""
+    base = replace(small_layer(supports, profile), num_heads=2, hidden_size=6, q_lora_rank=4)
+    cases = [replace(base, output_gate=gate) for gate in supports.output_gate]
+    if "layer" in supports.dense_sink:
+        cases.append(replace(base, attention_sink=True))
+    return [fitted(case, supports) for case in cases]
 
 
 def scaled_rope(supports: Supports, profile: Profile) -> list[LayerGradientCase]:
@@ -89,9 +95,15 @@ def scaled_rope(supports: Supports, profile: Profile) -> list[LayerGradientCase]
     yarn = supports.yarn and supports.yarn_mscale_rule == "any"
     if not supports.rope_layouts or (not yarn and not supports.longrope):
         return []
+    base = small_layer(supports, profile)
+    return [fitted(replace(base, yarn="ratio") if yarn else replace(base, longrope="long"), supports)]
+
+
+def small_layer(supports: Supports, profile: Profile) -> LayerGradientCase:
+    """A prompt of three tokens and one head."""
     narrow, coarse = (format_of(profile.dtype).precision <= bits for bits in (11, 8))
     multiple = supports.layer_dim_multiple
-    case = LayerGradientCase(
+    return LayerGradientCase(
         dtype=profile.dtype,
         prompt=3,
         hidden_size=5,
@@ -103,7 +115,4 @@ def scaled_rope(supports: Supports, profile: Profile) -> list[LayerGradientCase]
         latent_norm_eps=supports.latent_norm_eps or 1e-6,
         weights="aligned" if narrow else "dense",
         gain=0.125 if coarse else 0.5,
-        yarn="ratio" if yarn else "none",
-        longrope="none" if yarn else "long",
     )
-    return [fitted(case, supports)]

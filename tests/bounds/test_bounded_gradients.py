@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mla_spec.bounds.error_bound import half_ulp
 from mla_spec.bounds.profile import Accumulator, Profile, gamma
@@ -13,6 +14,7 @@ from mla_spec.bounds.running import Bounded, perhaps_stored, product
 from mla_spec.bounds.running_gradients import (
     Gradient,
     added,
+    gate_gradients,
     rms_norm_gradients,
     summed_over_heads,
     weight_gradient,
@@ -108,12 +110,63 @@ def test_heads_may_be_stored_before_they_are_added() -> None:
 def test_rounding_of_a_sum_of_two_uses() -> None:
     rng = np.random.default_rng(0)
     a, b = (round_to(rng.uniform(0.5, 2, 500), "bfloat16") for _ in range(2))
-    total = added(Bounded(a, 0 * a), Bounded(b, 0 * b), Profile.default("bfloat16"))
+    total = added(Bounded(a, 0 * a), Bounded(b, 0 * b), profile=Profile.default("bfloat16"))
     error = np.abs(round_to(a + b, "bfloat16") - (a + b))
     assert (error <= total.error).all()
     assert error.max() > 0.9 * total.error.max() > 0
-    carried = added(Bounded(a, a), Bounded(b, b), Profile.default("float64"))
+    carried = added(Bounded(a, a), Bounded(b, b), profile=Profile.default("float64"))
     np.testing.assert_allclose(carried.error, a + b)
+
+
+@pytest.mark.parametrize("gates", [2, 6])
+def test_errors_of_operands_go_through_a_gate(gates: int) -> None:
+    """Two heads with three elements each: a gate of each head, or of each element. All that moves the gradients is errors."""
+    rng, worst, profile = np.random.default_rng(0), np.zeros(2), Profile.default("float64")
+    for _ in range(300):
+        out, g, grad = bounded(rng, 4, 6), bounded(rng, 4, gates), bounded(rng, 4, 6)
+        want = gate_gradients(out, g, grad, profile)
+        moved = [off_by_its_error(x, rng) for x in (out, g, grad)]
+        got = gate_backward_of(*moved)
+        for i, (x, y, exact_x) in enumerate(
+            zip(got, want, gate_backward_of(out.value, g.value, grad.value), strict=True)
+        ):
+            np.testing.assert_allclose(y.value, exact_x, atol=1e-14)
+            worst[i] = max(worst[i], (np.abs(x - y.value) / y.error).max())
+    assert (worst <= 1).all()
+    assert (worst > 0.5).all(), worst
+
+
+def gate_backward_of(out: Array, g: Array, grad: Array) -> tuple[Array, Array]:
+    """What autograd gives of out · sigmoid(g) in float64."""
+    x, y = (torch.from_numpy(a).requires_grad_() for a in (out, g))
+    gate = y.sigmoid().repeat_interleave(out.shape[-1] // g.shape[-1], dim=-1)
+    (x * gate).backward(torch.from_numpy(grad))
+    assert x.grad is not None
+    assert y.grad is not None
+    return x.grad.numpy(), y.grad.numpy()
+
+
+@pytest.mark.parametrize("gates", [2, 6])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_gates_gradient_may_be_stored_at_every_step(dtype: str, gates: int) -> None:
+    """y, 1 − y, y (1 − y) and every product rounded to the dtype, with gates that are nearly open and nearly shut too."""
+    rng, worst = np.random.default_rng(0), 0.0
+
+    def stored(x: Array) -> Array:
+        return round_to(x, dtype)
+
+    for _ in range(50):
+        out, grad = stored(rng.standard_normal((2, 50, 6)))
+        g = stored(rng.uniform(-9, 9, (50, gates)))
+        want = gate_gradients(*(Bounded(x, 0 * x) for x in (out, g, grad)), Profile.default(dtype))
+        y = stored(1 / (1 + np.exp(-g)))
+        y_grad = stored(stored(grad * out).reshape(50, gates, -1).sum(axis=-1))
+        got = stored(grad * np.repeat(y, 6 // gates, axis=-1)), stored(y_grad * stored(y * stored(1 - y)))
+        for x, bound in zip(got, want, strict=True):
+            ratio = np.abs(x - bound.value) / bound.error
+            assert ratio.max() <= 1
+            worst = max(worst, ratio.max())
+    assert worst > 0.6
 
 
 def test_terms_of_a_norms_gradient_may_be_stored() -> None:
@@ -179,7 +232,33 @@ def test_sum_of_two_uses_written_out(operands: Any, profile: Profile) -> None:
         return written_out.perhaps_stored((x[0] + y[0], x[1] + y[1] + U64 * abs(x[0] + y[0])), "bfloat16")
 
     want = [[sum_of(x, y) for x, y in zip(*rows, strict=True)] for rows in zip(numbers(a), numbers(b), strict=True)]
-    assert_same(added(a, b, profile), want)
+    assert_same(added(a, b, profile=profile), want)
+
+
+@pytest.mark.parametrize(("operands", "profile"), REGIMES)
+def test_sum_of_three_uses_written_out(operands: Any, profile: Profile) -> None:
+    """The sum of the first two, whichever they are, may be stored: it is no larger than all magnitudes together."""
+    uses = [operands(seed, 3, 4) for seed in range(3)]
+
+    def sum_of(*x: Number) -> Number:
+        value, largest = sum(a for a, _ in x), sum(size(a) for a in x)
+        between = written_out.half_ulp(largest, "bfloat16") + U64 * largest
+        return written_out.perhaps_stored((value, sum(e for _, e in x) + between + U64 * abs(value)), "bfloat16")
+
+    rows = zip(*map(numbers, uses), strict=True)
+    assert_same(added(*uses, profile=profile), [[sum_of(*x) for x in zip(*row, strict=True)] for row in rows])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_three_uses_may_be_added_in_any_order(order: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(0)
+    uses = [round_to(rng.uniform(0.5, 2, 2000) * sign, "bfloat16") for sign in (1, 1, -1)]
+    total = added(*(Bounded(x, 0 * x) for x in uses), profile=Profile.default("bfloat16"))
+    first, second, third = (uses[i] for i in order)
+    got = round_to(round_to(first + second, "bfloat16") + third, "bfloat16")
+    ratio = np.abs(got - total.value) / total.error
+    assert ratio.max() <= 1
+    assert ratio.max() > (0.4 if order[0] == 0 else 0.2)
 
 
 @pytest.mark.parametrize(("operands", "profile"), REGIMES)

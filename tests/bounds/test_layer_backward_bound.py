@@ -49,6 +49,11 @@ CASES = {
     "not rotated": replace(BASE, layout="none"),
     "norm on k_pe": replace(BASE, k_pe_norm=True),
     "YaRN": replace(BASE, yarn="cos-sin-only", start=60),
+    "gate of heads": replace(BASE, output_gate="head"),
+    "gate of elements": replace(BASE, output_gate="element", q_lora_rank=None),
+    "gate of queries": replace(BASE, output_gate="query"),
+    "sink": replace(BASE, attention_sink=True),
+    "sink and gate, dense": replace(BASE, attention_sink=True, output_gate="element", weights="dense"),
     "scaled": replace(BASE, mla_scale_q_lora=True, mla_scale_kv_lora=True, llama_4_scaling=True, start=62),
 }
 
@@ -246,7 +251,7 @@ def test_errors_of_operands_go_through_attention(form: Any) -> None:
         arrives = bounded(rng, *layer.attended.value.shape, error=1e-6)
         moved = [off_by_its_error(x, rng) for x in (q, k, v, arrives)]
         got = attention_backward(*moved, softmax_scale=steps.config.scale)
-        want = replace(steps, layer=replace(layer, q=q, k=k, v=v)).attention(arrives)
+        want = replace(steps, layer=replace(layer, q=q, k=k, v=v)).attention(arrives)[:3]
         worst = np.maximum(worst, [(np.abs(g - w.value) / w.error).max() for g, w in zip(got, want, strict=True)])
     assert (worst <= 1).all()
     assert (worst > 0.2).all(), worst
@@ -259,7 +264,8 @@ def test_gradients_of_attention_may_be_stored(form: Any) -> None:
     )
     exact = {name: Bounded(x.value, 0 * x.value) for name, x in vars(steps.layer).items() if name in ("q", "k", "v")}
     arrives = np.random.default_rng(0).standard_normal(steps.layer.attended.value.shape)
-    for x in replace(steps, layer=replace(steps.layer, **exact)).attention(Bounded(arrives, 0 * arrives)):
+    gradients = replace(steps, layer=replace(steps.layer, **exact)).attention(Bounded(arrives, 0 * arrives))
+    for x in gradients[:3]:
         assert (np.abs(round_to(x.value, "bfloat16") - x.value) <= x.error).all()
 
 

@@ -30,8 +30,10 @@ from mla_spec.bounds.running import (
 from mla_spec.bounds.running_gradients import (
     Gradient,
     added,
+    gate_gradients,
     rms_norm_gradients,
     summed_over_heads,
+    summed_over_tokens,
     weight_gradient,
 )
 from mla_spec.bounds.running_steps import (
@@ -66,6 +68,7 @@ CONFIGS = {
     "gate of heads": replace(PLAIN, output_gate="head"),
     "gate of elements": replace(PLAIN, output_gate="element", q_lora_rank=None),
     "gate of queries": replace(PLAIN, output_gate="query"),
+    "gate of elements beside latents": replace(PLAIN, output_gate="element"),
     "sink": replace(PLAIN, attention_sink=True),
     "scaled": replace(
         PLAIN,
@@ -283,8 +286,10 @@ class Composed:
             out=self.out,
         )
 
-    def attention_gradients(self, out_grads: list[Bounded]) -> tuple[Bounded, Bounded, Bounded]:
-        """(∂q [b, s, h, ·], ∂k, ∂v [b, t, h or 1, ·]), each perhaps stored."""
+    def attention_gradients(
+        self, out_grads: list[Bounded], grads: dict[str, Gradient]
+    ) -> tuple[Bounded, Bounded, Bounded]:
+        """(∂q [b, s, h, ·], ∂k, ∂v [b, t, h or 1, ·]), each perhaps stored; adds that of the sinks to ``grads``."""
         layer, do = self.bounded(), stacked(out_grads)
         attention = BackwardAttention.of(
             layer.q.value,
@@ -293,7 +298,12 @@ class Composed:
             softmax_scale=self.config.scale,
             profile=self.profile,
             inherited=InheritedError(layer.q.error, layer.k.error, layer.v.error),
+            attn_sink=self.weights["sinks"] if self.config.attention_sink else None,
+            sink_joins=self.config.attention_sink,
         )
+        if self.config.attention_sink:
+            of_sink = perhaps_stored(attention.sink_gradient(do.value, do.error), self.profile.dtype)
+            grads["sinks"] = summed_over_tokens(of_sink, self.profile)
         dq, dk, dv = (perhaps_stored(x, self.profile.dtype) for x in attention.gradients(do.value, do.error))
         return dq, dk, dv
 
@@ -302,14 +312,24 @@ class Composed:
         config, n, v = self.config, self.config.qk_nope_head_dim, self.config.v_head_dim
         grads = {"o_proj": weight_gradient(exact(out_grad), self.out, self.profile)}
         of_out = [self.back(self.weights["o_proj"][:, head * v :][:, :v], exact(out_grad)) for head in self.heads]
+        of_g: list[Bounded] = []
+        if config.output_gate is not None:
+            own = self.g.value.shape[-1] // config.num_heads
+            pairs = [
+                gate_gradients(
+                    self.expanded[..., head * v :][..., :v], self.g[..., head * own :][..., :own], grad, self.profile
+                )
+                for head, grad in enumerate(of_out)
+            ]
+            of_out, of_g = ([pair[i] for pair in pairs] for i in range(2))
         if self.profile.form == "explicit":
-            dq, dk, dv = self.attention_gradients(of_out)
+            dq, dk, dv = self.attention_gradients(of_out, grads)
             # the gradients of all heads' keys and values may be summed by one projection
             terms = config.num_heads * (n + v)
             by_key = [self.back(self.w_uk(head), dk[..., head, :n], terms) for head in self.heads]
             by_value = [self.back(self.w_uv(head), dv[..., head, :], terms) for head in self.heads]
             latent_grad = added(
-                *(summed_over_heads(stacked(x), self.profile) for x in (by_key, by_value)), self.profile
+                *(summed_over_heads(stacked(x), self.profile) for x in (by_key, by_value)), profile=self.profile
             )
             k_pe_grad = summed_over_heads(dk[..., n:], self.profile)
             of_w_uk = [weight_gradient(dk[..., head, :n], self.latent, self.profile) for head in self.heads]
@@ -317,21 +337,33 @@ class Composed:
             of_query = [(dq[..., head, :n], dq[..., head, n:]) for head in self.heads]
         else:
             c = config.kv_lora_rank
-            dq, dk, dv = self.attention_gradients([self.back(self.w_uv(head), of_out[head]) for head in self.heads])
-            latent_grad, k_pe_grad = added(dk[..., 0, :c], dv[..., 0, :], self.profile), dk[..., 0, c:]
+            of_latent = [self.back(self.w_uv(head), of_out[head]) for head in self.heads]
+            dq, dk, dv = self.attention_gradients(of_latent, grads)
+            latent_grad, k_pe_grad = added(dk[..., 0, :c], dv[..., 0, :], profile=self.profile), dk[..., 0, c:]
             of_query = [(self.linear(self.w_uk(head), dq[..., head, :c]), dq[..., head, c:]) for head in self.heads]
             of_w_uk = [weight_gradient(self.query(head)[0], dq[..., head, :c], self.profile) for head in self.heads]
             of_w_uv = [weight_gradient(of_out[head], self.attended[head], self.profile) for head in self.heads]
         grads["kv_b_proj"] = rows([x for pair in zip(of_w_uk, of_w_uv, strict=True) for x in pair])
-        by_query = self.query_gradients(of_query, grads)
-        by_latent = self.latent_gradients(latent_grad, k_pe_grad, grads)
-        total = added(by_query, by_latent, self.profile)
-        return {**grads, "hidden": (total.value, ErrorBound({"of both uses": total.error}))}
+        uses = [
+            self.query_gradients(of_query, of_g, grads),
+            self.latent_gradients(latent_grad, k_pe_grad, grads),
+        ]
+        if config.output_gate in ("head", "element"):
+            g_grad = side_by_side(of_g)
+            grads["g_proj"] = weight_gradient(g_grad, exact(self.hidden), self.profile)
+            uses.append(self.back(self.weights["g_proj"], g_grad, self.all_down))
+        total = added(*uses, profile=self.profile)
+        return {**grads, "hidden": (total.value, ErrorBound({"of all uses": total.error}))}
 
-    def query_gradients(self, of_query: list[tuple[Bounded, Bounded]], grads: dict[str, Gradient]) -> Bounded:
-        """∂hidden, given ∂(q_nope, q_pe) of each head; adds those of weights to ``grads``."""
+    def query_gradients(
+        self, of_query: list[tuple[Bounded, Bounded]], of_g: list[Bounded], grads: dict[str, Gradient]
+    ) -> Bounded:
+        """∂hidden, given ∂(q_nope, q_pe) and ∂g of each head; adds those of weights to ``grads``."""
         config, weights, profile = self.config, self.weights, self.profile
         parts = [(self.cooled(nope), self.rotated(self.cooled(pe), -POSITIONS)) for nope, pe in of_query]
+        if config.output_gate == "query":
+            grad = side_by_side([side_by_side([*pair, own]) for pair, own in zip(parts, of_g, strict=True)])
+            return self.query_and_gate_gradients(grad, grads)
         grad = side_by_side([side_by_side(list(pair)) for pair in parts])
         if config.q_lora_rank is None:
             grads["q_proj"] = weight_gradient(grad, exact(self.hidden), profile)
@@ -343,7 +375,19 @@ class Composed:
             self.q_down, weights["q_a_layernorm"], config.latent_norm_eps, of_c_q, profile
         )
         grads["q_a_proj"] = weight_gradient(down, exact(self.hidden), profile)
-        return self.back(weights["q_a_proj"], down, self.both_down)
+        return self.back(weights["q_a_proj"], down, self.all_down)
+
+    def query_and_gate_gradients(self, grad: Bounded, grads: dict[str, Gradient]) -> Bounded:
+        """∂hidden of A.X-K2's queries, whose latents are projected up as they are too; adds those of weights to ``grads``."""
+        weights, profile, rank = self.weights, self.profile, len(self.weights["q_a_proj"])
+        grads["q_gate_proj"] = weight_gradient(grad, self.c_q, profile)
+        of_both = self.back(weights["q_gate_proj"], grad)
+        normed, grads["q_a_layernorm"] = rms_norm_gradients(
+            self.q_down, weights["q_a_layernorm"], self.config.latent_norm_eps, of_both[..., :rank], profile
+        )
+        down = added(normed, of_both[..., rank:], profile=profile)
+        grads["q_a_proj"] = weight_gradient(down, exact(self.hidden), profile)
+        return self.back(weights["q_a_proj"], down, self.all_down)
 
     def latent_gradients(self, latent_grad: Bounded, k_pe_grad: Bounded, grads: dict[str, Gradient]) -> Bounded:
         """∂hidden, given ∂latent and ∂k_pe; adds those of weights to ``grads``."""
@@ -361,14 +405,15 @@ class Composed:
             )
         both = side_by_side([down, before])
         grads["kv_a_proj_with_mqa"] = weight_gradient(both, exact(self.hidden), profile)
-        return self.back(weights["kv_a_proj_with_mqa"], both, self.both_down)
+        return self.back(weights["kv_a_proj_with_mqa"], both, self.all_down)
 
     @property
-    def both_down(self) -> int | None:
-        """Outputs of q_a_proj and kv_a_proj_with_mqa, which may be one projection."""
+    def all_down(self) -> int | None:
+        """Outputs of q_a_proj, kv_a_proj_with_mqa and g_proj, which may be one projection."""
         if self.config.q_lora_rank is None:
             return None
-        return len(self.weights["q_a_proj"]) + len(self.weights["kv_a_proj_with_mqa"])
+        gates = len(self.weights["g_proj"]) if self.config.output_gate in ("head", "element") else 0
+        return len(self.weights["q_a_proj"]) + len(self.weights["kv_a_proj_with_mqa"]) + gates
 
 
 def rows(grads: list[Gradient]) -> Gradient:
@@ -406,7 +451,7 @@ def test_bound_of_a_layer_is_composed_of_its_steps(name: str, form: Any) -> None
 
 
 @pytest.mark.parametrize("form", ["explicit", "absorbed"])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("gate") and name != "sink"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_bound_of_a_layers_gradients_is_composed_of_its_steps(name: str, form: Any) -> None:
     layer = composed(name, form)
     out_grad = np.random.default_rng(1).standard_normal(layer.hidden.shape)

@@ -82,13 +82,27 @@ class SharedKeyOfLocalHeads(TrainedLayer):
     """The gradient of the shared key is that of the first rank's heads alone: no sum over the ranks."""
 
     def attend_latent(
-        self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        latent: Tensor,
+        k_pe: Tensor,
+        w_uk: Tensor,
+        w_uv: Tensor,
+        scale: float,
+        attn_sink: Tensor | None = None,
     ) -> Tensor:
         local = -(-q_nope.shape[2] // 2)
-        parts = [
-            super(SharedKeyOfLocalHeads, self).attend_latent(
-                q_nope[:, :, heads], q_pe[:, :, heads], latent, key, w_uk[heads], w_uv[heads], scale
+
+        def of_heads(heads: slice, key: Tensor) -> Tensor:
+            queries = q_nope[:, :, heads], q_pe[:, :, heads]
+            sink = None if attn_sink is None else attn_sink[heads]
+            return super(SharedKeyOfLocalHeads, self).attend_latent(
+                *queries, latent, key, w_uk[heads], w_uv[heads], scale, sink
             )
+
+        parts = [
+            of_heads(heads, key)
             for heads, key in ((slice(local), k_pe), (slice(local, None), k_pe.detach()))
             if w_uk[heads].numel()
         ]

@@ -24,6 +24,13 @@ CONFIGS = {
     name: replace(config, **SMALL, q_lora_rank=None if config.q_lora_rank is None else 3)
     for name, config in LAYERS.items()
 }
+CONFIGS |= {
+    "gate of heads": replace(CONFIGS["interleaved"], output_gate="head"),
+    "gate of elements": replace(CONFIGS["no query compression"], output_gate="element"),
+    "gate of queries": replace(CONFIGS["interleaved"], output_gate="query"),
+    "sink": replace(CONFIGS["interleaved"], attention_sink=True),
+    "sink and gate": replace(CONFIGS["half"], attention_sink=True, output_gate="element"),
+}
 Complex = NDArray[np.complex128]
 
 
@@ -52,12 +59,18 @@ def complex_layer(hidden: Complex, positions: IntArray, weights: dict[str, Compl
         a, b = split_pairs(x, config.rope.interleaved)
         return join_pairs(a * cos - b * sin, a * sin + b * cos, config.rope.interleaved)
 
+    g = hidden @ weights["g_proj"].T if "g_proj" in weights else np.zeros((*hidden.shape[:-1], 0))
     if config.q_lora_rank is None:
         q = hidden @ weights["q_proj"].T
     else:
-        c_q = norm(hidden @ weights["q_a_proj"].T, weights["q_a_layernorm"])
-        q = config.q_lora_scale * c_q @ weights["q_b_proj"].T
+        q_down = hidden @ weights["q_a_proj"].T
+        c_q = norm(q_down, weights["q_a_layernorm"])
+        if config.output_gate == "query":
+            c_q = np.concatenate([c_q, q_down], axis=-1)
+        q = config.q_lora_scale * c_q @ weights["q_gate_proj" if config.output_gate == "query" else "q_b_proj"].T
     q = q.reshape(*hidden.shape[:-1], h, -1)
+    if config.output_gate == "query":
+        q, g = q[..., : config.qk_head_dim], q[..., config.qk_head_dim :]
     q = np.concatenate([q[..., :n], rotate(q[..., n:])], axis=-1)
     if config.llama_4_scaling is not None:
         q = config.llama_4_scaling.factor(positions)[..., None, None] * q
@@ -69,8 +82,14 @@ def complex_layer(hidden: Complex, positions: IntArray, weights: dict[str, Compl
     k, v = np.concatenate([up[..., :n], k_pe], axis=-1), up[..., n:]
     scores = config.scale * np.einsum("bshd,bthd->bhst", q, k)
     scores = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -np.inf)
+    if config.attention_sink:
+        sink = np.broadcast_to(weights["sinks"][:, None, None], (*scores.shape[:-1], 1))
+        scores = np.concatenate([sink, scores], axis=-1)
     p = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
-    out = np.einsum("bhst,bthv->bshv", p / p.sum(axis=-1, keepdims=True), v)
+    p = p / p.sum(axis=-1, keepdims=True)
+    out = np.einsum("bhst,bthv->bshv", p[..., 1:] if config.attention_sink else p, v)
+    if config.output_gate is not None:
+        out = out / (1 + np.exp(-g.reshape(*out.shape[:-1], -1)))
     result: Complex = out.reshape(*hidden.shape[:-1], -1) @ weights["o_proj"].T
     return result
 
