@@ -124,7 +124,7 @@ def draw_decode(
     if supports.empty_row == "unsupported":
         shortest = max(shortest, s if is_causal else 1)
     c, r = latent_dims(draw, supports, min_rope, published=published)
-    regime = draw(choice(*supported(regimes, supports)))
+    regime = draw(choice(*supported(regimes, supports, profile, c)))
     stds = judgeable_stds(logit_stds, profile, c + r, regime)
     if regime == "cancelling":
         stds = cancelling_stds(stds, profile, c + r)

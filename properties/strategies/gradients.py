@@ -33,7 +33,7 @@ def judgeable_regimes(supports: Supports, profile: Profile, width: int) -> tuple
         return ("aligned",)
     if format_of(profile.dtype).bits <= 16:
         return ("aligned", "outlier") if width <= 24 else ("aligned",)
-    regimes: tuple[str, ...] = supported(("aligned", "outlier", "typical", "negative"), supports)
+    regimes: tuple[str, ...] = supported(("aligned", "outlier", "typical", "negative"), supports, profile)
     return regimes
 
 

@@ -108,7 +108,7 @@ def prefill_cases(
         v_head_dim=v,
         causal=is_causal,
         logit_std=draw(choice(*judgeable_stds(logit_stds, profile, d))),
-        regime=draw(choice(*supported(PREFILL_REGIMES, supports))),
+        regime=draw(choice(*supported(PREFILL_REGIMES, supports, profile, v))),
     )
     chosen: PrefillCase = with_options(draw, case, sinks, windows)
     return chosen

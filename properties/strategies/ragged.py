@@ -96,7 +96,7 @@ def ragged_decode_cases(
     if supports.empty_row == "unsupported":
         keys = [max(t, n if is_causal else min(n, 1)) for n, t in zip(queries, keys, strict=True)]
     c, r = _dims(draw, supports, published=published)
-    regime = draw(choice(*supported(RAGGED_REGIMES, supports)))
+    regime = draw(choice(*supported(RAGGED_REGIMES, supports, profile, c)))
     pages = sum(-(-t // page_size) for t in keys)
     heads = (16, 128) if published else MANY_HEADS if size == "heads" else HEADS
     return RaggedDecodeCase(

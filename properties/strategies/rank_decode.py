@@ -56,5 +56,5 @@ def rank_decode_cases(
         page_size=draw(choice(*supports.page_sizes or PAGE_SIZES)),
         causal=draw(choice(*(value for value in supports.causal if causal is None or value == causal))),
         logit_std=draw(choice(*judgeable_stds(logit_stds, profile, c + r))),
-        regime=draw(choice(*supported(PREFILL_REGIMES, supports))),
+        regime=draw(choice(*supported(PREFILL_REGIMES, supports, profile, c))),
     )

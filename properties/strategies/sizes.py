@@ -96,9 +96,17 @@ def cycled(items: list[int], count: int) -> list[int]:
 
 
 @cache
-def supported(regimes: tuple[str, ...], supports: Supports) -> tuple[str, ...]:
-    """Those of ``regimes`` that the subject can be given."""
-    return tuple(regime for regime in regimes if supports.negative_scale or regime != "negative")
+def supported(
+    regimes: tuple[str, ...], supports: Supports, profile: Profile, columns: int | None = None
+) -> tuple[str, ...]:
+    """Those of ``regimes`` that the subject can be given, and that leave the bound of ``columns`` of values a meaning.
+
+    An outlier has no mean. Where it is the only column, outputs over many keys are near 0, and 16 bits say nothing of them.
+    """
+    left_out = set() if supports.negative_scale else {"negative"}
+    if columns == 1 and format_of(profile.dtype).bits <= 16:
+        left_out.add("outlier")
+    return tuple(regime for regime in regimes if regime not in left_out)
 
 
 LARGE_PRODUCTS = 16.0

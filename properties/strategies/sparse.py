@@ -73,7 +73,7 @@ def _shared(
         "with_length": has_length and supports.topk_length,
         "sink": sink,
         "logit_std": draw(choice(*stds)),
-        "regime": draw(choice(*supported(PREFILL_REGIMES, supports))),
+        "regime": draw(choice(*supported(PREFILL_REGIMES, supports, profile, c))),
     }
 
 
