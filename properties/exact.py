@@ -78,6 +78,10 @@ def patterns(length: int, seen: int, *, all_places: bool, turn: int = 0) -> list
     return made
 
 
+BLOCK = 2**14
+"""Keys at once of one query with one value each, for which fewer would be read in vain again and again."""
+
+
 def value_table(width: int, seed: int) -> Array:
     """Values [2, PERIOD, width] of the keys of both groups: small integers."""
     narrow = np.random.default_rng([seed, 31]).choice(VALUES, (2, PERIOD, min(width, 16))).astype(float)
@@ -105,7 +109,9 @@ class Answer:
         np.add.at(weight, (pattern.group, place), pattern.leads)
         k = np.where(pattern.leads, 0.0, LOSING)[:, None, None]  # [t, 1, 1]
         widest = np.abs(table).max() + 0 * k
-        bounded = attention_with_bound(np.full((1, 1, 1), QUERY), k, widest, softmax_scale=1.0, profile=profile)
+        bounded = attention_with_bound(
+            np.full((1, 1, 1), QUERY), k, widest, softmax_scale=1.0, profile=profile, block_size=BLOCK
+        )
         out = np.einsum("gp,gpc->c", weight, table) / weight.sum()
         return cls(out, bounded, pattern.what)
 

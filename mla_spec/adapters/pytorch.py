@@ -266,9 +266,9 @@ class TorchAbsorbed(TorchSparseByQuery, TorchBlockWeightsByBlock, TorchExplicit)
         page_size = kv_cache.shape[1]
         token = torch.arange(self.key_count(block_table, cache_seqlens, page_size), device=kv_cache.device)  # [t]
         used = token < cache_seqlens[:, None]  # [b, t]
-        pages = block_table[:, token // page_size].long().masked_fill(~used, 0)
+        pages = block_table[:, token // page_size].long().masked_fill_(~used, 0)
         rows = kv_cache[pages, token % page_size, 0]  # [b, t, c+r]
-        return rows.masked_fill(~used[..., None], 0.0)
+        return rows.masked_fill_(~used[..., None], 0.0)
 
     def ragged_decode(
         self,

@@ -121,7 +121,7 @@ class TorchAttention:
         return products(q.to(dtype), k.to(dtype).transpose(-1, -2)) * softmax_scale
 
     def masked(self, scores: Tensor, visible: Tensor) -> Tensor:
-        return scores.masked_fill(~visible, -torch.inf)
+        return scores.masked_fill_(~visible, -torch.inf)
 
     def softmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, LSE); weights are 0 and the LSE -inf in a row that sees nothing."""
@@ -129,7 +129,7 @@ class TorchAttention:
             return scores, scores.new_full(scores.shape[:-1], -torch.inf)
         m = scores.amax(dim=-1, keepdim=True)
         m = m.masked_fill(m == -torch.inf, 0.0)
-        weights = torch.exp(scores - m)
+        weights = (scores - m).exp_()
         total = weights.sum(dim=-1, keepdim=True)
         empty = total == 0
         total = total.masked_fill(empty, 1.0)  # before the logarithm, whose gradient at 0 is infinite

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.reference.formats import format_of, round_to
+from mla_spec.reference.formats import format_of, holds, round_to
 from mla_spec.reference.typing import Array
 
 
@@ -79,6 +79,8 @@ def with_roundings(
     rate = fmt.unit_roundoff + 2 * format_of(profile.softmax).unit_roundoff
 
     def error(x: Array) -> Array:
+        if holds(x, fmt.name):
+            return np.zeros_like(x)
         exact = round_to(x, fmt.name) == x
         return np.where(exact, 0.0, rate * np.abs(x) + fmt.smallest_subnormal / 2)
 

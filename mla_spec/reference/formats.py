@@ -156,6 +156,21 @@ def round_to(x: Array, name: str, *, rounding: Rounding = "nearest", overflow: O
     return result
 
 
+def holds(x: Array, name: str) -> bool:
+    """Whether all float64 numbers of x are zeros and normal numbers of format ``name``; False where any is another.
+
+    As ``round_to(x, name) == x`` says, at a fraction of its cost. Subnormal numbers, infinities and NaN are not looked into.
+    """
+    fmt = format_of(name)
+    tail = np.uint64(
+        2 ** (FORMATS["float64"].precision - fmt.precision) - 1
+    )  # of the significand, which rounding cuts off
+    if fmt.positive or (np.ascontiguousarray(x).view(np.uint64) & tail).any():
+        return False
+    size = np.abs(x)
+    return bool((((size >= fmt.smallest_normal) & (size <= fmt.max_finite)) | (size == 0)).all())
+
+
 def encode(x: Array, name: str) -> NDArray[np.unsignedinteger[Any]]:
     """The bit patterns of numbers of format ``name``; uint8, uint16, uint32 or uint64, of the same shape.
 

@@ -57,7 +57,7 @@ def filled_memory(device: str) -> Iterator[None]:
 def fill_memory(device: str) -> None:
     """``filled_memory`` for good, in a process of the subject's own."""
     if torch.device(device).type == "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")
 
 
 @contextmanager
@@ -76,12 +76,13 @@ def ordinary_memory() -> Iterator[None]:
 
 @contextmanager
 def _deterministic(mode: bool) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(mode, warn_only=True)
+    # not by ``use_deterministic_algorithms``, which imports torch's compiler: more than the rest of torch together
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn" if mode else "default")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_deterministic_debug_mode(before)
 
 
 @near

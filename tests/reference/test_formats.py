@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from mla_spec.reference import formats
-from mla_spec.reference.formats import FORMATS, Format, decode_bits, encode, format_of, from_bytes, round_to, to_bytes
+from mla_spec.reference.formats import (
+    FORMATS,
+    Format,
+    decode_bits,
+    encode,
+    format_of,
+    from_bytes,
+    holds,
+    round_to,
+    to_bytes,
+)
 from mla_spec.reference.typing import Array
 
 IEEE = ("float64", "float32", "float16", "bfloat16", "float8_e5m2")
@@ -437,3 +447,20 @@ def test_patterns_and_bytes_that_do_not_fit_are_refused() -> None:
         to_bytes(np.zeros(3), "float4_e2m1fn")
     with pytest.raises(ValueError, match=r"^3 bytes do not hold whole bfloat16 numbers$"):
         from_bytes(np.zeros(3, np.uint8), "bfloat16")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_holds_knows_zeros_and_normal_numbers(name: str) -> None:
+    """It says yes to no number that rounding changes, and to all normal ones that it leaves."""
+    fmt, rng = FORMATS[name], np.random.default_rng(0)
+    x = np.ldexp(rng.uniform(-2, 2, 4000), rng.integers(fmt.min_exponent - 2, fmt.min_exponent + 40, 4000))
+    edges = [0.0, -0.0, fmt.smallest_normal, fmt.max_finite, 2 * fmt.max_finite, fmt.smallest_subnormal, np.inf, np.nan]
+    beyond = {"overflow": "saturate"} if fmt.nans else {}
+    held = round_to(x[np.isfinite(x)], name, **beyond)  # type: ignore[arg-type]
+    for each in (*x, *held, *edges):
+        normal = each == 0 or fmt.smallest_normal <= abs(each) <= fmt.max_finite
+        same = not np.isnan(each) and bool(round_to(np.array(min(abs(each), fmt.max_finite)), name) == abs(each))
+        assert holds(np.array([each]), name) == (normal and same and not fmt.positive), each
+    normal_ones = held[np.abs(held) >= fmt.smallest_normal]
+    assert holds(normal_ones.reshape(-1, 1)[::2], name) == (not fmt.positive)
+    assert not holds(np.append(normal_ones, fmt.max_finite * 1.001), name)
