@@ -110,3 +110,16 @@ def test_every_path_in_the_text_exists() -> None:
     paths = re.findall(r"`((?:\.ci|mla_spec|properties|golden|tests|docs)/[\w./*]*)`", TEXT)
     assert len(paths) > 10
     assert [path for path in paths if not list(ROOT.glob(path.rstrip("/")))] == []
+
+
+def test_an_operation_has_few_rooms() -> None:
+    """The contract, the adapter, the cases, the laws, the corpus: one that is no everyday word shows how many name it."""
+    folders = (ROOT / name for name in ("mla_spec", "properties", "golden", "examples", "benchmarks"))
+    named = [
+        path.relative_to(ROOT)
+        for folder in folders
+        for path in sorted(folder.rglob("*.py"))
+        if re.search(r"\bsparse_decode\b", path.read_text(encoding="utf-8"))
+    ]
+    assert Path("mla_spec/operations/sparse.py") in named
+    assert len(named) <= 10, named
