@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,6 +161,41 @@ def kernel_cases() -> Iterator[Case]:
         page_size=2,
         dtype="bfloat16",
         scale=192**-0.5,
+    )
+
+
+def option_cases() -> Iterator[Case]:
+    """A sink of each head, and a window of keys."""
+    name, sinks = "decode-sink", [-math.inf, -20.0, 1.25, 3.5, 300.0, math.inf]
+    c, r = 4, 2
+    numbers = Numbers(name)
+    yield Case(
+        name=name,
+        operation="decode",
+        purpose="one sink per head: none (-inf), far below, near and far above the LSE, and all (+inf), which the LSE does not "
+        "count; a sequence without keys",
+        catches="the sink dropped, added once for each split of the keys, or taken of another head; inf minus inf; a sink in base 2",
+        sources=on_github(
+            "vllm-project/vllm/pull/52156", "ROCm/rocm-libraries/pull/12229", "modular/modular/pull/6591"
+        ),
+        parameters={"softmax_scale": 0.4, "head_dim_v": c, "causal": True},
+        inputs={
+            "q": numbers.array(2, 1, len(sinks), c + r, size=2.0),
+            **paged(numbers, [latent_rows(numbers, n, c, r) for n in (9, 0)], page_size=4),
+            "attn_sink": np.array(sinks),
+        },
+    )
+    window, lengths, s = 4, (11, 3), 2
+    numbers = Numbers("decode-window")
+    rows = [latent_rows(numbers, n, c, r) for n in lengths]
+    yield Case(
+        name="decode-window",
+        operation="decode",
+        purpose="two queries that see four keys each, the last ones up to their own",
+        catches="a window of one key more or less, aligned at the start of the keys, or the same for both queries",
+        sources=on_github("vllm-project/vllm/pull/52156"),
+        parameters={"softmax_scale": 0.4, "head_dim_v": c, "causal": True, "window": window},
+        inputs={"q": numbers.array(len(lengths), s, 2, c + r, size=2.0), **paged(numbers, rows, page_size=4)},
     )
 
 

@@ -180,6 +180,32 @@ def variant_cases() -> Iterator[Case]:
     )
 
 
+def gated_cases() -> Iterator[Case]:
+    """Layers with each kind of output gate, one of them with a sink of each head, in bfloat16."""
+    plain = RopeConfig(dim=4)
+    for name, changes, purpose, catches in (
+        (
+            "layer-gate-of-heads",
+            {"rope": plain, "output_gate": "head"},
+            "one gate for each head: sigmoid(g_proj h) times its output, before o_proj (Ling-3.0, dots3)",
+            "the gate left out, applied after o_proj, or without its sigmoid; gates of another head or token",
+        ),
+        (
+            "layer-gate-of-elements-and-sink",
+            {"q_lora_rank": 7, "rope": plain, "output_gate": "element", "attention_sink": True},
+            "one gate for each element of each head, and a sink of each head (Hy4)",
+            "gates laid out [v, h]; a sink dropped, or counted once for each token",
+        ),
+        (
+            "layer-gate-with-queries",
+            {"q_lora_rank": 7, "rope": plain, "output_gate": "query"},
+            "gates from the projection of the queries, of the query latent after its norm beside itself before it (A.X-K2)",
+            "the latents in the other order, or one of them twice; rows of all queries taken to come before those of all gates",
+        ),
+    ):
+        yield _layer_case(name, changes, 3, 1.0, purpose, catches, (), dtype="bfloat16")
+
+
 def _layer_case(
     name: str,
     changes: dict[str, Any],

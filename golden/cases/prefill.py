@@ -79,6 +79,31 @@ def kernel_prefill_cases() -> Iterator[Case]:
     )
 
 
+def option_prefill_cases() -> Iterator[Case]:
+    """A window of keys, and a sink of each head."""
+    name = "prefill-sink-and-window"
+    queries, keys = (np.array(offsets, dtype=np.int32) for offsets in ([0, 5, 6, 8], [0, 5, 12, 13]))
+    numbers = Numbers(name)
+    yield Case(
+        name=name,
+        operation="prefill",
+        purpose="windows of three keys and a sink for each of two heads: a new prompt of five tokens, one token after six, and two "
+        "queries over one key, the first of which sees none",
+        catches="a window aligned at the start of the keys, or of one key more or less; the sink counted in the LSE, or the same "
+        "for all heads; a row without keys that is not 0",
+        sources=on_github("vllm-project/vllm/pull/52156", "modular/modular/pull/6591"),
+        parameters={"softmax_scale": 0.6, "causal": True, "window": 3},
+        inputs={
+            "q": numbers.array(8, 2, 7, size=2.0),
+            "k": numbers.array(13, 2, 7),
+            "v": numbers.array(13, 2, 4),
+            "cu_seqlens_q": queries,
+            "cu_seqlens_k": keys,
+            "attn_sink": np.array([0.75, -1.5]),
+        },
+    )
+
+
 def merge_cases() -> Iterator[Case]:
     """Parts of one attention."""
     far = [(700.25, -700.5), (0.5, 0.25), (-40.0, -10.5), (10000.0, 10001.0), (-20000.0, -20003.0), (30.0, 0.0)]

@@ -34,6 +34,9 @@ from mla_spec.reference.typing import Array, IntArray
 OWN = "the reference's own float64"
 """The name of the reference's own term in its bounds."""
 
+SINK = "attention sink"
+"""The name of the term of a sink, which in float64 counts the reference's roundings too."""
+
 PROFILE = Profile.default("float64")
 _FORMAT = format_of("float64")
 
@@ -109,7 +112,9 @@ def _prefill(x: Values, parameters: Parameters) -> Iterator[Computed]:
             )
         )
     out = np.concatenate([part.out for part in parts])
-    yield Computed("out", out, np.concatenate([part.out_error.terms[OWN] for part in parts]))
+    yield Computed(
+        "out", out, np.concatenate([part.out_error.terms[OWN] + part.out_error.terms[SINK] for part in parts])
+    )
     lse = np.concatenate([part.lse for part in parts], axis=1)
     yield Computed("lse", lse, np.concatenate([part.lse_error.terms[OWN] for part in parts], axis=1))
 
@@ -129,7 +134,7 @@ def _decode(x: Values, parameters: Parameters) -> Iterator[Computed]:
         profile=PROFILE,
     )
     out, lse = paged_decode(**x, head_dim_v=width, softmax_scale=scale, causal=causal, window=parameters.get("window"))
-    yield Computed("out", out, bounded.out_error.terms[OWN])
+    yield Computed("out", out, bounded.out_error.terms[OWN] + bounded.out_error.terms[SINK])
     yield Computed("lse", lse, bounded.lse_error.terms[OWN])
 
 

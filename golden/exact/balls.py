@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -354,27 +355,47 @@ def absorb(kv_b_proj: Balls, config: MLAConfig) -> tuple[Balls, Balls]:
     return ball(w_uk), ball(w_uv)
 
 
-def explicit(q_nope: Balls, q_pe: Balls, latent: Balls, k_pe: Balls, w_uk: Balls, w_uv: Balls, scale: Ball) -> Balls:
+def explicit(
+    q_nope: Balls,
+    q_pe: Balls,
+    latent: Balls,
+    k_pe: Balls,
+    w_uk: Balls,
+    w_uv: Balls,
+    scale: Ball,
+    attn_sink: Array | None = None,
+) -> Balls:
     """Keys [W_UK c; k_pe] and values W_UV c of each head; one causal sequence, out [s, h, v].
 
     Args:
         q_nope, q_pe, latent, k_pe: [s, h, n], [s, h, r], [t, c], [t, r].
         w_uk, w_uv: [h, n, c] and [h, v, c].
+        attn_sink: [h]; see ``attention``.
     """
     keys = [np.concatenate([latent @ w.T, k_pe], axis=-1) for w in w_uk]  # h × [t, n+r]
     values = [latent @ w.T for w in w_uv]  # h × [t, v]
     q = np.concatenate([q_nope, q_pe], axis=-1)  # [s, h, n+r]
-    out, _ = attention(q, np.stack(keys, axis=1), np.stack(values, axis=1), scale=scale, causal=True)
+    k, v = np.stack(keys, axis=1), np.stack(values, axis=1)
+    out, _ = attention(q, k, v, scale=scale, causal=True, attn_sink=attn_sink)
     return out
 
 
-def absorbed(q_nope: Balls, q_pe: Balls, latent: Balls, k_pe: Balls, w_uk: Balls, w_uv: Balls, scale: Ball) -> Balls:
+def absorbed(
+    q_nope: Balls,
+    q_pe: Balls,
+    latent: Balls,
+    k_pe: Balls,
+    w_uk: Balls,
+    w_uv: Balls,
+    scale: Ball,
+    attn_sink: Array | None = None,
+) -> Balls:
     """The same with W_UK in the query and W_UV after the attention; keys are the cached rows."""
     h = len(w_uk)
     folded = np.stack([q_nope[:, head] @ w_uk[head] for head in range(h)], axis=1)  # [s, h, c]
     q = np.concatenate([folded, q_pe], axis=-1)  # [s, h, c+r]
     rows = np.concatenate([latent, k_pe], axis=-1)[:, None]  # [t, 1, c+r]
-    out, _ = attention(q, rows, latent[:, None], scale=scale, causal=True)  # [s, h, c]
+    out, _ = attention(q, rows, latent[:, None], scale=scale, causal=True, attn_sink=attn_sink)  # [s, h, c]
     return np.stack([out[:, head] @ w_uv[head].T for head in range(h)], axis=1)
 
 
@@ -389,7 +410,8 @@ def layer(
 
     ``attend`` is ``explicit`` or ``absorbed``.
     """
-    w = {name: ball(values) for name, values in weights.items()}
+    w = {name: ball(values) for name, values in weights.items() if name != "sinks"}
+    attend = partial(attend, attn_sink=weights["sinks"] if config.attention_sink else None)
     return np.stack([_sequence(ball(x), at, w, config, attend) for x, at in zip(hidden, positions, strict=True)])
 
 
@@ -402,15 +424,23 @@ def _sequence(
     x: Balls, positions: IntArray, w: Mapping[str, Balls], config: MLAConfig, attend: Callable[..., Balls]
 ) -> Balls:
     n, c, eps = config.qk_nope_head_dim, config.kv_lora_rank, config.latent_norm_eps
+    g = x @ w["g_proj"].T if config.output_gate in ("head", "element") else None  # [s, h or h·v]
     if config.q_lora_rank is None:
         q = x @ w["q_proj"].T  # [s, h·(n+r)]
     else:
-        q = rms_norm(x @ w["q_a_proj"].T, w["q_a_layernorm"], eps) @ w["q_b_proj"].T  # [s, h·(n+r)]
+        down = x @ w["q_a_proj"].T  # [s, q_lora_rank]
+        c_q = rms_norm(down, w["q_a_layernorm"], eps)
+        if config.output_gate == "query":
+            rows = np.concatenate([c_q, down], axis=-1) @ w["q_gate_proj"].T  # [s, h·(n+r+v)]
+            rows = rows.reshape(len(x), config.num_heads, -1)
+            q, g = rows[..., : config.qk_head_dim], rows[..., config.qk_head_dim :]
+        else:
+            q = c_q @ w["q_b_proj"].T  # [s, h·(n+r)]
     if config.mla_scale_q_lora and config.q_lora_rank is not None:
         q = q * (arb(config.hidden_size) / config.q_lora_rank).sqrt()
-    if config.llama_4_scaling is not None:
-        q = q * temperature(positions, config.llama_4_scaling)[:, None]
     q = q.reshape(len(x), config.num_heads, -1)  # [s, h, n+r]
+    if config.llama_4_scaling is not None:
+        q = q * temperature(positions, config.llama_4_scaling)[:, None, None]
     q_pe = rotate(q[..., n:], positions, config.rope)  # [s, h, r]
     kv = x @ w["kv_a_proj_with_mqa"].T  # [s, c+r]
     latent = rms_norm(kv[:, :c], w["kv_a_layernorm"], eps)  # [s, c]
@@ -420,4 +450,6 @@ def _sequence(
     k_pe = rotate(k_pe, positions, config.rope)
     w_uk, w_uv = absorb(w["kv_b_proj"], config)
     out = attend(q[..., :n], q_pe, latent, k_pe, w_uk, w_uv, softmax_scale(config))  # [s, h, v]
+    if g is not None:
+        out = out / (1 + np.exp(-g.reshape(*out.shape[:2], -1)))
     return out.reshape(len(x), -1) @ w["o_proj"].T  # [s, e]

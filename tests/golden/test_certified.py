@@ -253,6 +253,9 @@ def layer_inputs(seed: int, size: float, **changes: Any) -> tuple[dict[str, Any]
         {"k_pe_norm": True},
         {"k_pe_norm": True, "rope": None},
         {"llama_4_scaling": Llama4Scaling(beta=0.1, original_max_position_embeddings=2)},
+        {"output_gate": "head"},
+        {"output_gate": "element", "attention_sink": True, "q_lora_rank": None},
+        {"output_gate": "query", "rope": None},
     ],
 )
 def test_layer(changes: dict[str, Any], size: float) -> None:
@@ -260,8 +263,9 @@ def test_layer(changes: dict[str, Any], size: float) -> None:
     agrees("layer", inputs, {"config": as_json(config), "prompt": 3})
 
 
-def test_absorbed_and_explicit_layers_round_to_the_same_doubles() -> None:
-    inputs, config = layer_inputs(4, 1.0)
+@pytest.mark.parametrize("options", [{}, {"attention_sink": True, "output_gate": "head"}])
+def test_absorbed_and_explicit_layers_round_to_the_same_doubles(options: dict[str, Any]) -> None:
+    inputs, config = layer_inputs(4, 1.0, **options)
     weights = layer_weights(inputs)
     arguments = (inputs["hidden"], inputs["positions"], weights, config)
     both = [
