@@ -136,7 +136,6 @@ def load_for_subjects() -> None:
     """Import what the process of every subject needs, so that copies of this one need not."""
     for name in ("torch", "mla_spec.operations.all", "mla_spec.subjects.process"):
         import_module(name)
-    import_module("torch").use_deterministic_algorithms(False)  # imports more of torch than all that came before
 
 
 def planted_bugs() -> dict[str, Any]:
