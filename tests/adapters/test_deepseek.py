@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,13 @@ MODEL = Path(__file__).with_name("deepseek_model.py")
 LAWS = [name for name, law in all_laws().items() if law.needs == ("layer",)]
 FORMS = ["deepseek", "deepseek-naive"]
 PREFILL, DECODE = "test_layer_prefill_agrees_with_reference", "test_layer_decode_agrees_with_reference"
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek's file imports a module ``kernel``, as subjects of other tests are called that were checked in this process."""
+    monkeypatch.delitem(sys.modules, "kernel", raising=False)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not (Path(folder) / "kernel.py").exists()])
 
 
 @pytest.mark.parametrize("form", FORMS)
