@@ -14,19 +14,25 @@ import pytest
 import yaml
 
 from mla_spec.front.cli import main
+from mla_spec.subjects.find import resolve_subject
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @dataclass(frozen=True)
 class Example:
-    """A subject of one file, and a fault: ``right`` becomes ``wrong``, which ``law`` finds."""
+    """A subject of one file, and a fault: ``right`` becomes ``wrong``, which ``law`` finds.
+
+    In ``quick`` dtypes, whose arithmetic is that of another one, a slow kernel runs the elementary laws alone.
+    """
 
     subject: str
     right: str
     wrong: str
     law: str
     compiled: bool = False
+    dtypes: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -62,6 +68,8 @@ ONE_FILE = [
         "out[i] * kept + p",
         "out[i] + p",
         "test_decode_agrees_with_reference",
+        dtypes=("bfloat16",),
+        quick=("float16",),
     ),
     Example(
         "cpp_decode.py:CppDecode",
@@ -87,22 +95,24 @@ ONE_FILE = [
 
 @pytest.mark.parametrize("example", ONE_FILE, ids=lambda example: example.name)
 def test_it_conforms(example: Example, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", example.built(tmp_path, faulty=False), "--examples", "2", "--seed", "0"]) == 0, (
-        capsys.readouterr().out
-    )
+    subject = example.built(tmp_path, faulty=False)
+    asked = ["check", subject, "--examples", "2", "--seed", "0", "--jobs", "1"]
+    named = [word for dtype in example.dtypes for word in ("--dtype", dtype)]
+    assert main([*asked, *named]) == 0, capsys.readouterr().out
+    for dtype in example.quick:
+        assert main([*asked, "--quick", "--dtype", dtype]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("example", ONE_FILE, ids=lambda example: example.name)
 def test_its_check_can_fail(example: Example, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     subject = example.built(tmp_path, faulty=True)
-    assert (
-        main(["check", subject, "--law", example.law, "--examples", "100", "--seed", "0", "-v", "--explain", "0"]) == 1
-    )
+    asked = ("--law", example.law, "--examples", "100", "--seed", "0", "-v", "--explain", "0", "--no-minimise")
+    assert main(["check", subject, *asked, "--jobs", "1"]) == 1
     assert f"{example.law} [" in capsys.readouterr().out
 
 
-def pytest_in(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+def pytest_in(folder: Path, *chosen: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
@@ -120,7 +130,7 @@ def test_adoption_passes_with_its_waivers(adoption: Path) -> None:
 
 def test_adoption_fails_without_a_waiver(adoption: Path) -> None:
     replace_once(adoption / "waivers.toml", 'law = "test_decode_reads_strides"', 'law = "test_rope_reads_strides"')
-    done = pytest_in(adoption)
+    done = pytest_in(adoption, "-k", "reads_strides")
     assert done.returncode == 1, done.stdout
     assert "test_decode_reads_strides [in-house]: fail" in done.stdout
 
@@ -128,7 +138,7 @@ def test_adoption_fails_without_a_waiver(adoption: Path) -> None:
 def test_adoption_fails_with_a_waiver_that_is_not_needed(adoption: Path) -> None:
     with (adoption / "waivers.toml").open("a") as file:
         file.write('\n[[waiver]]\nlaw = "test_decode_last_key_matters"\nreason = "none"\nexpires = 2099-12-31\n')
-    done = pytest_in(adoption)
+    done = pytest_in(adoption)  # all of it: a part of a run does not say that a waiver is not needed
     assert done.returncode == 1, done.stdout
     assert "the waiver of test_decode_last_key_matters is not needed" in done.stdout
 
@@ -167,10 +177,17 @@ def test_the_workflow_ends_as_the_check_does(workflow: dict[str, Any], tmp_path:
     shutil.copy(EXAMPLES / "latent_layer.py", kernel)
     replace_once(kernel, "class LatentLayers:", "class Kernel:")
     if faulty:
-        replace_once(kernel, "triu(t - s + 1)", "triu(1)")
+        replace_once(kernel, "self.cache.element_size()", "self.cache.element_size() + 1")
     assert run_steps(workflow, tmp_path) == code
     uploaded = workflow["jobs"]["check"]["steps"][-1]["with"]["path"]
     assert (tmp_path / uploaded).stat().st_size > 0
+
+
+def test_every_dtype_of_an_example_is_run() -> None:
+    for example in ONE_FILE:
+        if example.dtypes:
+            declared = resolve_subject(str(EXAMPLES / example.subject)).supports.dtypes
+            assert sorted(declared) == sorted(example.dtypes + example.quick)
 
 
 def test_every_example_is_run() -> None:

@@ -27,7 +27,7 @@ def test_the_example_kernel_conforms_in_at_most_15_lines(
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith("#")]) <= 15
     (tmp_path / "my_kernel.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    assert main(["check", "my_kernel.py:Kernel", "--examples", "40", "--seed", "0"]) == 0
+    assert main(["check", "my_kernel.py:Kernel", "--examples", "40", "--seed", "0", "--jobs", "1"]) == 0
     out = capsys.readouterr().out
     assert "Kernel: offers decode" in out
     assert "laws do not apply: does not offer " in out

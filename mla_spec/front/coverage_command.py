@@ -18,13 +18,14 @@ from mla_spec.text.terminal import UsageError, show_progress, shown, write_json
 
 def coverage(options: argparse.Namespace) -> int:
     """Count cases and kills and print them; 1 where a cell is empty without a reason, or a law fails."""
+    given = None if options.selftest is None else _read_matrix(options.selftest)
     try:
         for spec in options.subjects:
             with apart(spec) as subject:
                 declared_by(subject)
     except (UnknownSubject, SubjectCrashed) as error:
         raise UsageError(str(error)) from error
-    matrix = _first_kills(options) if options.selftest is None else _read_matrix(options.selftest)
+    matrix = _first_kills(options) if given is None else given
     law_options = Options(examples=options.examples, seed=options.seed)
     measured = measure_coverage(options.subjects, matrix, law_options, jobs=options.jobs, progress=show_progress)
     show_progress("")

@@ -19,6 +19,9 @@ ALIGNMENT = 64
 
 _PROT_NONE = 0
 
+_DEFAULT, _WARN = "default", "warn"
+"""Torch's modes. ``torch.use_deterministic_algorithms`` sets the same, and imports torch's compiler for it: a second in each process."""
+
 
 class Memory(NamedTuple):
     """Bytes of a device."""
@@ -57,7 +60,7 @@ def filled_memory(device: str) -> Iterator[None]:
 def fill_memory(device: str) -> None:
     """``filled_memory`` for good, in a process of the subject's own."""
     if torch.device(device).type == "cpu":
-        torch.set_deterministic_debug_mode("warn")
+        torch.set_deterministic_debug_mode(_WARN)
 
 
 @contextmanager
@@ -76,9 +79,8 @@ def ordinary_memory() -> Iterator[None]:
 
 @contextmanager
 def _deterministic(mode: bool) -> Iterator[None]:
-    # not by ``use_deterministic_algorithms``, which imports torch's compiler: more than the rest of torch together
     before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("warn" if mode else "default")
+    torch.set_deterministic_debug_mode(_WARN if mode else _DEFAULT)
     try:
         yield
     finally:

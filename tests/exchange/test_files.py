@@ -104,7 +104,7 @@ def test_files_give_the_failures_of_a_live_subject(tmp_path: Path) -> None:
     assert failure["replay"].startswith(
         f"mla-spec check files:{folder} --law test_merge_lse_agrees_with_reference --case"
     )
-    assert main(failure["replay"].split()[1:]) == 1
+    assert main([*failure["replay"].split()[1:], "--in-process"]) == 1
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,8 @@ def found(folder: Path, law: str, *options: str, name: str = "kernel") -> str:
                 "0",
                 "--dtype",
                 "float32",
+                "--jobs",
+                "1",
                 *options,
                 "--export",
                 str(path),
@@ -167,7 +169,8 @@ class Aliased(Kernel):
     (tmp_path / "kernel.py").write_text(KERNEL + aliased)
     path = tmp_path / "repro.py"
     spec = subject.format(kernel=tmp_path / "kernel.py")
-    main(["check", spec, "--law", law, "--examples", "8", "--seed", "0", "--dtype", "float32", "--export", str(path)])
+    asked = ("--law", law, "--examples", "8", "--seed", "0", "--dtype", "float32", "--in-process")
+    main(["check", spec, *asked, "--export", str(path)])
     assert "mla-spec: --export: nothing is written: " in (error := capsys.readouterr().err)
     assert why in error
     assert not path.exists()

@@ -46,7 +46,8 @@ def kernel(tmp_path: Path) -> str:
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     quick = ["--in-process"] if arguments[0] == "check" else []
-    code = main([*arguments, *quick])
+    seed = ["--seed", "0"] if arguments[0] == "check" and "--seed" not in arguments else []
+    code = main([*arguments, *quick, *seed])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

@@ -34,6 +34,8 @@ def checked(device: str, folder: Path) -> tuple[list[tuple[str, str, int]], dict
         "0",
         "--device",
         device,
+        "--jobs",
+        "1",
     ]
     assert main([*line, "--records", str(out)]) == 0
     lines = [json.loads(each) for each in out.read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,33 +45,35 @@ class Subject(TorchAbsorbed):
         return super().decode(*arguments, **options)
 """
 PLACES = ("import", "construction", "attribute", "call")
+ENDED = ("os._exit", "sys.exit")
+"""What ends a process of the subject's own."""
 
 
-def subject(folder: Path, place: str, end: str) -> str:
-    file = folder / "ending.py"
-    file.write_text(SUBJECT.format(place=place, end=ENDS[end]))
-    return f"{file}:Subject"
+def subject(folder: Path, place: str, end: str, file: str = "ending.py") -> str:
+    (folder / file).write_text(SUBJECT.format(place=place, end=ENDS[end]))
+    return f"{folder / file}:Subject"
 
 
-def arguments(spec: str) -> list[str]:
-    return ["check", spec, "--law", LAW, "--examples", "4", "--dtype", "float32", "--jobs", "1", "-v"]
+def arguments(*specs: str) -> list[str]:
+    asked = ("--law", LAW, "--examples", "4", "--seed", "0", "--dtype", "float32")
+    return ["check", *specs, *asked, "--jobs", "1", "-v", "--explain", "0", "--no-minimise"]
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("end", ["os._exit", "sys.exit"])
+@pytest.mark.parametrize("places", [PLACES[:-1], PLACES[-1:]], ids=["made", "called"])
 def test_a_subject_that_ends_its_worker_is_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], end: str, place: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], places: tuple[str, ...]
 ) -> None:
-    code = main(arguments(subject(tmp_path, place, end)))
+    """All of one run: each ends its own process, and those that follow are judged."""
+    rows = [(place, end, subject(tmp_path, place, end, f"{place}_{end[:2]}.py")) for place in places for end in ENDED]
+    target = tmp_path / "records.json"
+    assert main([*arguments(*(spec for _, _, spec in rows)), "--json", str(target)]) == 1
     out, _ = capsys.readouterr()
-    if place == "call":
-        assert code == 1
-        assert f"{LAW} [torch-absorbed]: crashed after 1 cases" in out
-        assert ("the process ended with exit code 0" if end == "os._exit" else "SystemExit: 0 (") in out
-    else:
-        assert code == 1
-        assert f"{LAW} [{tmp_path}/ending.py:Subject]: crashed after 0 cases" in out
-        assert ("the process ended with exit code 0" if end == "os._exit" else "SystemExit: 0 (") in out
+    records = json.loads(target.read_text())
+    for (place, end, spec), record in zip(rows, records, strict=True):
+        name, count = ("torch-absorbed", 1) if place == "call" else (spec, 0)
+        assert (record["subject"], record["verdict"], record["cases"]) == (name, "crashed", count)
+        assert ("the process ended with exit code 0" if end == "os._exit" else "SystemExit: 0 (") in record["message"]
+        assert f"{LAW} [{name}]: crashed after {count} cases" in out
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -92,15 +95,17 @@ def test_the_process_of_the_command_does_not_end_with_0_without_a_report(tmp_pat
     assert "the process was ended by os._exit(0) before there was a report" in done.stderr
 
 
-@pytest.mark.parametrize("place", ["import", "call"])
-@pytest.mark.parametrize("end", ["os._exit", "sys.exit"])
-def test_pytest_reports_a_subject_that_ends_its_worker(pytester: pytest.Pytester, end: str, place: str) -> None:
-    spec = subject(pytester.path, place, end)
-    law = ("--pyargs", "mla_spec.properties.test_decode", "-k", LAW, "--mla-examples", "4")
-    done = pytester.runpytest_subprocess(*law, "--mla-impl", spec, "-p", "no:xdist", "-p", "no:cacheprovider")
-    done.assert_outcomes(failed=1, deselected=done_deselected(done))
+def test_pytest_reports_a_subject_that_ends_its_worker(pytester: pytest.Pytester) -> None:
+    """Four of one run: each fails alone."""
+    law = ("--pyargs", "mla_spec.properties.test_decode", "-k", LAW, "--mla-examples", "4", "--mla-seed", "0")
+    rows = [(place, end, f"{place}_{end[:2]}.py") for place in ("import", "call") for end in ENDED]
+    impls = [word for place, end, file in rows for word in ("--mla-impl", subject(pytester.path, place, end, file))]
+    options = ("--mla-no-minimise", "-p", "no:xdist", "-p", "no:cacheprovider")
+    done = pytester.runpytest_subprocess(*law, *impls, *options)
+    done.assert_outcomes(failed=4, deselected=done_deselected(done))
     assert done.ret != 0
-    done.stdout.fnmatch_lines(["*ended with exit code 0*" if end == "os._exit" else "*SystemExit: 0*"])
+    said = {"os._exit": "*ended with exit code 0*", "sys.exit": "*SystemExit: 0*"}
+    done.stdout.fnmatch_lines([said[end] for _, end, _ in rows])  # in this order
 
 
 def done_deselected(done: pytest.RunResult) -> int:
@@ -116,7 +121,7 @@ def test_parametrize_with_checks_reports_it_too(pytester: pytest.Pytester, place
         from mla_spec import parametrize_with_checks
         from mla_spec.judging.law import Options
 
-        @parametrize_with_checks([Subject()], options=Options(examples=4, dtypes=("float32",)))
+        @parametrize_with_checks([Subject()], options=Options(examples=4, seed=0, dtypes=("float32",)))
         def test_mla(subject, check):
             check(subject)
         """
@@ -130,19 +135,19 @@ def test_parametrize_with_checks_reports_it_too(pytester: pytest.Pytester, place
         done.stdout.fnmatch_lines(["*crashed after 1 cases*", "*SystemExit: 0 (*"])
 
 
-@pytest.mark.parametrize(("place", "text"), [("import", "crashed after 0 cases"), ("call", "crashed after 1 cases")])
-def test_parametrize_with_checks_takes_a_name_and_survives(pytester: pytest.Pytester, place: str, text: str) -> None:
-    spec = subject(pytester.path, place, "os._exit")
+def test_parametrize_with_checks_takes_a_name_and_survives(pytester: pytest.Pytester) -> None:
+    specs = [subject(pytester.path, place, "os._exit", f"{place}_ends.py") for place in ("import", "call")]
     pytester.makepyfile(
         test_mine=f"""
         from mla_spec import parametrize_with_checks
         from mla_spec.judging.law import Options
 
-        @parametrize_with_checks([{spec!r}, "torch-absorbed"], options=Options(examples=4, dtypes=("float32",)))
+        @parametrize_with_checks([*{specs!r}, "torch-absorbed"], options=Options(examples=4, seed=0, dtypes=("float32",)))
         def test_mla(subject, check):
             check(subject)
         """
     )
     done = pytester.runpytest_subprocess("-k", LAW, "-p", "no:xdist", "-p", "no:cacheprovider")
-    done.assert_outcomes(failed=1, passed=1, deselected=done_deselected(done))
-    done.stdout.fnmatch_lines([f"*{text}*", "*the process ended with exit code 0*"])
+    done.assert_outcomes(failed=2, passed=1, deselected=done_deselected(done))
+    for text in ("crashed after 0 cases", "crashed after 1 cases"):
+        done.stdout.fnmatch_lines([f"*{text}*", "*the process ended with exit code 0*"])

@@ -13,7 +13,7 @@ from mla_spec.front.cli import main
 pytest_plugins = ["pytester"]
 
 SAMPLED = "test_decode_agrees_under_load"
-LAW = ("--law", SAMPLED, "--law", "test_decode_is_exact_under_load", "--dtype", "float32", "-v")
+LAW = ("--law", SAMPLED, "--law", "test_decode_is_exact_under_load", "--dtype", "float32", "-v", "--seed", "0")
 SHAPE = {"operation": "decode", "seqlens": [70, 3], "num_heads": 4, "kv_lora_rank": 6, "qk_rope_head_dim": 2}
 WRONG = """
 from mla_spec.adapters.pytorch import TorchAbsorbed
@@ -54,7 +54,7 @@ def test_recorded_shapes_run_in_a_worker_and_the_record_has_the_note(
     workload: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = tmp_path / "records.json"
-    assert main(["check", "torch-absorbed", *LAW, "--workload", workload, "--json", str(records)]) == 0
+    assert main(["check", "torch-absorbed", *LAW, "--workload", workload, "--jobs", "1", "--json", str(records)]) == 0
     sampled, exact = json.loads(records.read_text())
     assert sampled["note"].startswith(
         "2 sequences × 4 heads × 1 query over 3 to 70 keys in float32: the reference judges 8"
@@ -68,7 +68,9 @@ def test_a_failure_is_replayed_with_the_option(
 ) -> None:
     path = tmp_path / "kernel.py"
     path.write_text(WRONG)
-    assert main(["check", f"{path}:OneHead", *LAW[:2], "--workload", workload, "--in-process", "-v"]) == 1
+    assert (
+        main(["check", f"{path}:OneHead", *LAW[:2], "--workload", workload, "--seed", "0", "--in-process", "-v"]) == 1
+    )
     (replay,) = [line for line in capsys.readouterr().out.splitlines() if "replay: " in line]
     arguments = replay.partition("mla-spec ")[2].split()
     assert arguments[-1] == "--production"
@@ -103,7 +105,7 @@ def test_a_bad_line_names_the_value(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_pytest_runs_the_laws_where_it_is_asked_to(pytester: pytest.Pytester, workload: str) -> None:
     law = ("--pyargs", "mla_spec.properties.test_load", "-k", "test_decode_agrees_under", "-rs", "-p", "no:xdist")
-    common = (*law, "--mla-impl", "torch-absorbed", "--mla-in-process")
+    common = (*law, "--mla-impl", "torch-absorbed", "--mla-seed", "0", "--mla-in-process")
     done = pytester.runpytest_subprocess(*common)
     done.assert_outcomes(skipped=1, deselected=8)
     done.stdout.fnmatch_lines(["*not asked for: --production*"])
@@ -123,6 +125,6 @@ def test_bad_options_of_pytest_are_one_sentence(
     options: tuple[str, ...], message: str, pytester: pytest.Pytester
 ) -> None:
     law = ("--pyargs", "mla_spec.properties.test_load", "-k", "test_decode_agrees_under", "-p", "no:xdist")
-    done = pytester.runpytest_subprocess(*law, "--mla-impl", "torch-absorbed", *options)
+    done = pytester.runpytest_inprocess(*law, "--mla-impl", "torch-absorbed", *options)
     assert done.ret != 0
     done.stdout.fnmatch_lines([message])

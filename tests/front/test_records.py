@@ -23,6 +23,7 @@ from mla_spec.judging.plan import Shard, parse_shard, plan
 from mla_spec.judging.records import RecordFile, RecordsError, read_records
 
 KERNEL = """
+import os
 import time
 from mla_spec.adapters.pytorch import TorchAbsorbed
 
@@ -42,7 +43,7 @@ class Wrong(Rope):
 
 class Slow(Rope):
     name = "slow"
-    pause = 0.02
+    pause = float(os.environ.get("PAUSE", "0"))
 """
 LAWS = ("test_rope_agrees_with_reference", "test_rope_preserves_norm")
 ASKED = (*(word for law in LAWS for word in ("--law", law)), "--examples", "8")
@@ -102,7 +103,7 @@ def test_a_failing_dtype_does_not_hide_the_next(
     kernel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, target = tmp_path / "records.jsonl", tmp_path / "records.json"
-    assert check(f"{kernel}:Wrong", "-v", "--records", file, "--json", target) == 1
+    assert check(f"{kernel}:Wrong", "-v", "--records", file, "--json", target, "--seed", 0) == 1
     verdicts = {(line["law"], line["dtype"]): line["verdict"] for line in lines(file)}
     assert [d for (law, d), v in verdicts.items() if law == LAWS[0] and v == "fail"] == ["float32", "float16"]
     assert verdicts[LAWS[0], "bfloat16"] == "pass"
@@ -115,7 +116,7 @@ def test_a_failing_dtype_does_not_hide_the_next(
 def test_resuming_repeats_nothing_and_gives_the_same_report(kernel: str, tmp_path: Path) -> None:
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     first, second = tmp_path / "1.json", tmp_path / "2.json"
-    assert check(f"{kernel}:Wrong", "--records", whole, "--json", first) == 1
+    assert check(f"{kernel}:Wrong", "--records", whole, "--json", first, "--seed", 0) == 1
     kept = [line for line in whole.read_text().splitlines(keepends=True) if '"type": "end"' not in line][:5]
     part.write_text("".join(kept) + '{"type": "verdict", "run')
     assert check(f"{kernel}:Wrong", "--resume", part, "--json", second) == 1
@@ -151,15 +152,23 @@ def test_only_the_same_run_is_resumed(
 
 def test_code_that_changed_is_not_resumed(kernel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "records.jsonl"
-    check(f"{kernel}:Rope", "--records", file)
+    check(f"{kernel}:Rope", "--records", file, "--seed", 0)
     Path(kernel).write_text(KERNEL + "\n")
     assert check(f"{kernel}:Rope", "--resume", file) == 2
     assert "is of another run: source of " in capsys.readouterr().err
 
 
 def start(spec: str, *arguments: object) -> subprocess.Popen[str]:
+    """A run so slow that it can be interrupted."""
     command = [sys.executable, "-m", "mla_spec.front.cli", "check", spec, *ASKED, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PAUSE": "0.02"},
+    )
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -167,6 +176,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def has_lines(path: Path, count: int, writer: subprocess.Popen[str]) -> bool:
+    """Whether a file has this many lines, or gets no more."""
+    return writer.poll() is not None or (path.exists() and path.read_text().count("\n") >= count)
 
 
 def no_process_of(group: int) -> bool:
@@ -183,7 +197,7 @@ def test_an_interrupted_run_prints_what_exists_and_can_go_on(
     number: signal.Signals, way: str, kernel: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "records.jsonl"
-    process = start(f"{kernel}:Slow", "--records", file, way)
+    process = start(f"{kernel}:Slow", "--records", file, way, "--seed", 0)
     wait_until(lambda: file.exists() and len(lines(file)) >= 2)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
@@ -204,9 +218,11 @@ def test_no_verdict_that_was_written_is_lost_by_a_kill(kernel: str, tmp_path: Pa
     file, drawn = tmp_path / "records.jsonl", random.Random(0)
     written: list[str] = []
     for _ in range(int(os.environ.get("MLA_SPEC_KILLS", "2"))):
-        process = start(f"{kernel}:Slow", "--resume", file, "--jobs", 1)
+        process = start(f"{kernel}:Slow", "--resume", file, "--jobs", 1, *(() if written else ("--seed", 0)))
         count = len(written)
-        time.sleep(drawn.uniform(2, 12))
+        reached = drawn.randint(count, count + 4)
+        wait_until(partial(has_lines, file, reached, process))
+        time.sleep(drawn.uniform(0, 1))
         process.kill()
         process.wait()
         wait_until(partial(no_process_of, process.pid))
@@ -221,24 +237,26 @@ def test_no_verdict_that_was_written_is_lost_by_a_kill(kernel: str, tmp_path: Pa
 
 
 def test_a_time_limit_ends_the_run_as_incomplete(
-    kernel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kernel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PAUSE", "0.02")
     file = tmp_path / "records.jsonl"
-    assert check(f"{kernel}:Slow", "--records", file, "--time-limit", "0.3", "--examples", "400") == 3
+    options = ("--time-limit", "0.3", "--examples", "400", "--seed", 0)
+    assert check(f"{kernel}:Slow", "--records", file, *options) == 3
     assert "time limit: " in capsys.readouterr().err
     assert lines(file, "end")[0]["reason"] == "time limit"
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_full_disk_ends_the_run_as_incomplete(kernel: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check(f"{kernel}:Rope", "--records", "/dev/full") == 3
+    assert check(f"{kernel}:Rope", "--records", "/dev/full", "--seed", 0) == 3
     assert "cannot write '/dev/full': No space left on device" in capsys.readouterr().err
 
 
 def test_a_full_disk_after_the_run_is_said_and_the_report_is_printed(
     kernel: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert check(f"{kernel}:Rope", "--json", "/dev/full") == 3
+    assert check(f"{kernel}:Rope", "--json", "/dev/full", "--seed", 0) == 3
     captured = capsys.readouterr()
     assert "conforms: 2 pass" in captured.out
     assert "cannot write '/dev/full': No space left on device" in captured.err
@@ -249,7 +267,7 @@ def test_one_run_at_a_time_writes_to_a_file(kernel: str, tmp_path: Path, capsys:
     with RecordFile(str(file)):
         assert check(f"{kernel}:Rope", "--records", file) == 2
         assert "another run is writing to it" in capsys.readouterr().err
-        assert check(f"{kernel}:Rope", "--records", tmp_path / "other.jsonl") == 0
+        assert check(f"{kernel}:Rope", "--records", tmp_path / "other.jsonl", "--seed", 0) == 0
     assert not file.exists()  # no run began in it
 
 
@@ -278,7 +296,7 @@ def test_a_shard_that_is_none_is_refused(text: str, kernel: str, capsys: pytest.
 def shards(kernel: str, folder: Path, count: int, *, subject: str = "Wrong") -> list[str]:
     files = [str(folder / f"{i}-{count}.jsonl") for i in range(1, count + 1)]
     for i, file in enumerate(files, 1):
-        check(f"{kernel}:{subject}", "--shard", f"{i}/{count}", "--records", file)
+        check(f"{kernel}:{subject}", "--shard", f"{i}/{count}", "--records", file, "--seed", 0)
     return files
 
 

@@ -31,6 +31,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that a rehearsal leaves."""
     folder = tmp_path_factory.mktemp("rehearsal")
     arguments = ["--device", "cpu", "--rehearse", "--out", str(folder), "--brought", str(folder / "nothing")]
+    arguments += ["--jobs", "1"]  # the other core runs other tests
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "gpu" / "lane.py"), *arguments],
         capture_output=True,

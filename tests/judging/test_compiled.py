@@ -55,6 +55,8 @@ def test_the_command_compiles(capsys: pytest.CaptureFixture[str]) -> None:
         "float32",
         "--compile",
         "eager",
+        "--seed",
+        "0",
         "--in-process",
         "-v",
     ]

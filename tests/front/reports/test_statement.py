@@ -137,12 +137,12 @@ def test_a_subject_of_which_nothing_was_judged_has_no_levels(
     (tmp_path / "rope.py").write_text("class R:\n    def rope(self, x, positions, *, rope):\n        return x\n")
     (tmp_path / "broken.py").write_text("import nothing_here\n")
     options = ["--law", "merge", "--seed", "0", "--examples", "1"]
-    for name, exit_code, said in (
-        ("rope.py:R", 3, "judged no operation of R"),
-        ("broken.py:K", 1, "violates mla-spec"),
+    for name, way, exit_code, said in (
+        ("rope.py:R", "--in-process", 3, "judged no operation of R"),
+        ("broken.py:K", "--jobs=1", 1, "violates mla-spec"),
     ):
         path = str(tmp_path / f"{name[:4]}.jsonl")
-        assert main(["check", f"{tmp_path / name}", *options, "--records", path]) == exit_code
+        assert main(["check", f"{tmp_path / name}", *options, way, "--records", path]) == exit_code
         capsys.readouterr()
         assert main(["statement", path]) == exit_code
         out = capsys.readouterr().out
