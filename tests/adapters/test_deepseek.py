@@ -24,7 +24,6 @@ PREFILL, DECODE = "test_layer_prefill_agrees_with_reference", "test_layer_decode
 def no_kernel_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSeek's file imports a module ``kernel``, as subjects of other tests are called that were checked in this process."""
     monkeypatch.delitem(sys.modules, "kernel", raising=False)
-    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not (Path(folder) / "kernel.py").exists()])
 
 
 @pytest.mark.parametrize("form", FORMS)

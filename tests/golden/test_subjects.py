@@ -24,7 +24,10 @@ def test_shipped_subjects_agree_with_every_case_that_they_can_be_asked(subject: 
     assert len(records) == sum(case.operation in (*CALLS, "layer") for case in CASES.values())
     assert {record.verdict for record in records} <= {"pass", "unsupported"}, [r.text() for r in records]
     unsupported = {record.message for record in records if record.verdict == "unsupported"}
-    refusals = {"takes no attn_sink", "refused by the subject: there is no attention sink"}  # of operations, and of layers
+    refusals = {
+        "takes no attn_sink",
+        "refused by the subject: there is no attention sink",
+    }  # of operations, and of layers
     assert unsupported == (set() if subject().supports.attention_sink else refusals)
 
 
