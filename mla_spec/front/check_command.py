@@ -118,6 +118,9 @@ class _Check:
             self.options.jobs, self.options.timeout, under=self.options.under, devices=self.options.devices
         ) as pool:
             declared = [pool.describe(each, self.options.signature) for each in settings]
+            cells = len(self.laws) * len(self.options.dtype or DTYPES) if self.options.case is None else 1
+            for _ in range(min(self.options.jobs, cells) - len(settings)):
+                pool.prepare(settings[-1], self.options.signature)
             self.subjects = [
                 Asked(each, self.options.signature, future.result(), self.hard)
                 for each, future in zip(settings, declared, strict=True)
