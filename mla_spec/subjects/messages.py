@@ -182,7 +182,12 @@ def framed(parts: Parts) -> Parts:
     return [head, *parts]
 
 
-def read_parts(read: Callable[[int], bytearray]) -> Parts:
+def unwritten(size: int) -> memoryview:
+    """Memory for so many bytes, which is not cleared first; MemoryError or ValueError where there is none."""
+    return np.empty(size, dtype=np.uint8).data
+
+
+def read_parts(read: Callable[[int], memoryview]) -> Parts:
     """The parts of the message that ``read`` gives the bytes of."""
     (count,) = struct.unpack("<Q", read(8))
     if not 0 < count < _MOST_PARTS:
@@ -190,16 +195,15 @@ def read_parts(read: Callable[[int], bytearray]) -> Parts:
     sizes = struct.unpack(f"<{count}Q", read(8 * count))
     try:
         return [read(size) for size in sizes]
-    except (MemoryError, OverflowError) as error:
+    except (MemoryError, OverflowError, ValueError) as error:
         raise NoMessage(f"parts of {max(sizes)} bytes") from error
 
 
-def read_exactly(channel: socket.socket, size: int) -> bytearray:
+def read_exactly(channel: socket.socket, size: int) -> memoryview:
     """So many bytes of a blocking socket; EOFError at its end."""
-    got = bytearray(size)
-    view, done = memoryview(got), 0
+    got, done = unwritten(size), 0
     while done < size:
-        count = channel.recv_into(view[done:])
+        count = channel.recv_into(got[done:])
         if not count:
             raise EOFError
         done += count

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from mla_spec.subjects.answering import SUBJECT, made_here
 from mla_spec.subjects.configured import Dims
 from mla_spec.subjects.keeper import python
-from mla_spec.subjects.messages import NoMessage, framed, read_parts, read_reply, write_request
+from mla_spec.subjects.messages import NoMessage, framed, read_parts, read_reply, unwritten, write_request
 from mla_spec.subjects.near import HANDLES, Handle, call_method
 from mla_spec.subjects.output import Output
 from mla_spec.subjects.violation import TOLD, BrokenSubject, SubjectCrashed, UnknownSubject, Violation
@@ -295,13 +295,12 @@ class SubjectProcess:
             except ConnectionError:
                 self._lost()
 
-    def _receive(self, size: int, end: float | None) -> bytearray:
+    def _receive(self, size: int, end: float | None) -> memoryview:
         assert self._channel is not None
-        got = bytearray(size)
-        view, done = memoryview(got), 0
+        got, done = unwritten(size), 0
         while done < size:
             try:
-                count = self._channel.recv_into(view[done:])
+                count = self._channel.recv_into(got[done:])
             except BlockingIOError:
                 self._wait(end)
                 continue
