@@ -79,7 +79,7 @@ def patterns(length: int, seen: int, *, all_places: bool, turn: int = 0) -> list
 
 
 BLOCK = 2**14
-"""Keys at once of one query with one value each, for which fewer would be read in vain again and again."""
+"""Keys of a block. One query with one value a key is so small that blocks of fewer keys cost more in calls than in arithmetic."""
 
 
 def value_table(width: int, seed: int) -> Array:

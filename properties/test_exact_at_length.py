@@ -259,7 +259,7 @@ def _ragged_cases(supports: Supports, profile: Profile) -> list[RaggedDecodeCase
             seed=seed,
             seqlens_q=queries,
             seqlens_k=tuple(max(s, t) for s, t in zip(queries, keys, strict=True)),
-            num_heads=nearest(supports.num_heads, 1 + seed % 2 * (max(queries) < FIRST_KEYS)),
+            num_heads=nearest(supports.num_heads, 1 + seed % 2),
             kv_lora_rank=c,
             qk_rope_head_dim=r,
             page_size=nearest(supports.page_sizes, (64, 1, 16, 256)[seed % 4]),

@@ -356,46 +356,32 @@ def absorb(kv_b_proj: Balls, config: MLAConfig) -> tuple[Balls, Balls]:
 
 
 def explicit(
-    q_nope: Balls,
-    q_pe: Balls,
-    latent: Balls,
-    k_pe: Balls,
-    w_uk: Balls,
-    w_uv: Balls,
-    scale: Ball,
-    attn_sink: Array | None = None,
+    q_nope: Balls, q_pe: Balls, latent: Balls, k_pe: Balls, w_uk: Balls, w_uv: Balls, scale: Ball, **options: Any
 ) -> Balls:
     """Keys [W_UK c; k_pe] and values W_UV c of each head; one causal sequence, out [s, h, v].
 
     Args:
         q_nope, q_pe, latent, k_pe: [s, h, n], [s, h, r], [t, c], [t, r].
         w_uk, w_uv: [h, n, c] and [h, v, c].
-        attn_sink: [h]; see ``attention``.
+        options: of ``attention``.
     """
     keys = [np.concatenate([latent @ w.T, k_pe], axis=-1) for w in w_uk]  # h × [t, n+r]
     values = [latent @ w.T for w in w_uv]  # h × [t, v]
     q = np.concatenate([q_nope, q_pe], axis=-1)  # [s, h, n+r]
     k, v = np.stack(keys, axis=1), np.stack(values, axis=1)
-    out, _ = attention(q, k, v, scale=scale, causal=True, attn_sink=attn_sink)
+    out, _ = attention(q, k, v, scale=scale, causal=True, **options)
     return out
 
 
 def absorbed(
-    q_nope: Balls,
-    q_pe: Balls,
-    latent: Balls,
-    k_pe: Balls,
-    w_uk: Balls,
-    w_uv: Balls,
-    scale: Ball,
-    attn_sink: Array | None = None,
+    q_nope: Balls, q_pe: Balls, latent: Balls, k_pe: Balls, w_uk: Balls, w_uv: Balls, scale: Ball, **options: Any
 ) -> Balls:
     """The same with W_UK in the query and W_UV after the attention; keys are the cached rows."""
     h = len(w_uk)
     folded = np.stack([q_nope[:, head] @ w_uk[head] for head in range(h)], axis=1)  # [s, h, c]
     q = np.concatenate([folded, q_pe], axis=-1)  # [s, h, c+r]
     rows = np.concatenate([latent, k_pe], axis=-1)[:, None]  # [t, 1, c+r]
-    out, _ = attention(q, rows, latent[:, None], scale=scale, causal=True, attn_sink=attn_sink)  # [s, h, c]
+    out, _ = attention(q, rows, latent[:, None], scale=scale, causal=True, **options)  # [s, h, c]
     return np.stack([out[:, head] @ w_uv[head].T for head in range(h)], axis=1)
 
 

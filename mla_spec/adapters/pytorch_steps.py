@@ -121,6 +121,7 @@ class TorchAttention:
         return products(q.to(dtype), k.to(dtype).transpose(-1, -2)) * softmax_scale
 
     def masked(self, scores: Tensor, visible: Tensor) -> Tensor:
+        """The scores, which are nobody else's: -inf is written where nothing is visible."""
         return scores.masked_fill_(~visible, -torch.inf)
 
     def softmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,9 @@ class WorkerPool:
         return self._threads.submit(lambda: self._worker(options, signature).describe())
 
     def prepare(self, options: Options, signature: str | None = None) -> None:
-        """Have one more process make the subject, so that it has done so when laws are submitted; who has it is not said."""
+        """Have one more process make the subject, so that it is ready when laws are submitted. A fault of the subject is told by
+        ``describe`` alone.
+        """
         self.describe(options, signature)
 
     def _run(self, law: str, subject_name: str, options: Options, signature: str | None) -> Record:

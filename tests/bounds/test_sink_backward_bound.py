@@ -55,7 +55,9 @@ def test_gradients_of_sinks_stay_within_the_bound(style: str, dtype: str, least:
         q, k, v, out_grad, sinks = sink_case(seed, dtype)
         bound = sink_bound(q, k, v, out_grad, sinks, profile)
         out, lse = attention(q, k, v, softmax_scale=1.0)
-        assert np.abs(bound.value.sum(axis=0) - sink_backward(out, lse, out_grad, sinks)[2]).max() < 1e-14
+        rounding = sink_bound(q, k, v, out_grad, sinks, Profile.default("float64")).error
+        exact = sink_backward(out, lse, out_grad, sinks)[2]
+        assert (np.abs(bound.value.sum(axis=0) - exact) <= rounding.sum(axis=0)).all()
         ratio = np.abs(sink_gradients(style, q, k, v, out_grad, sinks, dtype) - bound.value) / bound.error
         assert ratio.max() <= 1, seed
         worst = max(worst, ratio.max())

@@ -33,7 +33,20 @@ def test_shipped_subjects_agree_with_every_case_that_they_can_be_asked(subject: 
 
 @pytest.mark.parametrize(
     ("bug", "case"),
-    [("E8", "decode-paged"), ("G17", "decode-long"), ("E8-merge", "merge-three-parts"), ("F18", "write-cache")],
+    [
+        ("E8", "decode-paged"),
+        ("G17", "decode-long"),
+        ("E8-merge", "merge-three-parts"),
+        ("F18", "write-cache"),
+        ("J20", "decode-sink"),
+        ("J22", "prefill-sink-and-window"),
+        ("X-window-of-the-first-query", "decode-window"),
+        ("D17", "prefill-sink-and-window"),
+        ("X-gate-left-out", "layer-gate-of-heads"),
+        ("X-gates-by-element-and-head", "layer-gate-of-elements-and-sink"),
+        ("X-layer-sink-left-out", "layer-gate-of-elements-and-sink"),
+        ("X-query-gate-rows-of-all-heads", "layer-gate-with-queries"),
+    ],
 )
 def test_planted_bugs_are_caught(bug: str, case: str) -> None:
     records = check_golden(PLANTED[bug].make())

@@ -74,33 +74,18 @@ class SinkGradientOfTheLastQuery(TorchExplicit):
         return super().sink_share(lse, for_each)
 
 
-class Gated(TorchAbsorbed):
-    """Correct: with the gates in one place for all kinds of them."""
-
-    def gated(self, out: Tensor, hidden: Tensor, weights: Mapping[str, Tensor], config: MLAConfig) -> Tensor:
-        if config.output_gate == "query":
-            g = self.linear(self.query_latent(hidden, weights, config), self.query_and_gate(weights, config)[1])
-        else:
-            g = self.linear(hidden, weights["g_proj"])
-        return self.product_with_gate(out, g.unflatten(-1, (config.num_heads, -1)))
-
-    def product_with_gate(self, out: Tensor, g: Tensor) -> Tensor:
-        """out [b, s, h, v] · sigmoid(g), for g [b, s, h, 1 or v]."""
-        return self.scaled(out, self.gate(g))
-
-
 @planted(
     "X-gate-gradient-without-slope",
     symptom="gates that are open do not learn to close, and training is unstable",
     shows_when="a gated layer is trained",
     killed_by=(GRADIENTS,),
 )
-class GateGradientWithoutSlope(Gated):
-    """The sigmoid passes its gradient on as it is, times its value, without 1 − y."""
+class GateGradientWithoutSlope(TorchAbsorbed):
+    """The sigmoid passes its gradient on times its value, without 1 − y."""
 
-    def product_with_gate(self, out: Tensor, g: Tensor) -> Tensor:
-        gate = step(g, self.gate, lambda grad: grad * torch.sigmoid(g.detach()).to(grad.dtype))
-        return self.scaled(out, gate)
+    def gate(self, g: Tensor) -> Tensor:
+        y = super().gate(g.detach())
+        return step(g, super().gate, lambda grad: (grad * y).to(g.dtype))
 
 
 @planted(
@@ -109,12 +94,12 @@ class GateGradientWithoutSlope(Gated):
     shows_when="a gated layer is trained",
     killed_by=(GRADIENTS,),
 )
-class GateGradientOfGatedOutput(Gated):
+class GateGradientOfGatedOutput(TorchAbsorbed):
     """The output is gated in its own memory, and the backward pass takes what it finds there for the output before its gate."""
 
-    def product_with_gate(self, out: Tensor, g: Tensor) -> Tensor:
-        gate = with_gradient(self.gate(g), lambda grad: grad * self.gate(g.detach()))
-        return self.scaled(out, gate)
+    def gate(self, g: Tensor) -> Tensor:
+        y = super().gate(g)
+        return with_gradient(y, lambda grad: grad * y.detach())
 
 
 @planted(
@@ -123,15 +108,14 @@ class GateGradientOfGatedOutput(Gated):
     shows_when="a layer with a gate of each head is trained",
     killed_by=(GRADIENTS,),
 )
-class GateGradientOfOneElement(Gated):
+class GateGradientOfOneElement(TorchAbsorbed):
     """The elements of a head write the gradient of their common gate one over the other."""
 
-    def product_with_gate(self, out: Tensor, g: Tensor) -> Tensor:
-        if g.shape[-1] == out.shape[-1]:
-            return super().product_with_gate(out, g)
-        last = torch.arange(out.shape[-1], device=out.device) == out.shape[-1] - 1
-        gate = with_gradient(self.gate(g).expand_as(out), lambda grad: torch.where(last, grad, 0.0))
-        return self.scaled(out, gate)
+    def scaled(self, x: Tensor, factor: Tensor | float) -> Tensor:
+        if isinstance(factor, Tensor) and factor.requires_grad and factor.shape[-1] == 1:  # a gate, not a temperature
+            last = torch.arange(x.shape[-1], device=x.device) == x.shape[-1] - 1
+            factor = with_gradient(factor.expand_as(x), lambda grad: torch.where(last, grad, 0.0))
+        return super().scaled(x, factor)
 
 
 @planted(
