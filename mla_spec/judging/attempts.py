@@ -26,6 +26,10 @@ SHRINKING = 30.0
 """Seconds that may be spent on cases which end the subject's process, while a smaller one is looked for."""
 
 
+LEAST_SHARP = 8
+"""A law may have one drawn case whose bound says little, and of more of them one in so many."""
+
+
 class Attempts:
     """Runs cases of one law in one dtype, and keeps what the record says of them.
 
@@ -33,8 +37,10 @@ class Attempts:
 
     Attributes:
         cases: how many ran up to the first failure, and with it.
+        drawn: how many of these were drawn.
         trivial: how many of these no subject could have failed, and why the last of them was.
         refused: how many of these the subject refused, and why the last of them was.
+        vague: the drawn ones of these whose bound says little, though nothing was outside it; and why the last one's does.
         last: the case that ran last.
         failure: the first failure, and its case.
         smallest: the case that failed last: each that fails while a smaller one is looked for is smaller.
@@ -48,8 +54,10 @@ class Attempts:
         self.twice = twice and law.grown is None
         self.deaths = Deaths()
         self.cases = 0
+        self.drawn = 0
         self.trivial = (0, "")
         self.refused = (0, "")
+        self.vague: tuple[list[Case], str] = ([], "")
         self.last: Case | None = None
         self.failure: tuple[Exception, Case] | None = None
         self.smallest: Case | None = None
@@ -58,11 +66,12 @@ class Attempts:
         self.ratios: list[float | None] = []
         self._wrong: list[Anatomy] = []
 
-    def __call__(self, case: Case) -> None:
+    def __call__(self, case: Case, *, drawn: bool = False) -> None:
         if self.deaths.spent > SHRINKING:
             self.deaths.again(case)
             return
         self.cases += self.failure is None
+        self.drawn += self.failure is None and drawn
         self.last, self.run.case_id, self.run.compared, self.run.last = case, case.id, None, None
         self.run.anatomy, self.run.case_worst = {}, None
         self.history.append((case, False))
@@ -84,6 +93,9 @@ class Attempts:
         except Unsupported as reason:
             self.refused = self.refused[0] + (self.failure is None), str(reason)
         except FAILURES as error:
+            if drawn and isinstance(error, VacuousCase):
+                self.vague = [*self.vague[0], case], str(error)
+                return
             self.failure = self.failure or (error, case)
             self.smallest, self.since = case, self.since or time.monotonic()
             self._keep_evidence(case)
@@ -124,6 +136,12 @@ class Attempts:
             self.ratios[-1] = excess if self.run.anatomy["judged"] == "within" and math.isfinite(excess) else None
             found = {"case": case.id, **self.run.anatomy}
             self._wrong = [found, max([*self._wrong[1:], found], key=lambda each: math.prod(each["shape"]))]
+
+    @property
+    def too_vague(self) -> bool:
+        """Whether the bounds of so many drawn cases say little that the law does, too: of all cases, or more than the share."""
+        vague, blunt = len(self.vague[0]), len(self.vague[0]) + self.trivial[0] + self.refused[0]
+        return vague > 0 and (vague > max(1, self.drawn // LEAST_SHARP) or blunt == self.cases)
 
     def require_time(self) -> None:
         """Raise TimeIsUp where a smaller failing case has been looked for long enough."""

@@ -58,8 +58,8 @@ class Attempt(Protocol):
 
     smallest: Case | None
 
-    def __call__(self, case: Case) -> None:
-        """Run a case."""
+    def __call__(self, case: Case, *, drawn: bool = False) -> None:
+        """Run a case; where it was ``drawn``, its bound may turn out to say little."""
 
     def require_time(self) -> None:
         """Raise TimeIsUp where a smaller failing case has been looked for long enough."""
@@ -118,7 +118,7 @@ def draw(law: Law, run: Run, cases: Any, examples: int, options: Options, attemp
     @given(cases)
     def generated(case: Case) -> None:
         attempt.require_time()
-        attempt(case)
+        attempt(case, drawn=True)
 
     generated()
 

@@ -23,18 +23,18 @@ def judge_within(got: Result, want: Array, bound: ErrorBound, *, gate: bool = Tr
         gate: whether a bound that is loose against ``want`` is refused. False where ``want`` may lie near 0.
 
     Raises:
-        Violation: an element lies outside its bound.
-        VacuousCase: the bound is too loose to mean anything, or no finite number for some element that has one.
+        Violation: an element lies outside its bound, however loose that is.
+        VacuousCase: none does, but the bound is too loose to mean anything, or no finite number for some element that has one.
     """
     total = np.broadcast_to(bound.total, want.shape)
-    if gate:
-        require_meaningful(want, total)
     ratio = ratios(got, want, total)
     if ratio.size == 0:
         return 0.0
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
     if not ratio[index] <= 1:
         raise Violation(_describe(got, want, total, bound, index, int((ratio > 1).sum())))
+    if gate:
+        require_meaningful(want, total)
     require_bounded(want, total)
     return float(ratio[index])
 

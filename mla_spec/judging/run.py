@@ -213,6 +213,10 @@ def _run_dtype(
         return record("unsupported", "no case fits what the subject supports")
     if attempt.refused[0] == attempt.cases:
         return record("unsupported", f"refused by the subject: {attempt.refused[1]}")
+    vague, why = attempt.vague
+    vagueness = f"{len(vague)} of {attempt.cases} cases say little: {why}" if vague else ""
+    if attempt.too_vague:
+        return record("incomplete", vagueness, attempt.cases, vague[-1])
     if attempt.trivial[0] + attempt.refused[0] == attempt.cases:
         why = f"no subject could have failed any of its {attempt.cases} cases: {attempt.trivial[1]}"
         return record("incomplete", why, attempt.cases, attempt.last)
@@ -232,7 +236,7 @@ def _run_dtype(
         run.worst_case,
         message=run.left_out,
         seconds=seconds,
-        note=run.note or run.coarseness,
+        note="\n".join(filter(None, (run.note or run.coarseness, vagueness))),
         regimes=by_regime(attempt.history, attempt.ratios),
         spread=run.spread,
     )

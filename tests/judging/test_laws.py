@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -215,11 +217,44 @@ def make_law(check: Any) -> Law:
     return Law("test_made_here", ("decode",), decode_cases, check, lambda supports: "")
 
 
-def test_a_vacuous_case_is_incomplete() -> None:
-    def check(run: Any, case: Any) -> None:
-        raise VacuousCase("the bound is too loose")
+def vacuous_at(*places: int) -> Callable[[Any, Any], None]:
+    """A check whose bound says little in the cases that are counted so."""
+    counted = count()
 
-    record = run_law(make_law(check), TorchAbsorbed(), FEW)
+    def check(run: Any, case: Any) -> None:
+        run.compares(1)
+        if next(counted) in places:
+            raise VacuousCase("the bound is too loose")
+
+    return check
+
+
+ONE_DTYPE = Options(examples=17, dtypes=("float32",), seed=0)
+
+
+@pytest.mark.parametrize(("places", "verdict"), [((4,), "pass"), ((4, 9), "pass"), ((4, 9, 11), "incomplete")])
+def test_of_drawn_cases_one_in_eight_may_say_little(places: tuple[int, ...], verdict: str) -> None:
+    record = run_law(make_law(vacuous_at(*places)), TorchAbsorbed(), ONE_DTYPE)
+    said = record.note if verdict == "pass" else record.message
+    assert (record.verdict, said) == (verdict, f"{len(places)} of 17 cases say little: the bound is too loose")
+
+
+def test_a_law_of_which_all_cases_say_little_is_incomplete() -> None:
+    one = Options(examples=1, dtypes=("float32",), seed=0)
+    record = run_law(make_law(vacuous_at(0, 1)), TorchAbsorbed(), one)
+    assert (record.verdict, record.message) == ("incomplete", "1 of 1 cases say little: the bound is too loose")
+
+
+def test_a_case_that_was_written_down_must_say_something() -> None:
+    first = DecodeCase(dtype="float32")
+
+    def check(run: Any, case: Any) -> None:
+        run.compares(1)
+        if case == first:
+            raise VacuousCase("the bound is too loose")
+
+    law = replace(make_law(check), first=lambda supports, profile: [first])
+    record = run_law(law, TorchAbsorbed(), ONE_DTYPE)
     assert (record.verdict, record.message) == ("incomplete", "the bound is too loose")
 
 
