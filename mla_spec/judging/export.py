@@ -81,7 +81,7 @@ class _Asking:
     left_out: str = ""
     smallest: Case | None = None
 
-    def __call__(self, case: Case) -> None:
+    def __call__(self, case: Case, *, drawn: bool = False) -> None:
         if self.left_out == FULL or beyond(case, self.run.supports):
             return
         self.cases += 1

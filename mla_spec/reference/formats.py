@@ -15,6 +15,7 @@ of elements; OCP Microscaling Formats (MX) 1.0 for float8_e8m0fnu and float4_e2m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -139,21 +140,37 @@ def round_to(x: Array, name: str, *, rounding: Rounding = "nearest", overflow: O
     """
     fmt = format_of(name)
     x = np.asarray(x, dtype=np.float64)
-    beyond = np.asarray(_beyond(fmt, overflow or fmt.default_overflow))
+    beyond: float | Array = _beyond(fmt, overflow or fmt.default_overflow)
     if not fmt.nans and np.isnan(x).any():
         raise ValueError(f"{name} has no NaN")
-    to_integer = _TO_INTEGER[_known("rounding", rounding, tuple(_TO_INTEGER))]
-    if name == "float64" and beyond == np.inf:
-        return x.copy()
-    _, exponent = np.frexp(x)  # |x| in [2^(exponent-1), 2^exponent)
-    quantum_exponent = np.maximum(exponent - fmt.precision, fmt.min_exponent - fmt.precision + 1)
-    rounded = np.ldexp(to_integer(np.ldexp(x, -quantum_exponent)), quantum_exponent)
-    if rounding == "truncate":
+    truncate = _known("rounding", rounding, ("nearest", "truncate")) == "truncate"
+    result = x.copy() if name == "float64" else _rounded(x, fmt, truncate)
+    if truncate:
         beyond = np.where(np.isfinite(x), fmt.max_finite, beyond)
-    result: Array = np.where(np.abs(rounded) > fmt.max_finite, np.copysign(beyond, x), rounded)
+    np.abs(result, out=result)
+    np.copyto(result, beyond, where=result > fmt.max_finite)
+    np.copysign(result, x, out=result)
     if fmt.positive:
         result = np.where(x < 0, np.nan, np.maximum(result, fmt.smallest_normal))
     return result
+
+
+def _rounded(x: Array, fmt: Format, truncate: bool) -> Array:
+    """x in whole quanta of a format of at most 24 bits, as if it had no largest number; the sign of a zero is lost."""
+    unit = _binade(x, fmt)
+    unit *= 1.5 * 2.0 ** (53 - fmt.precision)  # 1.5 · 2^52 quanta: float64 rounds sums with it to quanta, ties to even
+    rounded = np.add(x, unit, out=np.empty(x.shape))
+    rounded -= unit
+    if truncate:
+        rounded -= np.where(np.abs(rounded) > np.abs(x), np.copysign(unit / (1.5 * 2.0**52), x), 0.0)
+    return rounded
+
+
+def _binade(x: Array, fmt: Format) -> Array:
+    """2^floor(log2 |x|) as far as x is normal in the format, else the smallest normal number, or the largest number."""
+    power = np.bitwise_and(x.view(np.uint64), np.uint64(0x7FF << 52), out=np.empty(x.shape, np.uint64)).view(np.float64)
+    np.maximum(power, fmt.smallest_normal, out=power)
+    return np.minimum(power, fmt.max_finite, out=power)
 
 
 def holds(x: Array, name: str) -> bool:
@@ -185,9 +202,9 @@ def encode(x: Array, name: str) -> NDArray[np.unsignedinteger[Any]]:
     if not held.all():
         raise ValueError(f"{x[~held][0]!r} is not a number of {name}")
     size = np.where(np.isfinite(x), np.abs(x), fmt.max_finite)
-    _, exponent = np.frexp(np.maximum(size, fmt.smallest_normal))
-    binade = exponent.astype(np.int64) - 1 - fmt.min_exponent  # 0 for subnormals, too
-    significand = np.ldexp(size, fmt.precision - 1 - fmt.min_exponent - binade).astype(np.int64)
+    power = _binade(size, fmt)
+    binade = (power.view(np.int64) >> 52) - 1023 - fmt.min_exponent  # 0 for subnormals, too
+    significand = (size / power * 2.0 ** (fmt.precision - 1)).astype(np.int64)
     pattern = significand + (binade << (fmt.precision - 1)) - fmt.positive  # the implicit bit steps the exponent field
     pattern = np.where(np.isinf(x), fmt.largest_pattern + 1, np.where(np.isnan(x), fmt.nan_pattern, pattern))
     sign = (np.signbit(x) & ~np.isnan(x)).astype(np.uint64) << np.uint64(fmt.sign_shift % 64)
@@ -204,6 +221,18 @@ def decode_bits(bits: IntArray, name: str) -> Array:
     bits = np.asarray(bits)
     if bits.size and (int(bits.min()) < 0 or int(bits.max()) >= 2**fmt.bits):
         raise ValueError(f"bit patterns of {name} lie in 0 .. {2**fmt.bits - 1}")
+    if fmt.bits <= 16:
+        return np.asarray(_every_value(fmt)[bits.astype(np.intp)])
+    return _decoded(bits, fmt)
+
+
+@cache
+def _every_value(fmt: Format) -> Array:
+    """What each pattern of a format of at most 16 bits stands for."""
+    return _decoded(np.arange(2**fmt.bits), fmt)
+
+
+def _decoded(bits: IntArray, fmt: Format) -> Array:
     bits = bits.astype(np.uint64)
     pattern = (bits & np.uint64(2**fmt.sign_shift - 1)).astype(np.int64)
     counted = np.minimum(pattern, fmt.largest_pattern) + fmt.positive
@@ -244,9 +273,6 @@ def from_bytes(raw: NDArray[np.uint8], name: str) -> Array:
     if raw.shape[-1] % fmt.itemsize:
         raise ValueError(f"{raw.shape[-1]} bytes do not hold whole {name} numbers")
     return decode_bits(np.ascontiguousarray(raw).view(_word(fmt).newbyteorder("<")), name)
-
-
-_TO_INTEGER = {"nearest": np.rint, "truncate": np.trunc}
 
 
 def _known(option: str, value: str, allowed: tuple[str, ...]) -> str:
