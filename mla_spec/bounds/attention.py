@@ -42,7 +42,7 @@ from mla_spec.reference.attention import (
     softmax_blocks,
 )
 from mla_spec.reference.formats import FORMATS, format_of
-from mla_spec.reference.typing import Array, IntArray
+from mla_spec.reference.typing import Array, BoolArray, IntArray
 
 _U64 = FORMATS["float64"].unit_roundoff
 
@@ -176,8 +176,8 @@ def attention_with_bound(
     seen = ~np.isneginf(sums.max_score)
     s, h = q.shape[-3:-1]
     some = seen[..., None] & ~np.isposinf(sinks[0].sink)  # one of +inf leaves exactly nothing
-    out_errors = [e.map(lambda x: rows_to_heads(np.where(some, x, 0.0), s, h)) for e in out_errors]
-    lse_errors = [e.map(lambda x: rows_to_lse(np.where(seen, x, 0.0), s, h)) for e in lse_errors]
+    out_errors = [e.map(lambda x: rows_to_heads(_kept(x, some), s, h)) for e in out_errors]
+    lse_errors = [e.map(lambda x: rows_to_lse(_kept(x, seen), s, h)) for e in lse_errors]
     return BoundedAttention(
         out=rows_to_heads(sinks[0].share * moments.out, s, h),
         out_error=out_errors[0],
@@ -186,6 +186,11 @@ def attention_with_bound(
         out_error_probable=out_errors[-1],
         lse_error_probable=lse_errors[-1],
     )
+
+
+def _kept(x: Array, where: BoolArray) -> Array:
+    """x, with 0 elsewhere."""
+    return x if where.all() else np.where(where, x, 0.0)
 
 
 def _score_error(

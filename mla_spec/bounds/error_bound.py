@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mla_spec.reference.formats import format_of
+from mla_spec.reference.formats import binade, format_of
 from mla_spec.reference.typing import Array
 
 
@@ -19,9 +20,7 @@ def half_ulp(size: Array, name: str) -> Array:
     Half the distance between neighbours there, which is u · size at a power of two and down to u/2 · size below the next.
     """
     fmt = format_of(name)
-    _, exponent = np.frexp(size)  # size in [2^(exponent-1), 2^exponent)
-    binade = np.where(size > 0, np.maximum(exponent - 1, fmt.min_exponent), fmt.min_exponent)
-    return np.where(np.isfinite(size), np.ldexp(fmt.unit_roundoff, binade), np.inf)
+    return fmt.unit_roundoff * binade(np.asarray(size, dtype=np.float64), fmt)
 
 
 class InvalidBound(ValueError):
@@ -30,8 +29,12 @@ class InvalidBound(ValueError):
 
 def overflowed(term: Array) -> Array:
     """``term`` with inf where its arithmetic overflowed to NaN, as inf - inf and 0 · inf do."""
-    lost = np.isnan(term)
-    return np.where(lost, np.inf, term) if lost.any() else term
+    return np.where(np.isnan(term), np.inf, term) if math.isnan(_least(term)) else term
+
+
+def _least(term: Array) -> float:
+    """The smallest number, at most 0; NaN where any is."""
+    return float(np.minimum.reduce(term, axis=None, initial=0.0))
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class ErrorBound:
 
     def __post_init__(self) -> None:
         for name, term in self.terms.items():
-            least = np.minimum.reduce(term, axis=None, initial=0.0)  # NaN where a term is
+            least = _least(term)
             if not least >= 0:
-                raise InvalidBound(f"{name!r} must be 0 or more, got {float(least)!r}")
+                raise InvalidBound(f"{name!r} must be 0 or more, got {least!r}")
 
     @cached_property
     def total(self) -> Array:

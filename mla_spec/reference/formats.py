@@ -157,7 +157,8 @@ def round_to(x: Array, name: str, *, rounding: Rounding = "nearest", overflow: O
 
 def _rounded(x: Array, fmt: Format, truncate: bool) -> Array:
     """x in whole quanta of a format of at most 24 bits, as if it had no largest number; the sign of a zero is lost."""
-    unit = _binade(x, fmt)
+    unit = binade(x, fmt)
+    np.minimum(unit, fmt.max_finite, out=unit)
     unit *= 1.5 * 2.0 ** (53 - fmt.precision)  # 1.5 · 2^52 quanta: float64 rounds sums with it to quanta, ties to even
     rounded = np.add(x, unit, out=np.empty(x.shape))
     rounded -= unit
@@ -166,11 +167,10 @@ def _rounded(x: Array, fmt: Format, truncate: bool) -> Array:
     return rounded
 
 
-def _binade(x: Array, fmt: Format) -> Array:
-    """2^floor(log2 |x|) as far as x is normal in the format, else the smallest normal number, or the largest number."""
+def binade(x: Array, fmt: Format) -> Array:
+    """2^floor(log2 |x|) of float64 numbers; the smallest normal number where x is smaller, inf where it is not finite."""
     power = np.bitwise_and(x.view(np.uint64), np.uint64(0x7FF << 52), out=np.empty(x.shape, np.uint64)).view(np.float64)
-    np.maximum(power, fmt.smallest_normal, out=power)
-    return np.minimum(power, fmt.max_finite, out=power)
+    return np.maximum(power, fmt.smallest_normal, out=power)
 
 
 def holds(x: Array, name: str) -> bool:
@@ -202,10 +202,12 @@ def encode(x: Array, name: str) -> NDArray[np.unsignedinteger[Any]]:
     if not held.all():
         raise ValueError(f"{x[~held][0]!r} is not a number of {name}")
     size = np.where(np.isfinite(x), np.abs(x), fmt.max_finite)
-    power = _binade(size, fmt)
-    binade = (power.view(np.int64) >> 52) - 1023 - fmt.min_exponent  # 0 for subnormals, too
+    power = binade(size, fmt)
+    exponent = (power.view(np.int64) >> 52) - 1023 - fmt.min_exponent  # 0 for subnormals, too
     significand = (size / power * 2.0 ** (fmt.precision - 1)).astype(np.int64)
-    pattern = significand + (binade << (fmt.precision - 1)) - fmt.positive  # the implicit bit steps the exponent field
+    pattern = (
+        significand + (exponent << (fmt.precision - 1)) - fmt.positive
+    )  # the implicit bit steps the exponent field
     pattern = np.where(np.isinf(x), fmt.largest_pattern + 1, np.where(np.isnan(x), fmt.nan_pattern, pattern))
     sign = (np.signbit(x) & ~np.isnan(x)).astype(np.uint64) << np.uint64(fmt.sign_shift % 64)
     return (pattern.astype(np.uint64) | sign).astype(_word(fmt))
@@ -236,9 +238,9 @@ def _decoded(bits: IntArray, fmt: Format) -> Array:
     bits = bits.astype(np.uint64)
     pattern = (bits & np.uint64(2**fmt.sign_shift - 1)).astype(np.int64)
     counted = np.minimum(pattern, fmt.largest_pattern) + fmt.positive
-    binade = np.maximum((counted >> (fmt.precision - 1)) - 1, 0)
-    significand = counted - (binade << (fmt.precision - 1))
-    size = np.ldexp(significand.astype(np.float64), binade + fmt.min_exponent - fmt.precision + 1)
+    exponent = np.maximum((counted >> (fmt.precision - 1)) - 1, 0)
+    significand = counted - (exponent << (fmt.precision - 1))
+    size = np.ldexp(significand.astype(np.float64), exponent + fmt.min_exponent - fmt.precision + 1)
     infinite = fmt.infinities & (pattern == fmt.largest_pattern + 1)
     size = np.where(pattern > fmt.largest_pattern, np.where(infinite, np.inf, np.nan), size)
     return np.where(bits >= 2**fmt.sign_shift, -size, size)
