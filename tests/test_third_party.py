@@ -38,7 +38,7 @@ def by_law(name: str, *, examples: int, seed: int) -> dict[str, Record]:
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers_attention_conforms(name: str) -> None:
     require(name)
-    records = by_law(name, examples=60, seed=7)
+    records = by_law(name, examples=25, seed=7)
     assert {name for name, law in all_laws().items() if law.needs == ("layer",)} <= set(records)
     assert not [record.text() for record in records.values() if record.verdict != "pass"]
 
@@ -81,7 +81,7 @@ def test_what_a_layer_declares_is_what_it_is(model: str, declared: dict[str, obj
 @pytest.mark.parametrize("name", ["transformers:deepseek_v32", "transformers:glm_moe_dsa"])
 def test_transformers_indexers_conform_and_have_the_layout_of_their_model(name: str) -> None:
     require(name)
-    records = by_law(name, examples=60, seed=7)
+    records = by_law(name, examples=25, seed=7)
     assert {name for name, law in all_laws().items() if law.needs == ("project_indexer",)} <= set(records)
     assert not [record.text() for record in records.values() if record.verdict != "pass"]
     other = resolve_subject(name)
