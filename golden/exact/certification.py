@@ -198,6 +198,7 @@ def _absorb(rng: np.random.Generator, number: int) -> Task:
 
 
 def _layer(rng: np.random.Generator, number: int, **dims: int) -> Task:
+    """Layers with the options of published models: factors, norms, gates, sinks."""
     case = LayerCase(
         dtype=_one(rng, *DTYPES),
         seed=number,
@@ -219,7 +220,14 @@ def _layer(rng: np.random.Generator, number: int, **dims: int) -> Task:
         weights=_one(rng, "dense", "aligned"),
         gain=_one(rng, 0.125, 1.0, 64.0),
         hidden_scale=_one(rng, 1.0, 2.0**-10),
+        output_gate=_one(rng, "none", "head", "element"),
+        attention_sink=_one(rng, False, True),
+        mla_scale_kv_lora=_one(rng, False, True),
+        llama_4_scaling=_one(rng, False, True),
+        k_pe_norm=_one(rng, False, True),
     )
+    if case.q_lora_rank is not None:
+        case = replace(case, **_one(rng, {}, {"mla_scale_q_lora": True}, {"output_gate": "query"}))
     built = case.build()
     weights = {f"weights.{name}": values for name, values in built.weights.items()}
     inputs = {**weights, "hidden": built.hidden, "positions": built.positions}

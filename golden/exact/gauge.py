@@ -20,7 +20,7 @@ import numpy as np
 from mla_spec.reference.attention import attention, sink_share
 from mla_spec.reference.config import MLAConfig, RopeConfig
 from mla_spec.reference.indexer import layer_norm as reference_layer_norm
-from mla_spec.reference.mla import Weights, absorb
+from mla_spec.reference.mla import Weights, absorb, query_and_gate, sigmoid
 from mla_spec.reference.mla import rms_norm as reference_rms_norm
 from mla_spec.reference.rope import apply_rope, join_pairs, split_pairs
 from mla_spec.reference.typing import Array, IntArray
@@ -57,6 +57,17 @@ def product(subscripts: str, weight: Array, x: Gauged) -> Gauged:
         np.einsum(subscripts, weight, x.value, optimize=True),
         np.einsum(subscripts, np.abs(weight), x.gauge, optimize=True),
     )
+
+
+def times(factor: float | Array, x: Gauged) -> Gauged:
+    """Factor · x, where the factor is known to an ulp."""
+    return Gauged(factor * x.value, np.abs(factor) * x.gauge)
+
+
+def gated(x: Gauged, z: Gauged) -> Gauged:
+    """x · y of y = sigmoid(z): what moves z moves y by y(1 − y) as much."""
+    y = sigmoid(z.value)
+    return Gauged(x.value * y, y * x.gauge + np.abs(x.value) * y * (1 + (1 - y) * z.gauge))
 
 
 def rms_norm(x: Gauged, weight: Array, eps: float) -> Gauged:
@@ -150,17 +161,29 @@ def layer(hidden: Array, positions: IntArray, weights: Weights, config: MLAConfi
     """One layer over whole sequences, in the explicit form; arguments as in ``mla.layer``, the absorbed form has the same gauge."""
     n, c, eps = config.qk_nope_head_dim, config.kv_lora_rank, config.latent_norm_eps
     x = Gauged.of(hidden)
+    z = product("oe,...e->...o", weights["g_proj"], x) if config.output_gate in ("head", "element") else None
     if config.q_lora_rank is None:
         q = product("oe,...e->...o", weights["q_proj"], x)
     else:
-        c_q = rms_norm(product("oe,...e->...o", weights["q_a_proj"], x), weights["q_a_layernorm"], eps)
-        q = product("oe,...e->...o", weights["q_b_proj"], c_q)
+        down = product("oe,...e->...o", weights["q_a_proj"], x)
+        c_q = times(config.q_lora_scale, rms_norm(down, weights["q_a_layernorm"], eps))
+        if config.output_gate == "query":
+            w_q, w_gate = query_and_gate(weights, config)
+            q, z = (product("oe,...e->...o", w, concat(c_q, down)) for w in (w_q, w_gate))
+        else:
+            q = product("oe,...e->...o", weights["q_b_proj"], c_q)
     q = q.reshape(*hidden.shape[:-1], config.num_heads, config.qk_head_dim)
     q = concat(q[..., :n], rope(q[..., n:], positions, config.rope))
+    if config.llama_4_scaling is not None:
+        q = times(config.llama_4_scaling.factor(positions)[..., None, None], q)
     both = product("oe,...e->...o", weights["kv_a_proj_with_mqa"], x)
-    latent, k_pe = rms_norm(both[..., :c], weights["kv_a_layernorm"], eps), both[..., c:]
+    latent = times(config.kv_lora_scale, rms_norm(both[..., :c], weights["kv_a_layernorm"], eps))
+    k_pe = both[..., c:]
     k_pe = rms_norm(k_pe, weights["k_rope_only_layernorm"], eps) if config.k_pe_norm else k_pe
     k_pe = rope(k_pe, positions, config.rope)
     w_uk, w_uv = absorb(weights["kv_b_proj"], config)
-    out, _ = explicit(q, latent, k_pe, w_uk, w_uv, softmax_scale=config.scale)
+    sink = weights["sinks"] if config.attention_sink else None
+    out, _ = explicit(q, latent, k_pe, w_uk, w_uv, softmax_scale=config.scale, attn_sink=sink)
+    if z is not None:
+        out = gated(out, z.reshape(*out.value.shape[:-1], -1))
     return product("oe,...e->...o", weights["o_proj"], out.reshape(*hidden.shape[:-1], -1))

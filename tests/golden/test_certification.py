@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from fractions import Fraction
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,27 @@ def test_errors_beyond_the_limit_are_found_in_each_kind_of_case(number: int, mon
     assert max(result.ulps for result in certify.certify(task.operation, task.inputs, task.parameters)) <= 4
     monkeypatch.setitem(certify._RESULTS, task.operation, wrong)
     assert max(result.ulps for result in certify.certify(task.operation, task.inputs, task.parameters)) > 4
+
+
+@pytest.mark.parametrize(
+    ("option", "coarse"),
+    [
+        *((f"output_gate={kind}", "mla_spec.reference.mla.gate") for kind in ("head", "element", "query")),
+        ("attention_sink=true", "mla_spec.reference.attention.sink_share"),
+    ],
+)
+def test_a_gate_or_a_sink_in_float32_is_not_certified(
+    option: str, coarse: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = next(task for task in tasks(200, 5) if task.operation == "layer" and f",{option}," in task.text)
+
+    def worst() -> float:
+        return max(result.ulps for result in certify.certify(task.operation, task.inputs, task.parameters))
+
+    assert worst() <= 4
+    right = resolve_name(coarse)
+    monkeypatch.setattr(coarse, lambda *arguments: right(*arguments).astype(np.float32).astype(np.float64))
+    assert worst() > 1e6
 
 
 def test_certifying_without_flint_names_the_extra() -> None:
