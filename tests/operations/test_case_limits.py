@@ -94,7 +94,7 @@ def test_a_case_that_a_law_is_not_made_for_is_incomplete(monkeypatch: pytest.Mon
 class Seen(list[Case]):
     """Keeps the cases that are drawn, where a run tries them on a subject until its time is over."""
 
-    def __call__(self, case: Case) -> None:
+    def __call__(self, case: Case, *, drawn: bool = False) -> None:
         self.append(case)
 
     def require_time(self) -> None:
