@@ -6,9 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from mla_spec.subjects.malloc import keep_freed_memory
+
 # Before numpy is imported: the arrays are so small that BLAS threads only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+keep_freed_memory()
 
 
 @pytest.fixture(autouse=True)

