@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mla_spec.subjects.malloc import keep_freed_memory
+from mla_spec.judging.malloc import keep_freed_memory
 
 # Before numpy is imported: the arrays are so small that BLAS threads only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

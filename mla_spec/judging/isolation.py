@@ -20,10 +20,10 @@ from multiprocessing.context import ForkServerProcess
 from mla_spec.installed import all_laws
 from mla_spec.judging.copies import CONTEXT
 from mla_spec.judging.law import Options
+from mla_spec.judging.malloc import keep_freed_memory
 from mla_spec.judging.run import replay_command, run_law
 from mla_spec.judging.verdict import Record
 from mla_spec.subjects.description import Description, declared_by
-from mla_spec.subjects.malloc import keep_freed_memory
 from mla_spec.subjects.process import SubjectProcess
 from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import BrokenSubject, SubjectCrashed, SuiteFailed, UnknownSubject

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from mla_spec.installed import load_for_subjects
-from mla_spec.subjects.malloc import keep_freed_memory
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _OUT_OF_THE_WAY = 1 << 14
@@ -44,9 +43,8 @@ def keep(lifeline: int, wrapper: list[str]) -> None:
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    if not wrapper:  # else its malloc is that of a tool
+    if not wrapper:
         load_for_subjects()
-        keep_freed_memory()
     _Keeper(socket.socket(fileno=lifeline), wrapper).run()
 
 

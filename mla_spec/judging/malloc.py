@@ -1,4 +1,4 @@
-"""What malloc keeps in the processes of a run."""
+"""What malloc keeps in the processes that judge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
     """Have glibc's malloc keep up to 256 MiB that were freed; does nothing where there is another malloc.
 
     It would return them to the system after each large array, and the next one would be a page fault for every 4 KiB: a tenth
-    of the processor time of a check. For processes of a run alone, whose end is near; a user's own process keeps its settings.
+    of the processor time of a check. A subject's process keeps its settings: what it cannot allocate must show.
 
     Source: mallopt(3).
     """
