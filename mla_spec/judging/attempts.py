@@ -26,8 +26,8 @@ SHRINKING = 30.0
 """Seconds that may be spent on cases which end the subject's process, while a smaller one is looked for."""
 
 
-LEAST_SHARP = 8
-"""A law may have one drawn case whose bound says little, and of more of them one in so many."""
+CASES_PER_VAGUE_ONE = 8
+"""Of so many drawn cases one may have a bound that says little; of fewer, one too."""
 
 
 class Attempts:
@@ -139,9 +139,9 @@ class Attempts:
 
     @property
     def too_vague(self) -> bool:
-        """Whether the bounds of so many drawn cases say little that the law does, too: of all cases, or more than the share."""
+        """Whether too many drawn cases have a bound that says little, or no other case says anything."""
         vague, blunt = len(self.vague[0]), len(self.vague[0]) + self.trivial[0] + self.refused[0]
-        return vague > 0 and (vague > max(1, self.drawn // LEAST_SHARP) or blunt == self.cases)
+        return vague > 0 and (vague > max(1, self.drawn // CASES_PER_VAGUE_ONE) or blunt == self.cases)
 
     def require_time(self) -> None:
         """Raise TimeIsUp where a smaller failing case has been looked for long enough."""
