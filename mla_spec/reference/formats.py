@@ -158,7 +158,7 @@ def round_to(x: Array, name: str, *, rounding: Rounding = "nearest", overflow: O
 def _rounded(x: Array, fmt: Format, truncate: bool) -> Array:
     """x in whole quanta of a format of at most 24 bits, as if it had no largest number; the sign of a zero is lost."""
     unit = binade(x, fmt)
-    np.minimum(unit, fmt.max_finite, out=unit)
+    np.minimum(unit, fmt.max_finite, out=unit)  # beyond it any unit will do that is finite
     unit *= 1.5 * 2.0 ** (53 - fmt.precision)  # 1.5 · 2^52 quanta: float64 rounds sums with it to quanta, ties to even
     rounded = np.add(x, unit, out=np.empty(x.shape))
     rounded -= unit
@@ -205,9 +205,8 @@ def encode(x: Array, name: str) -> NDArray[np.unsignedinteger[Any]]:
     power = binade(size, fmt)
     exponent = (power.view(np.int64) >> 52) - 1023 - fmt.min_exponent  # 0 for subnormals, too
     significand = (size / power * 2.0 ** (fmt.precision - 1)).astype(np.int64)
-    pattern = (
-        significand + (exponent << (fmt.precision - 1)) - fmt.positive
-    )  # the implicit bit steps the exponent field
+    # the implicit bit steps the exponent field
+    pattern = significand + (exponent << (fmt.precision - 1)) - fmt.positive
     pattern = np.where(np.isinf(x), fmt.largest_pattern + 1, np.where(np.isnan(x), fmt.nan_pattern, pattern))
     sign = (np.signbit(x) & ~np.isnan(x)).astype(np.uint64) << np.uint64(fmt.sign_shift % 64)
     return (pattern.astype(np.uint64) | sign).astype(_word(fmt))

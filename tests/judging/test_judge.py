@@ -104,6 +104,13 @@ def test_a_loose_bound_is_an_error_of_the_suite_even_for_a_perfect_result() -> N
         judge_within(result(WANT), WANT, bound(np.full((2, 2), np.inf)))
 
 
+def test_what_lies_outside_a_loose_bound_is_a_violation() -> None:
+    with pytest.raises(Violation):
+        judge_within(result(WANT + 2), WANT, bound(np.ones((2, 2))))
+    with pytest.raises(VacuousCase):
+        judge_within(result(WANT + 1), WANT, bound(np.ones((2, 2))))
+
+
 def test_an_expected_nan_must_meet_a_nan_and_excuses_nothing_else() -> None:
     want = np.array([np.nan, 1.0, 2.0])
     exact = ErrorBound({"bound": np.array([0.0, 0.01, 0.01])})
