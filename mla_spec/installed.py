@@ -54,6 +54,7 @@ LAW_MODULES = (
     "test_decode_exact",
     "test_decode_memory",
     "test_decode_tables",
+    "test_page_numbers",
     "test_ragged",
     "test_rank_decode",
     "test_statistics",

@@ -14,6 +14,7 @@ from typing import Any
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import CaseSource
 from mla_spec.properties.fixed import (
+    absorb,
     decode,
     decode_quantized,
     dequantize_cache,
@@ -74,8 +75,8 @@ class OperationCases:
 
 CASES: dict[str, OperationCases] = {
     "rope": OperationCases(rope_cases, rope.ordinary, rope.counts),
-    "absorb": OperationCases(decode_cases, decode.ordinary),
-    "dequantize_weight": OperationCases(weight_cases, dequantize_weight.ordinary),
+    "absorb": OperationCases(decode_cases, decode.ordinary, absorb.counts),
+    "dequantize_weight": OperationCases(weight_cases, dequantize_weight.ordinary, dequantize_weight.counts),
     "prefill": OperationCases(prefill_cases, prefill.ordinary, prefill.counts, prefill.crossed),
     "decode": OperationCases(narrowed(decode_cases, shared=True), decode.ordinary, decode.counts, decode.crossed),
     "ragged_decode": OperationCases(
@@ -95,7 +96,7 @@ CASES: dict[str, OperationCases] = {
     "sparse_decode": OperationCases(
         sparse_decode_cases, sparse_decode.ordinary, sparse_decode.counts, sparse_decode.crossed
     ),
-    "project_indexer": OperationCases(project_indexer_cases, project_indexer.ordinary),
+    "project_indexer": OperationCases(project_indexer_cases, project_indexer.ordinary, project_indexer.counts),
     "indexer": OperationCases(indexer_cases, indexer.ordinary, indexer.counts, indexer.crossed),
 }
 """By the operation's name."""

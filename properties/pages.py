@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from mla_spec.operations.latent_pages import P, PagedInputs
-from mla_spec.reference.typing import BoolArray
+from mla_spec.reference.typing import BoolArray, IntArray
 
 
 def unused_slots(inputs: PagedInputs) -> BoolArray:
@@ -26,6 +27,17 @@ def used_entries(inputs: PagedInputs) -> BoolArray:
     needed = -(-inputs.cache_seqlens // page_size)
     used: BoolArray = np.arange(inputs.block_table.shape[1]) < needed[:, None]
     return used
+
+
+def spare_page(inputs: PagedInputs) -> int:
+    """A page that holds no token."""
+    return int(np.flatnonzero(unused_slots(inputs).all(axis=1))[0])
+
+
+def other_unused_entries(inputs: PagedInputs) -> Iterator[tuple[int, IntArray]]:
+    """What may stand in the table past a sequence's pages, a page without tokens or no page at all, and the table with it."""
+    for entry in (spare_page(inputs), -1, 2**31 - 1):
+        yield entry, np.where(used_entries(inputs), inputs.block_table, entry).astype(np.int32)
 
 
 def relabelled(inputs: P, seed: int) -> tuple[P, bool]:

@@ -27,7 +27,9 @@ from mla_spec.properties.attention import needs_several_sequences
 from mla_spec.properties.hazards import require_unmodified
 from mla_spec.properties.strategies.gradients import (
     exact_backward_cases,
+    exact_many_backward,
     many_backward,
+    many_sparse_backward,
     prefill_backward_cases,
     sparse_backward_cases,
 )
@@ -108,7 +110,7 @@ def test_prefill_gradients_of_some_arguments(run: Run, case: PrefillBackwardCase
     _judge(run, driver.prefill_gradients(x.forward, _tensors(driver, x), names), _expected(run, x))
 
 
-@law(needs=PREFILL, cases=exact_backward_cases, missing=_needs_prefill)
+@law(needs=PREFILL, cases=exact_backward_cases, missing=_needs_prefill, first=exact_many_backward)
 def test_prefill_gradients_of_exact_steps(run: Run, case: PrefillBackwardCase) -> None:
     """Where O, P, dP, D and dS have few bits, gradients have no error but that of float32 arithmetic and of storing them."""
     x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)
@@ -205,7 +207,7 @@ def _sparse_tensors(driver: BackwardDriver, x: SparseBackwardInputs) -> Tensors:
     return driver.tensors(SPARSE, x.forward) | {"out_grad": driver.tensor(x.out_grad)}
 
 
-@law(needs=SPARSE, cases=sparse_backward_cases, missing=_needs_sparse)
+@law(needs=SPARSE, cases=sparse_backward_cases, missing=_needs_sparse, first=many_sparse_backward)
 def test_sparse_prefill_gradients_agree_with_reference(run: Run, case: SparseBackwardCase) -> None:
     """The gradients of q and kv are within their bounds: sums over all entries that select a row, exactly 0 without any."""
     x, driver = case.with_gradients(), there(BackwardDriver.of, run.driver)

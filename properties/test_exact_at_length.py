@@ -5,6 +5,8 @@ Every sequence of a batch is judged, the long one stands at each place of it, an
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from mla_spec.bounds.profile import Profile
@@ -40,6 +42,7 @@ from mla_spec.properties.fixed.counts import (
 )
 from mla_spec.reference.cache_layout import QuantisedRows, pack
 from mla_spec.reference.context_parallel import places, seen_by_queries
+from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Results
 from mla_spec.subjects.supports import Supports
@@ -61,8 +64,9 @@ def _decode_cases(supports: Supports, profile: Profile) -> list[DecodeCase]:
         for seed, (long, place) in enumerate(PLACES)
         for others in _room(long * (c + r))
     ]
+    calls += [((2**16,), 1)] if 2**16 * (c + r) <= MOST else []
     calls += [(thinned(lengths, c + r), s) for lengths, s in ((BETWEEN[1::2], 1), (BETWEEN[::2], 4))]
-    return [
+    cases = [
         DecodeCase(
             dtype=profile.dtype,
             seed=seed,
@@ -75,6 +79,30 @@ def _decode_cases(supports: Supports, profile: Profile) -> list[DecodeCase]:
             causal=supports.causal[seed // 2 % len(supports.causal)],
         )
         for seed, (seqlens, s) in enumerate(calls)
+    ]
+    return cases + _whole(supports, profile)
+
+
+def _takes_whole_rows(supports: Supports, profile: Profile) -> bool:
+    """Whether rows of 512 + 64 are asked for, many heads of which would take too long in formats of more than 16 bits."""
+    dims = supports.latent_dims
+    return format_of(profile.dtype).bits <= 16 and (dims is None or (512, 64) in dims)
+
+
+def _whole(supports: Supports, profile: Profile) -> list[DecodeCase]:
+    """DeepSeek-V3's shape, whole: pages of 64, and the heads of one rank and of eight."""
+    return [
+        DecodeCase(
+            dtype=profile.dtype,
+            seqlens=(long,),
+            num_heads=nearest(supports.num_heads, heads),
+            kv_lora_rank=512,
+            qk_rope_head_dim=64,
+            page_size=nearest(supports.page_sizes, 64),
+            causal=supports.causal[0],
+        )
+        for long, heads in ((4161, 128), (8193, 16))
+        if _takes_whole_rows(supports, profile)
     ]
 
 
@@ -147,7 +175,7 @@ def _quantised_cases(supports: Supports, profile: Profile) -> list[QuantisedDeco
             dtype=profile.dtype,
             seed=seed + long // 4096,
             format=name,
-            page_size=nearest(supports.page_sizes, (64, 32)[seed % 2]),
+            page_size=nearest(supports.page_sizes, 16 if long > 4096 else (64, 32)[seed % 2]),
             seqlens=placed(long, SHORT[:1], seed % 2),
             s=1,
             num_heads=nearest(supports.num_heads, 1),
@@ -369,40 +397,35 @@ def _topk(supports: Supports) -> list[int]:
 
 def _sparse_prefill_cases(supports: Supports, profile: Profile) -> list[SparsePrefillCase]:
     """Rows of hundreds and thousands of indices, and more keys."""
-    c, r = latent_dims(supports)
     return [
-        SparsePrefillCase(
-            dtype=profile.dtype,
-            seed=seed,
-            s_q=2,
-            s_kv=2 * topk + 65,
-            num_heads=nearest(supports.num_heads, 2),
-            kv_lora_rank=c,
-            qk_rope_head_dim=r,
-            topk=topk,
-        )
-        for seed, topk in enumerate(_topk(supports))
+        SparsePrefillCase(s_q=2, s_kv=2 * fields["topk"] + 65, **fields) for fields in _selections(supports, profile)
+    ]
+
+
+def _selections(supports: Supports, profile: Profile) -> list[dict[str, Any]]:
+    """Fields of cases in narrow rows, and of one with the 128 heads and 2048 indices of DeepSeek-V3.2."""
+    shapes = [(topk, 2, *latent_dims(supports)) for topk in _topk(supports)]
+    if _takes_whole_rows(supports, profile):
+        shapes.append((max(_topk(supports)), 128, 512, 64))
+    return [
+        {
+            "dtype": profile.dtype,
+            "seed": seed,
+            "num_heads": nearest(supports.num_heads, heads),
+            "kv_lora_rank": c,
+            "qk_rope_head_dim": r,
+            "topk": topk,
+        }
+        for seed, (topk, heads, c, r) in enumerate(shapes)
     ]
 
 
 def _sparse_decode_cases(supports: Supports, profile: Profile) -> list[SparseDecodeCase]:
     """The same of slots."""
-    c, r = latent_dims(supports)
     size = nearest(supports.page_sizes, 64)
     return [
-        SparseDecodeCase(
-            dtype=profile.dtype,
-            seed=seed,
-            batch=2,
-            s=1,
-            pages=-(-(2 * topk + 65) // size),
-            page_size=size,
-            num_heads=nearest(supports.num_heads, 2),
-            kv_lora_rank=c,
-            qk_rope_head_dim=r,
-            topk=topk,
-        )
-        for seed, topk in enumerate(_topk(supports))
+        SparseDecodeCase(batch=2, s=1, pages=-(-(2 * fields["topk"] + 65) // size), page_size=size, **fields)
+        for fields in _selections(supports, profile)
     ]
 
 

@@ -13,10 +13,18 @@ from mla_spec.bounds.error_bound import ErrorBound
 from mla_spec.bounds.layer import layer_with_bound
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
+from mla_spec.operations.layer import LLAMA_4_SCALING, LayerCase, LayerDriver, LayerInputs
 from mla_spec.properties.hazards import overwrite
 from mla_spec.properties.layer_stages import Calls, made_layer, stage_named, traced
-from mla_spec.properties.strategies.layer import every_option, layer_cases, long_layers
+from mla_spec.properties.strategies.layer import (
+    CHUNK,
+    IN_CHUNKS,
+    every_option,
+    fitted,
+    layer_cases,
+    long_layers,
+    rotating_layer,
+)
 from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.typing import Array, IntArray
@@ -89,7 +97,7 @@ def test_layer_decode_agrees_with_reference(run: Run, case: LayerCase) -> None:
 
 @law(needs=LAYER, cases=long_layers, missing=_needs_cache)
 def test_layer_of_thousands_of_cached_tokens(run: Run, case: LayerCase) -> None:
-    """The end of a long prompt, and tokens decoded after it one by one and several at once, see all that is cached.
+    """The end of a long prompt, its second chunk, and tokens decoded one by one and several at once, see all that is cached.
 
     Of a prompt of hundreds of tokens all are judged.
     """
@@ -101,14 +109,33 @@ def test_layer_of_thousands_of_cached_tokens(run: Run, case: LayerCase) -> None:
     run.meaningful(want, bound)
     layer = made_layer(run, inputs)
     first = case.prompt + case.steps - judged
-    calls = [("prefill", slice(0, case.prompt)), ("decode", slice(case.prompt, case.prompt + 1))]
+    cut = case.prompt - CHUNK if case.prompt in IN_CHUNKS and run.supports.layer_chunks else 0
+    prompt = [("prefill", slice(0, cut))] * bool(cut) + [("prefill", slice(cut, case.prompt))]
+    calls = [*prompt, ("decode", slice(case.prompt, case.prompt + 1))]
     for method, tokens in (*calls, *_decoded(run, case.prompt + 1, case.prompt + case.steps)):
         got = _run(layer, method, inputs, tokens)
-        seen = slice(max(first, tokens.start) - first, tokens.stop - first)
+        seen = slice(max(first, tokens.start) - first, max(tokens.stop - first, 0))
         run.within(got[:, max(first, tokens.start) - tokens.start :], want[:, seen], bound[:, seen], gate=False)
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=2, max_steps=8), missing=_needs_several, cost=2)
+def _across_temperatures(supports: Supports, profile: Profile) -> list[LayerCase]:
+    """Tokens decoded on both sides of a position from which queries have another temperature, where the subject has one."""
+    if not supports.llama_4_scaling:
+        return []
+    start = LLAMA_4_SCALING.original_max_position_embeddings - 6
+    return [
+        fitted(replace(case, llama_4_scaling=True, start=start, prompt=4, steps=4), supports)
+        for case in rotating_layer(supports, profile)
+    ]
+
+
+@law(
+    needs=LAYER,
+    cases=narrowed(layer_cases, min_steps=2, max_steps=8),
+    missing=_needs_several,
+    cost=2,
+    first=_across_temperatures,
+)
 def test_layer_decodes_several_tokens_at_once(run: Run, case: LayerCase) -> None:
     """Decoding up to eight tokens in one call, as for MTP, is causal among them, aligned to the end of the cache."""
     inputs = case.build()
@@ -326,10 +353,29 @@ def _calls(case: LayerCase) -> Calls:
     return [("prefill", slice(0, case.prompt)), *steps]
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1, max_steps=1), cost=2)
+def _with_other_options(case: LayerCase, supports: Supports) -> LayerCase:
+    """Of equal shapes, with other weights, another rotary embedding and another eps, as far as the subject has them."""
+    other = replace(case, seed=case.seed + 2, theta=case.theta / 2)
+    if supports.latent_norm_eps is None:
+        other = replace(other, latent_norm_eps=0.1)
+    if supports.yarn and case.layout != "none" and case.longrope == "none":
+        other = replace(other, yarn="deepseek-v3" if case.yarn == "none" else "none")
+    made: LayerCase = fitted(other, supports)
+    return made
+
+
+@law(
+    needs=LAYER,
+    cases=narrowed(layer_cases, min_steps=1, max_steps=1),
+    cost=2,
+    first=lambda supports, profile: [
+        replace(case, steps=min(case.steps, 1)) for case in rotating_layer(supports, profile)
+    ],
+)
 def test_layers_are_independent(run: Run, case: LayerCase) -> None:
-    """Layers that a subject makes of equal shapes each have their own weights and cache, used in turn."""
-    inputs = [replace(case, seed=case.seed + i).build() for i in (1, 0)]
+    """Layers that a subject makes of equal shapes each have their own weights, options and cache, used in turn."""
+    cases = [case, _with_other_options(case, run.supports), replace(case, seed=case.seed + 1)]
+    inputs = [each.build() for each in cases]
     expected = [_expected(run, each) for each in inputs]
     layers = [made_layer(run, each) for each in inputs]
     for method, tokens in _calls(case):

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from mla_spec.bounds.layer import layer_with_bound
+from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer import LayerCase, LayerDriver, LayerInputs
-from mla_spec.properties.strategies.layer import layer_cases
+from mla_spec.properties.strategies.layer import layer_cases, rotating_layer
 from mla_spec.properties.strategies.sizes import narrowed
+from mla_spec.reference.mla import weight_shapes
 from mla_spec.reference.typing import Array
 from mla_spec.subjects.driver import TORCH_DTYPES, Tensors
 from mla_spec.subjects.near import there
@@ -46,12 +48,16 @@ def _use(layer: LayerDriver, inputs: LayerInputs, case: LayerCase) -> None:
     layer.reset()
 
 
-def _judge(run: Run, layer: LayerDriver, inputs: LayerInputs, case: LayerCase, why: str) -> None:
-    """The prompt, and the token after it, against the reference with the weights of ``inputs``."""
+def _judge(
+    run: Run, layer: LayerDriver, inputs: LayerInputs, case: LayerCase, why: str, by_token: bool = False
+) -> None:
+    """The prompt, and the token after it, against the reference with the weights of ``inputs``; ``by_token`` decodes both."""
     want, bound = layer_with_bound(inputs.hidden, inputs.positions, inputs.weights, inputs.config, run.profile)
     run.meaningful(want, bound)
     calls = [("prefill", slice(0, case.prompt)), ("decode", slice(case.prompt, case.prompt + case.steps))]
-    for method, tokens in calls[: 1 + (case.steps > 0)]:
+    if by_token:
+        calls = [("decode", slice(t, t + 1)) for t in range(case.prompt + case.steps)]
+    for method, tokens in calls if by_token else calls[: 1 + (case.steps > 0)]:
         got = layer.run(method, inputs.hidden[:, tokens], inputs.positions[:, tokens])
         try:
             run.within(got, want[:, tokens], bound[:, tokens], gate=False)
@@ -59,16 +65,43 @@ def _judge(run: Run, layer: LayerDriver, inputs: LayerInputs, case: LayerCase, w
             raise Violation(f"{violation}\n{why}") from None
 
 
-@law(needs=LAYER, cases=narrowed(layer_cases, min_steps=1, max_steps=1), missing=_needs_live_weights, cost=2)
+def _each_weight(supports: Supports, profile: Profile) -> list[LayerCase]:
+    """Layers that together have every weight which one of the subject may have, of which each changes in turn."""
+    (base,) = rotating_layer(supports, profile)
+    cases, changed = [], set[str]()
+    for gate in ("none", *supports.output_gate):
+        case = replace(
+            base,
+            steps=min(base.steps, 1),
+            q_lora_rank=5,
+            k_pe_norm=supports.k_pe_norm,
+            output_gate=gate,
+            attention_sink="layer" in supports.dense_sink,
+        )
+        names = sorted(weight_shapes(case.config))
+        cases += [replace(case, seed=2 * i) for i, name in enumerate(names) if name not in changed]
+        changed.update(names)
+    return cases
+
+
+@law(
+    needs=LAYER,
+    cases=narrowed(layer_cases, min_steps=1, max_steps=1),
+    missing=_needs_live_weights,
+    cost=2,
+    first=_each_weight,
+)
 def test_layer_uses_weights_overwritten_in_place(run: Run, case: LayerCase) -> None:
-    """After one or all of its weights were overwritten in place, a layer prefills and decodes with the new ones."""
+    """After one or all of its weights were overwritten in place, and a reset, a layer prefills and decodes with the new ones."""
     inputs = case.build()
     layer = there(LayerDriver.of, run.driver, inputs.weights, inputs.config)
     _use(layer, inputs, case)
     changed = _changed(case, _later(case))
     layer.overwrite_weights(changed)
+    layer.reset()
     now = replace(inputs, weights=inputs.weights | changed)
-    _judge(run, layer, now, case, f"overwritten since the layer was made: {', '.join(changed)}")
+    why = f"overwritten since the layer was made: {', '.join(changed)}"
+    _judge(run, layer, now, case, why, by_token=run.supports.layer_cache != "none" and case.seed % 3 == 0)
 
 
 @dataclass(frozen=True)

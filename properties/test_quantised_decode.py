@@ -10,6 +10,7 @@ from mla_spec.judging.law import Run, law
 from mla_spec.operations.quantised_decode import OPERATION as DECODE
 from mla_spec.operations.quantised_decode import QuantisedDecodeCase, QuantisedDecodeInputs, no_latent_format
 from mla_spec.properties.fixed import decode_quantized
+from mla_spec.properties.pages import other_unused_entries, spare_page
 from mla_spec.properties.strategies.quantised_cache import quantised_decode_cases
 from mla_spec.reference.cache_layout import used_bytes
 from mla_spec.reference.typing import BoolArray
@@ -43,6 +44,19 @@ def test_quantised_decode_ignores_unused_bytes(run: Run, case: QuantisedDecodeCa
     for poison in POISON:
         got = run.call(DECODE, replace(inputs, pages=np.where(used, inputs.pages, np.uint8(poison))))
         run.same(got, want, f"unused bytes of pages were set to {poison:#04x}")
+
+
+@law(needs=DECODE, cases=quantised_decode_cases, missing=no_latent_format)
+def test_quantised_decode_ignores_unused_table_entries(run: Run, case: QuantisedDecodeCase) -> None:
+    """Table entries past a sequence's pages may name a page of NaN, or no page at all."""
+    inputs = case.build()
+    want = run.call(DECODE, inputs)
+    pages = inputs.pages.copy()
+    pages[spare_page(inputs.exact)] = POISON[0]
+    for entry, table in other_unused_entries(inputs.exact):
+        exact = replace(inputs.exact, block_table=table)
+        got = run.call(DECODE, replace(inputs, pages=pages, exact=exact))
+        run.same(got, want, f"unused block table entries were set to {entry}")
 
 
 @law(needs=DECODE, cases=quantised_decode_cases, missing=no_latent_format, cost=2, first=decode_quantized.ordinary)

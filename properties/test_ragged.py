@@ -16,7 +16,7 @@ from mla_spec.operations.ragged import OPERATION as RAGGED
 from mla_spec.operations.ragged import RaggedDecodeCase, RaggedDecodeInputs, ragged_decode_expected
 from mla_spec.properties.attention import needs_several_sequences
 from mla_spec.properties.fixed import ragged_decode
-from mla_spec.properties.pages import relabelled, unused_slots, used_entries, with_other_last_keys
+from mla_spec.properties.pages import other_unused_entries, relabelled, spare_page, unused_slots, with_other_last_keys
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.ragged import RAGGED_SIZES, ragged_decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -264,10 +264,8 @@ def test_ragged_decode_ignores_unused_table_entries(run: Run, case: RaggedDecode
     """Table entries past a sequence's pages may name a page of NaN, or no page at all."""
     inputs = case.build()
     want = run.call(RAGGED, inputs)
-    spare = int(np.flatnonzero(unused_slots(inputs).all(axis=1))[0])
     cache = inputs.kv_cache.copy()
-    cache[spare] = np.nan
-    for entry in (spare, -1, 2**31 - 1):
-        table: IntArray = np.where(used_entries(inputs), inputs.block_table, entry).astype(np.int32)
+    cache[spare_page(inputs)] = np.nan
+    for entry, table in other_unused_entries(inputs):
         got = run.call(RAGGED, replace(inputs, kv_cache=cache, block_table=table))
         run.same(got, want, f"unused block table entries were set to {entry}")

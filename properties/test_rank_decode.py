@@ -14,7 +14,7 @@ from mla_spec.operations.rank_decode import RankDecodeCase, RankDecodeInputs, no
 from mla_spec.properties.attention import judge_merged_results
 from mla_spec.properties.fixed import decode, rank_decode
 from mla_spec.properties.fixed.counts import nearest
-from mla_spec.properties.pages import unused_slots, with_other_last_keys
+from mla_spec.properties.pages import other_unused_entries, spare_page, unused_slots, with_other_last_keys
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.rank_decode import rank_decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -139,3 +139,16 @@ def test_rank_decode_ignores_unused_cache_slots(run: Run, case: RankDecodeCase) 
         cache = inputs.kv_cache.copy()
         cache[unused] = poison
         run.same(run.call(RANK, replace(inputs, kv_cache=cache)), want, f"unused slots were filled with {poison:g}")
+
+
+@law(needs=RANK, cases=rank_decode_cases, first=rank_decode.ordinary, missing=no_empty_rows)
+def test_rank_decode_ignores_unused_table_entries(run: Run, case: RankDecodeCase) -> None:
+    """Table entries past the rank's pages, fewer than the sequence has, may name a page of NaN, or no page at all."""
+    inputs = case.build()
+    want = run.call(RANK, inputs)
+    own = replace(inputs, cache_seqlens=inputs.own.astype(np.int32))
+    cache = inputs.kv_cache.copy()
+    cache[spare_page(own)] = np.nan
+    for entry, table in other_unused_entries(own):
+        got = run.call(RANK, replace(inputs, kv_cache=cache, block_table=table))
+        run.same(got, want, f"unused block table entries were set to {entry}")

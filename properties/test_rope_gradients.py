@@ -16,7 +16,7 @@ from mla_spec.operations.rope_gradients import (
     RopeGradientDriver,
 )
 from mla_spec.properties.hazards import Told, require_backward_unmodified
-from mla_spec.properties.strategies.gradients import rope_backward_cases, rope_backward_options
+from mla_spec.properties.strategies.gradients import rope_backward_cases, rope_backward_fixed
 from mla_spec.subjects.driver import Result, Tensors
 from mla_spec.subjects.near import there
 from mla_spec.subjects.supports import Supports
@@ -34,7 +34,7 @@ def _judge(run: Run, inputs: RopeBackwardInputs, got: Result, *, gate: bool = Tr
     run.within(got, want, bound, gate=gate)
 
 
-@law(needs=ROPE, cases=rope_backward_cases, missing=_needs_gradients, first=rope_backward_options)
+@law(needs=ROPE, cases=rope_backward_cases, missing=_needs_gradients, first=rope_backward_fixed)
 def test_rope_gradient_agrees_with_reference(run: Run, case: RopeBackwardCase) -> None:
     """The gradient of x is that of out rotated back, times the factor on cos and sin."""
     inputs, driver = case.with_gradients(), there(RopeGradientDriver, run.driver)

@@ -16,7 +16,7 @@ from mla_spec.judging.law import Run, law
 from mla_spec.operations.layer import LayerDriver, LayerInputs
 from mla_spec.operations.shards import ParallelDriver, ShardedLayerCase
 from mla_spec.properties.hazards import require_unmodified
-from mla_spec.properties.strategies.layer import draw_layer
+from mla_spec.properties.strategies.layer import draw_layer, rotating_layer
 from mla_spec.properties.strategies.sizes import choice, narrowed
 from mla_spec.reference.formats import format_of
 from mla_spec.reference.tensor_parallel import gather_gradients, shard_layer
@@ -39,7 +39,22 @@ def sharded_layer_cases(draw: DrawFn, supports: Supports, profile: Profile, *, m
     return ShardedLayerCase(**vars(whole), ranks=ranks)
 
 
-@law(needs=SHARD, cases=narrowed(sharded_layer_cases, max_steps=0), cost=2)
+RANKS = ((12, 12), (6, 6), (48, 16), (96, 32))
+"""Heads and ranks: ranks of several nodes, no powers of two, and heads of a rank that are no whole tile."""
+
+
+def many_ranks(supports: Supports, profile: Profile) -> list[ShardedLayerCase]:
+    """Small layers, with the gradients that the subject's layers have, among many ranks."""
+    options: dict[str, object] = {"k_pe_norm": supports.k_pe_norm, "attention_sink": "layer" in supports.dense_sink}
+    (base,) = rotating_layer(supports, profile)
+    return [
+        ShardedLayerCase(**vars(base) | options | {"num_heads": heads, "ranks": ranks, "steps": 0})
+        for heads, ranks in RANKS
+        if supports.num_heads is None or heads in supports.num_heads
+    ]
+
+
+@law(needs=SHARD, cases=narrowed(sharded_layer_cases, max_steps=0), cost=2, first=many_ranks)
 def test_shards_partition_the_weights(run: Run, case: ShardedLayerCase) -> None:
     """Each rank has the rows and columns of its heads and all of the rest, bit for bit."""
     inputs = case.build()
@@ -93,7 +108,7 @@ def test_every_shard_caches_the_whole_latent(run: Run, case: ShardedLayerCase) -
         run.require(count == want, f"the cache of rank {rank} takes {count} bytes, that of the whole layer {want}")
 
 
-@law(needs=GATHER, cases=narrowed(sharded_layer_cases, max_steps=0), cost=2)
+@law(needs=GATHER, cases=narrowed(sharded_layer_cases, max_steps=0), cost=2, first=many_ranks)
 def test_gathered_gradients_are_exact(run: Run, case: ShardedLayerCase) -> None:
     """Gradients of heads are joined, those of what all ranks share are added, bit for bit where sums are exact."""
     driver, gradients = there(ParallelDriver, run.driver), case.gradients()

@@ -6,13 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Run, law
 from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, decode_expected
 from mla_spec.operations.write_cache import OPERATION as WRITE
 from mla_spec.operations.write_cache import WriteCase, WriteInputs
 from mla_spec.properties.attention import judge_attention
-from mla_spec.properties.far import far_zeros, left_out_where_too_large
+from mla_spec.properties.far import NUMBERS, far_zeros, left_out_where_too_large, renumbered
+from mla_spec.properties.fixed import write_cache
+from mla_spec.properties.fixed.counts import latent_dims, nearest
 from mla_spec.properties.hazards import reaches_far
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -21,6 +24,7 @@ from mla_spec.reference.cache import slot_mapping
 from mla_spec.reference.typing import IntArray
 from mla_spec.subjects.driver import Tensors, tensor_bits
 from mla_spec.subjects.near import near
+from mla_spec.subjects.supports import Supports
 from mla_spec.subjects.violation import Violation
 
 
@@ -179,6 +183,68 @@ def test_write_cache_reaches_beyond_2_31_elements(run: Run, case: WriteCase) -> 
         run.require(not rest.any(), "write_cache changed slots of a pool with distant pages that were not named")
         del tensors, write, rest
     reaches_far(WRITE, run, case)
+
+
+def _in_small_pages(supports: Supports, profile: Profile) -> list[WriteCase]:
+    """As many tokens as fill three pages, whose size lets a large pool be small."""
+    c, r = latent_dims(supports)
+    size = nearest(supports.page_sizes, 1 if c + r > 64 else 16)
+    return [
+        WriteCase(dtype=profile.dtype, tokens=len(NUMBERS) * size, kv_lora_rank=c, qk_rope_head_dim=r, page_size=size)
+    ]
+
+
+@law(needs=WRITE, cases=_in_small_pages, live="tensors")
+def test_write_cache_writes_pages_of_any_number(run: Run, case: WriteCase) -> None:
+    """Slots of pages whose numbers exceed 2^15, and 2^16, are written as any other, and no slot of another page."""
+    slots = np.random.default_rng([case.seed, 7]).permutation(case.tokens)
+    page, row = np.array(NUMBERS)[slots // case.page_size], slots % case.page_size
+    tensors = run.driver.tensors(WRITE, case.build())
+    tensors["slot_mapping"] = run.driver.integers(page * case.page_size + row, torch.int64)
+    with left_out_where_too_large(run, "kv_cache"):
+        tensors["kv_cache"] = renumbered(_leading(tensors["kv_cache"], len(NUMBERS)))
+        _Write(run, tensors).require_all()
+
+
+@near
+def _leading(x: Tensor, count: int) -> Tensor:
+    return x[:count]
+
+
+@law(needs=WRITE, cases=write_cache.wide, live="tensors")
+def test_write_cache_of_many_wide_tokens(run: Run, case: WriteCase) -> None:
+    """Rows of 512 + 64 elements are each in their slot when 65,600 tokens are written at once, fewer in wide formats."""
+    tensors = _over_and_over(run.driver.tensors(WRITE, case.build()), write_cache.times_wide(case))
+    _write(run, tensors)
+    token = _first_not_stored(tensors)
+    run.require(
+        token is None, f"the slot of token {token} of {len(tensors['latent'])} does not hold its row, bit for bit"
+    )
+
+
+@near
+def _over_and_over(tensors: dict[str, Tensor], times: int) -> dict[str, Tensor]:
+    """The same tokens again and again, in the slots of a pool of zeros, of which the last come first."""
+    latent, k_pe, pool = tensors["latent"].repeat(times, 1), tensors["k_pe"].repeat(times, 1), tensors["kv_cache"]
+    slots = torch.arange(len(latent), device=latent.device).flip(0)
+    pages = -(-len(latent) // pool.shape[1])
+    return {
+        "latent": latent,
+        "k_pe": k_pe,
+        "kv_cache": pool.new_zeros(pages, *pool.shape[1:]),
+        "slot_mapping": slots,
+    }
+
+
+@near
+def _first_not_stored(tensors: dict[str, Tensor]) -> int | None:
+    """The first token whose slot, in the order of ``_over_and_over``, holds other bits than its row; None if none does."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensors["latent"].element_size()]
+    stored = tensors["kv_cache"].flatten(0, 2)[: len(tensors["latent"])].view(integer)
+    latent, k_pe = (tensors[name].view(integer).flip(0) for name in ("latent", "k_pe"))
+    c = latent.shape[1]
+    same = (stored[:, :c] == latent).all(dim=1) & (stored[:, c:] == k_pe).all(dim=1)
+    return None if bool(same.all()) else int((~same).flip(0).nonzero()[0])
 
 
 @law(needs=("write_cache", "decode"), cases=narrowed(decode_cases, min_length=1))

@@ -186,12 +186,18 @@ class TorchExplicit(
         tensor_scale: float,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """``decode`` of the dequantised cache."""
+        """``decode`` of the dequantised rows of those pages that tables name."""
+        named, table = self.named_pages(pages, block_table)
         dtype = self.row_dtype(q.dtype)
         kv_cache = self.dequantize_cache(
-            pages, format=format, page_size=page_size, tensor_scale=tensor_scale, dtype=dtype
+            named, format=format, page_size=page_size, tensor_scale=tensor_scale, dtype=dtype
         )
-        return self.decode(q, kv_cache, block_table, cache_seqlens, **options)
+        return self.decode(q, kv_cache, table, cache_seqlens, **options)
+
+    def named_pages(self, pages: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+        """The pages that a table names, and a table of their places among these; an entry of no page names any."""
+        numbers, table = block_table.clamp(0, len(pages) - 1).unique(return_inverse=True)
+        return pages[numbers], table.int()
 
     def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of dequantised rows for queries of ``dtype``."""

@@ -33,6 +33,7 @@ _NONE_ALLOWED = frozenset(
         "seqlens_q",
         "seqlens_k",
         "window",
+        "skipped_run",
     ]
 )
 """Integers that may be 0."""

@@ -62,8 +62,8 @@ class WeightCase(Case):
         shape = self.rows, self.columns
         codes = decode_bits(rng.integers(0, format_of(CODE).largest_pattern + 1, shape), CODE)
         codes *= rng.choice([-1.0, 1.0], shape)
-        # in the middle of the dtype's range, so that no product leaves it
-        exponents = (-8, 6) if self.dtype == "float16" else (-30, 30)
+        # no product is too large for the dtype; a weight of 0.01 has a scale of 2^-15, in which float16 has few bits
+        exponents = (-17, 6) if self.dtype == "float16" else (-30, 30)
         blocks = scales_shape(shape, self.block_size)
         scales = np.ldexp(1.0, rng.integers(*exponents, blocks))
         if not self.power_of_two:

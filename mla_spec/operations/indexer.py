@@ -56,19 +56,19 @@ class IndexerInputs:
         return np.maximum(np.repeat(self.cu_seqlens_k[1:], lengths) - last, self.first_key)
 
 
-REGIMES: tuple[Regime, ...] = (*values("regime", "typical", "ties", "integers"), *PACKED)
+REGIMES: tuple[Regime, ...] = (*values("regime", "typical", "ties", "integers", "negative"), *PACKED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexerCase(Case):
     """Packed sequences with their own numbers of queries and keys.
 
-    ``regime``: "typical"; "ties" repeats keys; "integers" has all numbers in -1 .. 1, so that logits are exact in every
+    ``regime``: "typical"; "negative" has weights below 0, and so no logit above; "ties" repeats keys; "integers" has all numbers in -1 .. 1, so that logits are exact in every
     format and many are equal.
     """
 
     kind = "indexer"
-    known_regimes = ("typical", "integers", "ties")
+    known_regimes = ("typical", "integers", "ties", "negative")
     seqlens_q: tuple[int, ...] = (1,)
     seqlens_k: tuple[int, ...] = (1,)
     num_heads: int = 1
@@ -89,6 +89,8 @@ class IndexerCase(Case):
             mean = rng.choice([-1.0, 1.0], self.head_dim)
             q, k, weights = (rng.standard_normal(shape) for shape in shapes)
             q, k, weights = q + mean, k + mean, 0.5 + weights / 2
+        if self.regime == "negative":
+            weights = -np.abs(weights)
         if self.regime == "ties":
             k[1::2] = k[: len(k) // 2]
         return IndexerInputs(

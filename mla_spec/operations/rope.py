@@ -46,22 +46,48 @@ YARN = {
     "softmax-mscale": _yarn(softmax_mscale=0.75),
     "fractional": _yarn(truncate=False),
     "no-mscale": _yarn(mscale=None, mscale_all_dim=None),
+    "mscale": _yarn(mscale=1.5, mscale_all_dim=0.5),
+    "mscale-only": _yarn(mscale=1.5, mscale_all_dim=None),
+    "betas": _yarn(beta_fast=16, beta_slow=2),
     "transformers-ratio": _yarn(mscale_all_dim=0.5, attention_factor_rule="transformers"),
+    "transformers-absent": _yarn(mscale=None, mscale_all_dim=None, attention_factor_rule="transformers"),
     "transformers-no-mscale": _yarn(mscale=None, mscale_all_dim=0.5, attention_factor_rule="transformers"),
+    "transformers-zero": _yarn(mscale=0.5, mscale_all_dim=0.0, attention_factor_rule="transformers"),
+    "range-beyond-dims": YarnScaling(factor=4, original_max_position_embeddings=131072, ramp_guard=0.001),
     "always-within": _yarn(),
     "beyond-within": _yarn(applies="beyond_original"),
     "beyond-at": _yarn(applies="beyond_original"),
     "beyond-above": _yarn(applies="beyond_original"),
+    "beyond-stated": _yarn(applies="beyond_original", attention_factor=1.25, softmax_mscale=0.75),
 }
 """YaRN scalings by the name a case holds. "ratio" and "cos-sin-only" put a factor on cos and sin; the correction range of
-"empty-range" has no width, so that its ramp is that of the guard. The later ones state, or leave out, one option each."""
+"empty-range" has no width, so that its ramp is that of the guard; with the default theta that of "range-beyond-dims" ends
+after the last pair. The later ones state, or leave out, one option each."""
 
-CONTEXTS = {"always-within": 128, "beyond-within": 128, "beyond-at": 256, "beyond-above": 257}
+CONTEXTS = {"always-within": 128, "beyond-within": 128, "beyond-at": 256, "beyond-above": 257, "beyond-stated": 128}
 """The max_position_embeddings of a scaling that states it: below, at or above its original context of 256."""
 
-LONGROPE = {"none": None, "short": 4096, "long": 131072, "within": 2048, "above": 4097, "attention-factor": 8192}
+LONGROPE = {
+    "none": None,
+    "short": 4096,
+    "long": 131072,
+    "within": 2048,
+    "above": 4097,
+    "attention-factor": 8192,
+    "attention-factor-within": 2048,
+    "factor": 8192,
+    "factor-within": 4096,
+}
 """The max_position_embeddings that put the short or the long factors into effect, by the name a case holds: those within and
-at the original context of 4096 the short ones. "attention-factor" states its factor on cos and sin."""
+at the original context of 4096 the short ones. The later ones state what ``LONGROPE_STATED`` says."""
+
+LONGROPE_STATED: dict[str, Any] = {
+    "attention-factor": {"attention_factor": 1.25},
+    "attention-factor-within": {"attention_factor": 0.75},
+    "factor": {"factor": 32.0},
+    "factor-within": {"factor": 8.0},
+}
+"""The context extension, or the factor on cos and sin, that a LongRoPE states."""
 
 
 def longrope_factors(dim: int) -> dict[str, Any]:
@@ -86,7 +112,7 @@ def make_rope(*, dim: int, layout: str, theta: float, yarn: str, longrope: str =
         if context is None
         else LongRopeScaling(
             original_max_position_embeddings=4096,
-            attention_factor=1.25 if longrope == "attention-factor" else None,
+            **LONGROPE_STATED.get(longrope, {}),
             **longrope_factors(dim),
         ),
         max_position_embeddings=CONTEXTS.get(yarn, context),
@@ -159,11 +185,18 @@ def expected(inputs: RopeInputs, profile: Profile, supports: Supports) -> Answer
 
 
 def _others(case: RopeCase) -> tuple[RopeInputs, ...]:
-    """Later positions; the same positions in another order of the sequences; and the same with another theta."""
+    """Later positions; the same positions in another order of the sequences, and of their inner tokens; another theta."""
     later = replace(case, seed=case.seed + 1, start=case.start + 1).build()
     permuted = replace(case, seed=case.seed + 2).build()
     faster = replace(case, seed=case.seed + 3, theta=case.theta / 2).build()
-    return later, replace(permuted, positions=permuted.positions[::-1]), faster
+    return later, replace(permuted, positions=permuted.positions[::-1]), _with_other_inner_tokens(permuted), faster
+
+
+def _with_other_inner_tokens(inputs: RopeInputs) -> RopeInputs:
+    """The same first and last positions, with the same sum, and the others in another order."""
+    positions = inputs.positions.ravel().copy()
+    positions[1:-1] = positions[-2:0:-1]
+    return replace(inputs, positions=positions.reshape(inputs.positions.shape))
 
 
 LATTICE = Lattice(

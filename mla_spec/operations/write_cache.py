@@ -41,15 +41,17 @@ class WriteInputs:
 class WriteCase(Case):
     """New tokens and the slots they go to; the share ``skipped`` of them has slot -1.
 
-    Rows hold ordinary numbers and, here and there, -0, infinities, NaN, the largest and the smallest number.
+    ``skipped_run``: of runs of so many tokens, the first and then every other has slot -1 throughout. Rows hold ordinary numbers and, here and there, -0, infinities, NaN, the largest and the smallest number.
     """
 
     kind = "write"
+    optional = ("skipped_run",)
     tokens: int = 1
     kv_lora_rank: int = 1
     qk_rope_head_dim: int = 0
     page_size: int = 1
     skipped: float = 0.0
+    skipped_run: int = 0
 
     def build(self) -> WriteInputs:
         """The inputs: a pool with spare pages, whose slots are taken in random order."""
@@ -58,11 +60,14 @@ class WriteCase(Case):
         width = self.kv_lora_rank + self.qk_rope_head_dim
         rows = self._numbers(rng, (self.tokens, width))
         slots = rng.permutation(pages * self.page_size)[: self.tokens]
+        absent = rng.random(self.tokens) < self.skipped
+        if self.skipped_run:
+            absent |= np.arange(self.tokens) // self.skipped_run % 2 == 0
         return WriteInputs(
             latent=rows[:, : self.kv_lora_rank],
             k_pe=rows[:, self.kv_lora_rank :],
             kv_cache=self._numbers(rng, (pages, self.page_size, 1, width)),
-            slot_mapping=np.where(rng.random(self.tokens) < self.skipped, -1, slots).astype(np.int64),
+            slot_mapping=np.where(absent, -1, slots).astype(np.int64),
         )
 
     def _numbers(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:

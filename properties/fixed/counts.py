@@ -10,10 +10,12 @@ from mla_spec.properties.strategies.sizes import cycled
 from mla_spec.reference.formats import format_of
 from mla_spec.subjects.supports import Supports
 
-FEW = (5, 37, 20, 1, 70)
-"""Lengths that come again and again in a large batch; none comes again after a power of two."""
+FEW = (5, 70, 128, 20, 97, 1, 37)
+"""Lengths that come again and again in a large batch, a whole tile among them. None comes again after a power of two, and two of
+more than a page of 64 lie every number of sequences apart but multiples of 7.
+"""
 
-FEW_OF_LARGE_PAGES = (5, 450, 20, 1, 257)
+FEW_OF_LARGE_PAGES = (5, 450, 257, 20, 512, 1, 37)
 """The same where pages have hundreds of tokens: nearly a whole one, and more than one."""
 
 ELEMENTS = 2**22
@@ -28,15 +30,18 @@ BETWEEN = (
 )
 """Lengths of 4 to 64 tiles of 64 keys: tiles of every remainder by 2, 3, 4, 5 and 8, whole ones and not, and powers of two."""
 
-ALIKE = ((16, 100), (66, 37))
+ALIKE = ((16, 100), (128, 37))
 """How many sequences of one length, no whole number of pages, as a benchmark has them."""
 
 SORTED = 40
 """Sequences whose lengths rise or fall, as a scheduler hands them on."""
 
-AROUND = 66
+AROUND = 100
 """Sequences among which one is long."""
 
+
+HEADS = (24, 32, 48, 64, 96, 112, 128)
+"""Heads of published models, and what tensor parallelism leaves of them; some are no whole number of tiles."""
 
 LENGTHS = (5, 37, 20)
 """Of an ordinary batch."""

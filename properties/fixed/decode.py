@@ -117,7 +117,7 @@ def rare(supports: Supports, profile: Profile) -> list[DecodeCase]:
 COUNTS = (
     # sequences, queries, heads, page size
     (96, 1, 24, 64),
-    (128, 2, 2, 64),
+    (140, 6, 2, 64),
     (256, 1, 3, 32),
     (200, 1, 1, 256),
     (3, 3, 32, 64),
@@ -171,11 +171,52 @@ CROSSED = (
     (tuple(cycled([7, 12, 3], 256)), 2, 128, 16),  # more than 65535 rows of queries
     ((300, 5), 1, 112, 64),
     ((700, 129), 4, 128, 64),
+    ((4200, 9, 130), 6, 2, 64),
+    ((0, 4400, 5), 2, 2, 64),
+    ((1000, 700), 2, 2, 256),
+    ((4097, 8193), 3, 2, 64),
+)
+LONG_SEEDS = (1, 4, 7, 15, 16)
+"""Of the crossed cases that sinks and windows are added to."""
+
+
+WHOLE = (
+    # lengths, queries, heads, page size
+    ((200, 70), 1, 16, 32),
+    ((130,), 1, 16, 64),
+    ((200,), 2, 128, 64),
+    ((70, 5), 1, 128, 1),
+    ((150,), 4, 32, 64),
+    ((129,), 1, 64, 16),
+    ((300,), 2, 16, 256),
+    ((100,), 2, 64, 64),
 )
 
 
+def _whole(supports: Supports, profile: Profile) -> list[DecodeCase]:
+    """Published shapes, whole: latents of 512 and 64, with the heads that tensor parallelism leaves and the pages of engines."""
+    if no_published_rows(supports):
+        return []
+    return [_published(supports, profile, *shape, seed) for seed, shape in enumerate(WHOLE, 100)]
+
+
+def _published(
+    supports: Supports, profile: Profile, lengths: tuple[int, ...], s: int, heads: int, page_size: int, seed: int
+) -> DecodeCase:
+    made = _narrow(supports, profile, lengths, s, heads, page_size, seed=seed, causal=max(supports.causal))
+    return replace(made, kv_lora_rank=512, qk_rope_head_dim=64)
+
+
+def no_published_rows(supports: Supports) -> str:
+    """Why no case has the rows of DeepSeek-V3, or ""."""
+    dims = supports.latent_dims
+    return "" if dims is None or (512, 64) in dims else "takes no rows of 512 + 64 elements"
+
+
 def crossed(supports: Supports, profile: Profile) -> list[DecodeCase]:
-    """Lengths between a few tiles and many, with several queries under the mask, many heads, and empty sequences beside them."""
+    """Lengths between a few tiles and many, with several queries under the mask, many heads, and empty sequences beside them; whole
+    published shapes.
+    """
     width = sum(latent_dims(supports))
     cases = []
     for seed, (wanted, s, heads, page_size) in enumerate(CROSSED):
@@ -184,9 +225,15 @@ def crossed(supports: Supports, profile: Profile) -> list[DecodeCase]:
         made = _narrow(supports, profile, lengths, s, heads, page_size, seed=seed, causal=max(supports.causal))
         if len(lengths) * made.s * made.num_heads * width <= ELEMENTS:
             cases.append(made)
-    return cases
+    return cases + _whole(supports, profile)
+
+
+def published(supports: Supports, profile: Profile) -> list[DecodeCase]:
+    """More keys than a part of a split has: with the heads of one rank and of eight, one query and two."""
+    lengths = (((min(n, most_keys(profile)),), s, heads, 64) for n, s, heads in ((4161, 1, 128), (4225, 2, 16)))
+    return [_published(supports, profile, *shape, seed) for seed, shape in enumerate(lengths)]
 
 
 def long(supports: Supports, profile: Profile) -> list[DecodeCase]:
     """Of the crossed ones some of many heads and several queries over thousands of keys, which sinks and windows are added to."""
-    return [case for case in crossed(supports, profile) if case.seed in (1, 4, 7)]
+    return [case for case in crossed(supports, profile) if case.seed in LONG_SEEDS]

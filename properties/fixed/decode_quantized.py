@@ -50,8 +50,9 @@ def _case(
     seed: int,
     causal: bool,
     shared_pages: int,
+    formats: int = 1,
 ) -> list[QuantisedDecodeCase]:
-    """In the first format of a latent cache, with the nearest numbers that the subject takes; none where it has no format."""
+    """In the first formats of a latent cache, with the nearest numbers that the subject takes; none where it has no format."""
     return [
         QuantisedDecodeCase(
             dtype=profile.dtype,
@@ -66,21 +67,22 @@ def _case(
             power_of_two=True,
             shared_pages=shared_pages,
         )
-        for name in latent_formats(supports)[:1]
+        for name in latent_formats(supports)[:formats]
     ]
 
 
 COUNTS = (
     # lengths, queries, heads, page size, seed
-    (tuple(cycled([5, 17, 9, 1, 20], 96)), 1, 2, 32, 0),
-    ((5, 37), 8, 64, 64, 1),
+    (tuple(cycled([5, 17, 9, 1, 20, 2, 30], 140)), 1, 2, 32, 0),
+    ((5, 37), 5, 128, 64, 1),
     ((20, 37), 1, 24, 64, 24),
     ((20, 37), 1, 32, 64, 32),
     ((20, 37), 1, 128, 64, 128),
-    (placed(2100, (5,), 0), 1, 2, 64, 0),
-    (placed(2100, (5,), 1), 1, 2, 64, 1),
+    (placed(2048, (5,), 0), 1, 2, 16, 0),
+    (placed(2100, (5,), 1), 2, 2, 64, 1),
+    ((5, 300), 1, 2, 256, 2),
     ((100,) * 8, 1, 2, 64, 0),
-    (placed(700, (5,) * 12, 8), 1, 2, 64, 1),
+    (placed(300, (5,) * 9, 8), 1, 2, 64, 1),
 )
 
 
@@ -100,14 +102,26 @@ CROSSED = (
     ((1024, 741), 3, 2, 64),
     ((300, 0, 129), 4, 2, 32),
     ((577, 5), 2, 128, 64),
+    ((2300,), 5, 24, 64),
+)
+
+OF_EVERY_FORMAT = (
+    # lengths, queries, heads, page size
+    ((20, 37), 6, 24, 64),
+    ((100,), 2, 128, 64),
 )
 
 
 def crossed(supports: Supports, profile: Profile) -> list[QuantisedDecodeCase]:
-    """Several queries and many heads over hundreds of keys, and an empty sequence beside them."""
+    """Several queries and many heads over hundreds of keys, and an empty sequence beside them; a few keys in every format."""
     cases = []
+    causal, every = max(supports.causal), len(supports.cache_formats)
+    for seed, (lengths, s, heads, page_size) in enumerate(OF_EVERY_FORMAT, 100):
+        enough = tuple(max(n, s) for n in lengths)
+        cases += _case(
+            supports, profile, enough, s, heads, page_size, seed=seed, causal=causal, shared_pages=0, formats=every
+        )
     for seed, (lengths, s, heads, page_size) in enumerate(CROSSED):
         enough = lengths if takes_empty_rows(supports) else tuple(max(n, s) for n in lengths)
-        causal = max(supports.causal)
         cases += _case(supports, profile, enough, s, heads, page_size, seed=seed, causal=causal, shared_pages=20)
     return cases

@@ -29,8 +29,9 @@ def elementary(supports: Supports, profile: Profile) -> list[PagesCase]:
 
 def crossed(supports: Supports, profile: Profile) -> list[PagesCase]:
     """Hundreds of tokens in every format, and more than a thousand pages of the first where pages may be so small."""
-    counts = ((1, 1100), *TOKENS)
+    names = supports.cache_formats
+    made = [*zip(names, cycle(((1, 1100), *TOKENS))), *((name, (256, 300)) for name in names)]
     return [
         PagesCase(dtype=profile.dtype, format=name, page_size=nearest(supports.page_sizes, size), tokens=tokens)
-        for name, (size, tokens) in zip(supports.cache_formats, cycle(counts))
+        for name, (size, tokens) in made
     ]

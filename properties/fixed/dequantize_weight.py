@@ -13,3 +13,22 @@ def ordinary(supports: Supports, profile: Profile) -> list[WeightCase]:
     height, width = first_of(supports.weight_block_sizes, (8, 4))
     rows, columns = 2 * height + max(1, height // 2), 2 * width + max(1, width // 2)
     return [WeightCase(dtype=profile.dtype, rows=rows, columns=columns, block_rows=height, block_columns=width)]
+
+
+SHAPES = ((32_768, 24), (576, 72), (24, 7168), (24, 16_384))
+"""Rows of kv_b_proj and kv_a_proj_with_mqa, and columns of q_a_proj and o_proj, as published; the other side is narrow."""
+
+
+def counts(supports: Supports, profile: Profile) -> list[WeightCase]:
+    """As many blocks of rows, or of columns, as published weights have."""
+    height, width = nearest_block(supports)
+    return [
+        WeightCase(dtype=profile.dtype, seed=seed, rows=rows, columns=columns, block_rows=height, block_columns=width)
+        for seed, (rows, columns) in enumerate(SHAPES)
+    ]
+
+
+def nearest_block(supports: Supports) -> tuple[int, int]:
+    """The published size of blocks, or the first that the subject takes."""
+    sizes = supports.weight_block_sizes
+    return (128, 128) if sizes is None or (128, 128) in sizes else sizes[0]

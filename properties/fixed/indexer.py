@@ -54,25 +54,34 @@ def _case(
 
 
 def counts(supports: Supports, profile: Profile) -> list[IndexerCase]:
-    """Many heads; 2048 of more keys, 1500 of which tie with others."""
+    """Many heads; 2048 of more keys, 1500 of which tie with others; more equal keys than 16 bits count."""
     least, most = min(supports.indexer_dims or ((3, 8),)), max(supports.indexer_dims or ((64, 16),))
-    # 3000 equal keys, of which some but not all are selected, are what "integers" has in few dims
+    # three keys in five are equal, and some but not all of them are selected: what "integers" has in few dims
     equal = (1, 2) if supports.indexer_dims is None else least
-    many = tuple(cycled([1, 2, 0, 1, 1], 96)), tuple(cycled(list(FEW), 96))
+    many = tuple(cycled([1, 2, 0, 1, 1], 140)), tuple(cycled(list(FEW), 140))
     return [
         _case(supports, profile, (2, 3), (2500, 4161), least, 2048),
         _case(supports, profile, (1, 2), (8300, 65_700), least, 2048),
         _case(supports, profile, (2, 1), (5000, 9), equal, 2048, "integers"),
+        _case(supports, profile, (1, 1), (98_700, 9), equal, 2048, "integers"),
         _case(supports, profile, (3, 2), (70, 37), most, 20),
         _case(supports, profile, *many, least, 8),
+        _case(supports, profile, (4, 1), (2050, 2049), least, 2048),  # one key more than are selected, and one less
+        _case(supports, profile, (2, 1), (3000, 2100), least, 2048, "negative"),
+        _case(supports, profile, (2100,), (300,), min(supports.indexer_dims or ((1, 4),)), 64),
     ]
 
 
 def crossed(supports: Supports, profile: Profile) -> list[IndexerCase]:
-    """Chunks of queries and many heads over thousands of keys, and many sequences of hundreds."""
+    """Chunks of queries and many heads over thousands of keys, many sequences of hundreds, and DeepSeek-V3.2's shape."""
     least, most = min(supports.indexer_dims or ((3, 8),)), max(supports.indexer_dims or ((64, 8),))
     return [
         _case(supports, profile, (130, 1, 64), (1500, 300, 1100), least, 512),
         _case(supports, profile, (3, 2), (1100, 700), most, 512),
         _case(supports, profile, (1,) * 12, tuple(range(100, 460, 30)), least, 64),
+        *(
+            [_case(supports, profile, (1,), (2100,), (64, 128), 2048)]
+            if (64, 128) in (supports.indexer_dims or ((64, 128),))
+            else []
+        ),
     ]

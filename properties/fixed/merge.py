@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.merge import MergeCase
@@ -38,19 +39,16 @@ def empty_parts(supports: Supports, profile: Profile) -> list[MergeCase]:
 
 
 def counts(supports: Supports, profile: Profile) -> list[MergeCase]:
-    """Many rows: of sequences, heads and queries."""
-    return [
-        MergeCase(
-            dtype=profile.dtype,
-            seed=seed,
-            parts=min(3, supports.max_parts or 3),
-            batch=b,
-            s=s,
-            num_heads=nearest(supports.num_heads, heads),
-            head_dim_v=3,
-        )
-        for seed, (b, s, heads) in enumerate(((256, 1, 3), (2, 8, 128), (96, 2, 24), (1, 1100, 2)))
-    ]
+    """Many rows, of sequences, heads and queries, packed and not; wide ones; LSEs far below 0 and above."""
+
+    def case(b: int, s: int, heads: int, v: int, **options: Any) -> MergeCase:
+        parts, h = min(3, supports.max_parts or 3), nearest(supports.num_heads, heads)
+        return MergeCase(dtype=profile.dtype, parts=parts, batch=b, s=s, num_heads=h, head_dim_v=v, **options)
+
+    rows = ((256, 1, 3), (2, 8, 128), (96, 2, 24), (1, 1100, 2), (0, 1100, 3), (2, 1, 112))
+    many = [case(b, s, heads, 3, seed=seed) for seed, (b, s, heads) in enumerate(rows)]
+    wide = [case(2, 1, 2, v, seed=v) for v in (128, 160, 192, 512)]
+    return [*many, *wide, *(case(3, 2, 2, 8, lse_mean=mean) for mean in (-1.1e5, 1.1e5))]
 
 
 def crossed(supports: Supports, profile: Profile) -> list[MergeCase]:

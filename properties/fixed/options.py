@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 from typing import Any, TypeVar
 
 from mla_spec.operations.decode import DecodeCase
@@ -11,8 +12,8 @@ from mla_spec.subjects.supports import Supports
 
 C = TypeVar("C", DecodeCase, PrefillCase)
 
-WINDOWS = (513, 130, 200)
-"""Of long sequences, no whole number of tiles."""
+WINDOWS = (513, 130, 200, 1024, 512)
+"""Of long sequences, no whole number of tiles, and whole ones."""
 
 
 def with_all_options(operation: str, cases: list[Any], supports: Supports) -> list[Any]:
@@ -31,6 +32,6 @@ def with_sinks(cases: list[C]) -> list[C]:
 
 
 def with_windows(operation: str, cases: list[C], supports: Supports) -> list[C]:
-    """The cases, each with a window of hundreds of keys; the last with a sink beside it, where the subject takes one."""
-    made = [replace(case, window=window, causal=True) for case, window in zip(cases, WINDOWS, strict=False)]
+    """The cases, over and over, each with a window of hundreds of keys; the last with a sink beside it, where one is taken."""
+    made = [replace(case, window=window, causal=True) for case, window in zip(cycle(cases), WINDOWS)]
     return made + (with_sinks(made[-1:]) if operation in supports.dense_sink else [])

@@ -91,7 +91,7 @@ def full_and_empty_prefixes(supports: Supports, profile: Profile) -> list[Prefil
 
 COUNTS = (
     # sequences, heads
-    (128, 2),
+    (140, 2),
     (2, 24),
     (2, 48),
     (1, 128),
@@ -114,7 +114,7 @@ def counts(supports: Supports, profile: Profile) -> list[PrefillCase]:
         cases.append(case(tuple(cycled([1, 3, 0, 2, 1], b)), keys, heads, seed))
     heads = nearest(supports.num_heads, 1)
     if 1100**2 * heads <= ELEMENTS:
-        cases.append(case((2, 1100), (9, 1100), 1, 0))
+        cases.append(case((2, 1100), (9, 1100), 2, 0))
     for seed, (long, place) in enumerate((n, p) for n in (4100, 8193, 65700) for p in (range(3) if n < 8193 else (1,))):
         if long * heads * width <= ELEMENTS and long <= most_keys(profile):
             cases.append(case((3, 2, 1), placed(long, (5, 70), place), 1, seed))
@@ -128,17 +128,38 @@ def counts(supports: Supports, profile: Profile) -> list[PrefillCase]:
 CROSSED = (
     # queries, keys, heads
     ((3,) * len(BETWEEN), BETWEEN, 1),
-    ((300, 1, 129, 0, 40), (2348, 70, 1281, 9, 512), 2),
+    ((300, 1, 129, 0, 40), (2311, 70, 1290, 9, 512), 2),
     ((256, 3, 384), (256, 5, 640), 2),
     ((300, 2, 70), (5, 40, 90), 2),
     ((600, 1, 5, 1), (600, 40, 70, 300), 2),
     ((66, 1), (130, 65), 72),
     ((260, 3), (260, 70), 16),
+    ((4, 5, 3, 2), (4100, 5, 1027, 2), 2),
+    ((2, 5, 3), (8194, 5010, 3), 1),
+    ((1100, 2), (500, 9), 2),
+    ((70, 2), (4400, 9), 2),
 )
+
+WHOLE = (
+    # queries, keys, heads
+    ((5, 6), (20, 200), 2),
+    ((130,), (130,), 16),
+)
+"""Of DeepSeek-V3's heads of 192 and 128."""
+
+MANY_QUERIES = (
+    # queries, keys, heads
+    ((140, 3), (1300, 70), 2),
+    ((1100, 3), (40, 70), 24),
+    ((1100, 3), (40, 70), 112),
+)
+"""Which see all keys, where the subject can do without the mask."""
 
 
 def crossed(supports: Supports, profile: Profile) -> list[PrefillCase]:
-    """Prompts after long prefixes, in whole tiles and not, and so many queries that their numbers have more than 16 bits."""
+    """Prompts after long prefixes, in whole tiles and not, beside some without; so many queries that their numbers have 17 bits;
+    heads as wide as published ones.
+    """
 
     def case(queries: tuple[int, ...], keys: tuple[int, ...], heads: int, seed: int, causal: bool) -> PrefillCase:
         lengths = (min(n, most_keys(profile)) for n in keys)
@@ -147,9 +168,12 @@ def crossed(supports: Supports, profile: Profile) -> list[PrefillCase]:
         return _narrow(supports, profile, queries, tuple(lengths), heads, seed=seed, causal=causal)
 
     cases = [case(*wanted, seed, max(supports.causal)) for seed, wanted in enumerate(CROSSED)]
-    cases.append(case((140, 3), (1300, 70), 2, len(cases), min(supports.causal)))
-    if takes_empty_rows(supports) or False in supports.causal:
-        cases.append(case((66_000, 3), (20, 5), 1, len(cases), min(supports.causal)))
+    for queries, keys, heads in (*MANY_QUERIES, ((66_000, 3), (20, 5), 1)):
+        if keys[0] >= queries[0] or takes_empty_rows(supports) or False in supports.causal:
+            cases.append(case(queries, keys, heads, len(cases), min(supports.causal)))
+    if supports.prefill_dims is None or (192, 128) in supports.prefill_dims:
+        whole = (case(*wanted, seed, max(supports.causal)) for seed, wanted in enumerate(WHOLE, 100))
+        cases += [replace(each, qk_head_dim=192, v_head_dim=128) for each in whole]
     return [
         case
         for case in cases
@@ -160,5 +184,5 @@ def crossed(supports: Supports, profile: Profile) -> list[PrefillCase]:
 
 
 def long(supports: Supports, profile: Profile) -> list[PrefillCase]:
-    """Of the crossed ones two with prompts after long prefixes, which sinks and windows are added to."""
-    return [case for case in crossed(supports, profile) if case.seed in (1, 4)]
+    """Of the crossed ones those with prompts after long prefixes, which sinks and windows are added to."""
+    return [case for case in crossed(supports, profile) if case.seed in (1, 4, 7)]

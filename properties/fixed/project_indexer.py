@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.project_indexer import ProjectIndexerCase
 from mla_spec.properties.fixed.counts import first_of
@@ -24,4 +26,16 @@ def ordinary(supports: Supports, profile: Profile) -> list[ProjectIndexerCase]:
             start=5,
             k_norm_eps=supports.indexer_norm_eps or 1e-6,
         )
+    ]
+
+
+def counts(supports: Supports, profile: Profile) -> list[ProjectIndexerCase]:
+    """More than 1024 tokens, of so many heads that there are 65536 pairs; hidden states and query latents as wide as published."""
+    (base,) = ordinary(supports, profile)
+    h, d = (64, 8) if supports.indexer_dims is None else max(supports.indexer_dims)
+    narrow = replace(base, hidden_size=4, q_lora_rank=4, index_n_heads=h, index_head_dim=d, rope_dim=d // 4 * 2)
+    return [
+        replace(narrow, seqlens=(3, 1100)),
+        replace(base, seqlens=(2, 1), hidden_size=7168),
+        replace(base, seqlens=(2, 1), q_lora_rank=1536),
     ]

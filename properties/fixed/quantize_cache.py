@@ -8,6 +8,7 @@ from itertools import cycle
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.quantised_cache import QuantiseCase
 from mla_spec.properties.fixed.counts import nearest, ordinary_page_size
+from mla_spec.reference.cache_layout import layout_of
 from mla_spec.subjects.supports import Supports
 
 
@@ -33,8 +34,12 @@ TOKENS = ((64, 1344), (32, 320), (64, 128), (16, 321))
 
 
 def crossed(supports: Supports, profile: Profile) -> list[QuantiseCase]:
-    """Hundreds of tokens in every format, more than a thousand in the first."""
+    """Hundreds of tokens in every format, in pages of several sizes; thousands in the first one, and in the narrowest."""
+    names = supports.cache_formats
+    narrowest = [name for name in names if layout_of(name).width < 256][:1]
+    made = [*zip(names, cycle(TOKENS)), *((name, (256, 300)) for name in names)]
+    made += [(name, (64, tokens)) for name in narrowest for tokens in (1025, 4099)]
     return [
         QuantiseCase(dtype=profile.dtype, format=name, page_size=nearest(supports.page_sizes, size), tokens=tokens)
-        for name, (size, tokens) in zip(supports.cache_formats, cycle(TOKENS))
+        for name, (size, tokens) in made
     ]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.rope import RopeCase
+from mla_spec.properties.fixed.counts import HEADS
 from mla_spec.properties.strategies.rope import supported_scalings
 from mla_spec.subjects.supports import Supports
 
@@ -25,9 +26,15 @@ def elementary(supports: Supports, profile: Profile) -> list[RopeCase]:
 
 
 def counts(supports: Supports, profile: Profile) -> list[RopeCase]:
-    """2^17 pairs of a token and a head; many sequences."""
+    """2^17 pairs of a token and a head; many sequences; every number of heads."""
     return [
         RopeCase(dtype=profile.dtype, batch=b, s=s, heads=heads, dim=2, layout=layout)
         for layout in supports.rope_layouts
-        for b, s, heads in ((1, 1040, 128), (4, 128, 64), (256, 1, 16), (1, 66_000, 0))
+        for b, s, heads in (
+            (1, 1040, 128),
+            (4, 128, 64),
+            (256, 1, 16),
+            (1, 66_000, 0),
+            *((1, 2, heads) for heads in HEADS),
+        )
     ]

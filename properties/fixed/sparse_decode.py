@@ -6,9 +6,8 @@ from typing import Any
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.sparse import SparseDecodeCase
-from mla_spec.properties.fixed.counts import nearest, ordinary_page_size
+from mla_spec.properties.fixed.counts import HEADS, nearest, ordinary_page_size
 from mla_spec.properties.fixed.sparse_prefill import (
-    HEADS,
     TILES,
     crossed_selections,
     elementary_selections,
@@ -61,7 +60,7 @@ def rare(supports: Supports, profile: Profile) -> list[SparseDecodeCase]:
 COUNTS = (
     # sequences, queries, slots, page size, indices, heads, seed
     *((2, 1 + i % 2, 70, 32, 20, heads, i) for i, heads in enumerate(HEADS)),
-    (200, 1, 200, 64, 12, 2, 0),
+    (200, 3, 200, 64, 12, 2, 0),
     (2, 8, 600, 256, 12, 64, 1),
     (2, 1, 4161, 64, 576, 2, 0),
     (2, 1, 4161, 64, 2048, 2, 1),
@@ -69,8 +68,11 @@ COUNTS = (
 
 
 def counts(supports: Supports, profile: Profile) -> list[SparseDecodeCase]:
-    """Many sequences, heads and queries; 2048 indices of more slots."""
-    return [_narrow(supports, profile, *numbers, seed=seed, invalid=0.3 * (seed % 2)) for *numbers, seed in COUNTS]
+    """Many sequences, each with a length of its own; many heads and queries; 2048 indices of more slots."""
+    return [
+        _narrow(supports, profile, *numbers, seed=seed, invalid=0.3 * (seed % 2), with_length=numbers[0] > 2)
+        for *numbers, seed in COUNTS
+    ]
 
 
 def crossed(supports: Supports, profile: Profile) -> list[SparseDecodeCase]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.sparse import SparsePrefillCase
-from mla_spec.properties.fixed.counts import ELEMENTS, first_of, latent_dims, nearest, takes_empty_rows
+from mla_spec.properties.fixed.counts import ELEMENTS, HEADS, first_of, latent_dims, nearest, takes_empty_rows
 from mla_spec.subjects.supports import Supports
 
 
@@ -83,20 +83,17 @@ def rare(supports: Supports, profile: Profile) -> list[SparsePrefillCase]:
     ]
 
 
-HEADS = (24, 32, 48, 64, 96, 112, 128)
-
-
 def counts(supports: Supports, profile: Profile) -> list[SparsePrefillCase]:
-    """Many heads and queries; 2048 indices of more keys."""
+    """Many heads; many queries, each with a length of its own; 2048 indices of more keys."""
 
-    def case(s_q: int, s_kv: int, topk: int, heads: int, seed: int) -> SparsePrefillCase:
-        fields = narrow_selection(supports, profile, topk, heads, seed=seed, invalid=0.3 * (seed % 2))
+    def case(s_q: int, s_kv: int, topk: int, heads: int, seed: int, **options: Any) -> SparsePrefillCase:
+        fields = narrow_selection(supports, profile, topk, heads, seed=seed, invalid=0.3 * (seed % 2), **options)
         return SparsePrefillCase(s_q=s_q, s_kv=s_kv, **fields)
 
     elements = many_indices(supports, 8) * sum(latent_dims(supports))
     return [
         *(case(2, 70, 20, heads, seed) for seed, heads in enumerate(HEADS)),
-        case(min(1100, ELEMENTS // elements), 70, 8, 1, 0),
+        case(min(2100, ELEMENTS // elements), 70, 8, 32, 0, with_length=True),
         *(case(2, 4161, topk, 2, seed) for seed, topk in enumerate((320, 576, 2048))),
     ]
 
@@ -106,23 +103,19 @@ CROSSED: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (2048, 2, {"invalid": 0.97}),  # holes as long as a tile
     (576, 2, {"with_length": True, "seed": 1}),
     (320, 128, {"seed": 2}),
-    (300, 2, {"duplicates": True, "seed": 3}),
+    (1300, 2, {"duplicates": True, "seed": 3}),
 )
 
 
 def crossed_selections(supports: Supports) -> list[tuple[int, int, dict[str, Any]]]:
     """Numbers of indices and heads, and what else: many heads, holes, lengths and repetitions; a sink, where one is taken."""
-    return [*CROSSED, *([(1030, 80, {"sink": "finite", "seed": 4})] if supports.attention_sink else [])]
+    return [*CROSSED, *([(1100, 80, {"sink": "finite", "seed": 4})] if supports.attention_sink else [])]
 
 
 def crossed(supports: Supports, profile: Profile) -> list[SparsePrefillCase]:
-    """Many heads, holes, lengths and repetitions among hundreds of indices; a sink beside them; thousands of queries, of more than
-    2^17 rows a few.
-    """
+    """Many heads, holes, lengths and repetitions among hundreds of indices; a sink beside them; a few of more than 2^17 rows."""
     cases = [
         SparsePrefillCase(s_q=4, s_kv=2 * topk + 65, **narrow_selection(supports, profile, topk, heads, **options))
         for topk, heads, options in crossed_selections(supports)
     ]
-    for s_q, s_kv, topk in ((2100, 300, 16), (3, 131_200, 64)):
-        cases.append(SparsePrefillCase(s_q=s_q, s_kv=s_kv, **narrow_selection(supports, profile, topk, 2)))
-    return cases
+    return [*cases, SparsePrefillCase(s_q=3, s_kv=131_200, **narrow_selection(supports, profile, 64, 2))]

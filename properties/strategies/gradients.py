@@ -16,6 +16,8 @@ from mla_spec.operations.gradients import PrefillBackwardCase, SparseBackwardCas
 from mla_spec.operations.merge_gradients import MergeBackwardCase, RingCase
 from mla_spec.operations.rope_gradients import RopeBackwardCase
 from mla_spec.properties.fixed.counts import ELEMENTS, nearest, prefill_dims
+from mla_spec.properties.fixed.rope import counts as rope_counts
+from mla_spec.properties.fixed.sparse_prefill import narrow_selection
 from mla_spec.properties.strategies.merge import merge_cases
 from mla_spec.properties.strategies.rope import options, rope_cases
 from mla_spec.properties.strategies.sizes import SEEDS, between, choice, large_size, several, supported
@@ -110,6 +112,10 @@ MANY = (
     ((4, 2), (20, 9), 48),
     ((140, 3), (300, 5), 1),
     ((3, 2), (600, 70), 1),
+    ((2, 3), (20, 9), 112),
+    ((3,), (9,), 128),
+    ((1, 2) * 50, (9, 20, 5, 12) * 25, 1),
+    ((2, 1), (4161, 5), 1),
 )
 
 
@@ -134,6 +140,48 @@ def many_backward(supports: Supports, profile: Profile) -> list[PrefillBackwardC
         for seed, (queries, keys, heads) in enumerate(MANY)
         if (sum(queries) + sum(keys)) * nearest(supports.num_heads, heads) * (d + v) <= ELEMENTS
     ]
+
+
+def exact_many_backward(supports: Supports, profile: Profile) -> list[PrefillBackwardCase]:
+    """Hundreds of queries, all of which see the same few keys: what is summed over them has more bits than 16."""
+    if format_of(profile.probabilities).bits <= 16 or False not in supports.causal:
+        return []
+    d, v = supports.prefill_dims[0] if supports.prefill_dims else (8, 4)
+    heads = nearest(supports.num_heads, 2)
+    return [
+        PrefillBackwardCase(
+            dtype=profile.dtype,
+            seqlens_q=(520,),
+            seqlens_k=(8,),
+            num_heads=heads,
+            qk_head_dim=d,
+            v_head_dim=v,
+            causal=False,
+            regime="exact",
+        )
+    ]
+
+
+MANY_SPARSE = (
+    # queries, keys, indices, heads
+    (2, 40, 8, 112),
+    (2, 40, 8, 128),
+    (520, 600, 8, 1),
+    (2, 4161, 1100, 1),
+)
+
+
+def many_sparse_backward(supports: Supports, profile: Profile) -> list[SparseBackwardCase]:
+    """Many heads, queries and indices, one number at a time, in rows as narrow as the subject takes."""
+    cases = []
+    for seed, (s_q, s_kv, topk, heads) in enumerate(MANY_SPARSE):
+        fields = narrow_selection(
+            supports, profile, topk, heads, seed=seed, regime="aligned", logit_std=min(ALIGNED_STDS)
+        )
+        width = fields["kv_lora_rank"] + fields["qk_rope_head_dim"]
+        if s_q * fields["topk"] * fields["num_heads"] * width <= ELEMENTS:
+            cases.append(SparseBackwardCase(s_q=s_q, s_kv=max(s_kv, 2 * fields["topk"]), **fields))
+    return cases
 
 
 @st.composite
@@ -187,9 +235,10 @@ def rope_backward_cases(draw: DrawFn, supports: Supports, profile: Profile) -> R
     return RopeBackwardCase(**vars(draw(rope_cases(supports, profile))))
 
 
-def rope_backward_options(supports: Supports, profile: Profile) -> list[RopeBackwardCase]:
-    """As ``options`` of rope: every scaling in each layout."""
-    return [RopeBackwardCase(**vars(case)) for case in options(supports, profile)]
+def rope_backward_fixed(supports: Supports, profile: Profile) -> list[RopeBackwardCase]:
+    """As for ``rope``: every scaling in each layout, and the numbers of production."""
+    forward = [*options(supports, profile), *rope_counts(supports, profile)]
+    return [RopeBackwardCase(**vars(case)) for case in forward]
 
 
 LSE_MEANS = (0.0, 5.0, -5.0, 200.0, -200.0)

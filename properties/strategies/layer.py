@@ -23,7 +23,14 @@ C = TypeVar("C", bound=LayerCase)
 LONG = 4161
 """Tokens of a long prompt."""
 
-PROMPTS = (126, 254, 574, 1022, LONG)
+IN_CHUNKS = (590,)
+CHUNK = 70
+"""Tokens of prompts that come in two calls, where the subject's prefill continues a cache, and those of the second call."""
+
+BELOW_4096 = 4094
+"""Tokens of a prompt after which decoded ones follow across 4096; in the first dtype only, since it takes long."""
+
+PROMPTS = (126, 254, 574, *IN_CHUNKS, 1022, LONG)
 """Tokens of prompts; decoded ones follow across 128, 256 and 1024, where caches grow and kernels change."""
 
 
@@ -208,13 +215,21 @@ def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
     if "layer" in supports.dense_sink:
         cases.append(replace(base, attention_sink=True, num_heads=2, hidden_size=6))
     cases += [replace(base, seed=seed, gain=1.0, hidden_scale=2.0**-10) for seed in range(3)]
-    cases.append(replace(base, num_heads=72, hidden_size=72))
+    cases.append(replace(base, num_heads=72, hidden_size=72, attention_sink="layer" in supports.dense_sink))
+    # sums over so many elements leave a bound its meaning where few of them change sign
+    wide = replace(base, weights="aligned", gain=0.0625)
+    cases.append(replace(wide, num_heads=128, hidden_size=8, kv_lora_rank=512))
+    cases.append(replace(wide, qk_nope_head_dim=192, qk_rope_head_dim=64, kv_lora_rank=512))
+    cases.append(replace(wide, q_lora_rank=1536))
+    cases.append(replace(wide, hidden_size=7168))
+    cases.append(replace(wide, batch=130))
+    cases.append(replace(base, kv_lora_rank=256, qk_rope_head_dim=32, num_heads=2, hidden_size=6))
     cases.append(replace(base, kv_lora_rank=512, qk_rope_head_dim=64, num_heads=2, hidden_size=6))
     return list(dict.fromkeys(fitted(case, supports) for case in cases))
 
 
 def long_layers(supports: Supports, profile: Profile) -> list[LayerCase]:
-    """Hundreds of tokens and thousands, where the subject has so many positions.
+    """Hundreds of tokens and thousands, where the subject has so many positions; with two sequences, a sink and YaRN once each.
 
     Rows of the cache are as wide as DeepSeek-V3's in formats of 16 bits, and narrow in others.
     """
@@ -223,9 +238,13 @@ def long_layers(supports: Supports, profile: Profile) -> list[LayerCase]:
         case = replace(case, kv_lora_rank=case.qk_nope_head_dim, qk_rope_head_dim=8)
     # aligned weights have a mean, so that outputs over many tokens do not average out to 0
     case = replace(case, num_heads=1, hidden_size=5, gain=0.0625, q_lora_rank=None, weights="aligned")
-    wanted = [replace(case, prompt=prompt, steps=3) for prompt in PROMPTS]
+    sunk = {"attention_sink": True} if "layer" in supports.dense_sink else {}
+    scaled = {"yarn": "deepseek-v3"} if supports.yarn and case.layout != "none" else {}
+    options: dict[int, dict[str, Any]] = {574: {"steps": 8}, 1022: {"batch": 2} | sunk, LONG: scaled}
+    prompts = (*PROMPTS, *((BELOW_4096,) if profile.dtype == supports.dtypes[0] else ()))
+    wanted = [replace(case, **{"prompt": prompt, "steps": 3} | options.get(prompt, {})) for prompt in prompts]
     made = [fitted(each, supports) for each in wanted]
-    return [case for case, prompt in zip(made, PROMPTS, strict=True) if case.prompt == prompt]
+    return [case for case, prompt in zip(made, prompts, strict=True) if case.prompt == prompt]
 
 
 def layer_options(draw: DrawFn, supports: Supports, q_lora_rank: int | None, rope_dim: int) -> dict[str, Any]:
@@ -258,7 +277,7 @@ def _starts(model: str, narrow: bool) -> tuple[int, ...]:
     if scaling is not None:
         original = scaling["original_max_position_embeddings"]
         return original - 2, original, 4 * original - 2, 0
-    return (0, 1, 60) if narrow else (0, 0, 1, 60, 4090)
+    return (0, 1, 60) if narrow else (0, 0, 1, 60, 4093)
 
 
 def rotating_layer(supports: Supports, profile: Profile) -> list[LayerCase]:

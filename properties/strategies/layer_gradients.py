@@ -65,7 +65,7 @@ def layer_gradient_cases(
     return made
 
 
-MANY: tuple[dict[str, Any], ...] = ({"prompt": 70}, {"batch": 6}, {"num_heads": 24, "hidden_size": 24})
+MANY: tuple[dict[str, Any], ...] = ({"prompt": 70}, {"prompt": 260}, {"batch": 6}, {"num_heads": 24, "hidden_size": 24})
 """Tokens, sequences and heads of a layer, more than a tile or a small batch has."""
 
 

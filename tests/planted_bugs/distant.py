@@ -80,6 +80,9 @@ class FarBytesReadAsZeros(TorchAbsorbed):
     def dequantize_cache(self, pages: Tensor, **options: Any) -> Tensor:
         return super().dequantize_cache(pages.masked_fill(_is_far(pages)[:, None], 0), **options)
 
+    def named_pages(self, pages: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+        return super().named_pages(pages.masked_fill(_is_far(pages)[:, None], 0), block_table)
+
 
 @planted(
     "X-pool-read-from-start-of-memory",
@@ -105,6 +108,9 @@ class PagesFromStartOfMemory(TorchAbsorbed):
 
     def dequantize_cache(self, pages: Tensor, **options: Any) -> Tensor:
         return super().dequantize_cache(_from_start_of_memory(pages), **options)
+
+    def named_pages(self, pages: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+        return super().named_pages(_from_start_of_memory(pages), block_table)
 
 
 @planted(

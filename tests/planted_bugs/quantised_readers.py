@@ -177,6 +177,9 @@ class PagesIgnoreStrides(TorchExplicit):
     def dequantize_cache(self, pages: Tensor, **options: Any) -> Tensor:
         return super().dequantize_cache(as_if_contiguous(pages), **options)
 
+    def named_pages(self, pages: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+        return super().named_pages(as_if_contiguous(pages), block_table)
+
 
 @planted(
     "X96",
@@ -289,8 +292,8 @@ class WholePagesDequantised(TorchAbsorbed):
 class PageZeroIsEmpty(TorchExplicit):
     """Page 0 is taken for the page that padding points at, and read as zeros."""
 
-    def dequantize_cache(self, pages: Tensor, **options: Any) -> Tensor:
-        return super().dequantize_cache(torch.cat([torch.zeros_like(pages[:1]), pages[1:]]), **options)
+    def named_pages(self, pages: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+        return super().named_pages(torch.cat([torch.zeros_like(pages[:1]), pages[1:]]), block_table)
 
 
 @planted(

@@ -57,9 +57,9 @@ def test_what_fits_is_judged_beside_what_does_not(monkeypatch: pytest.MonkeyPatc
     """Pages of bytes fit where queries in float64 do not, and a violation there is graver than what was left out."""
 
     class ForgetsFarPages(TorchAbsorbed):
-        def dequantize_cache(self, pages: torch.Tensor, **options: object) -> torch.Tensor:
+        def named_pages(self, pages: torch.Tensor, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             near = torch.arange(len(pages)) * pages.stride(0) < 2**31
-            return super().dequantize_cache(pages * near[:, None], **options)
+            return super().named_pages(pages * near[:, None], block_table)
 
     with_memory(monkeypatch, free=20e9)
     law = "test_decode_quantized_reaches_beyond_2_31_elements"

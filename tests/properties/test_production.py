@@ -9,6 +9,7 @@ import pytest
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.operations.decode import DecodeCase
+from mla_spec.operations.indexer import IndexerCase
 from mla_spec.operations.layer import layer_models
 from mla_spec.operations.rope import LONGROPE, YARN
 from mla_spec.properties.cases import CASES, none
@@ -52,7 +53,7 @@ def fields(cases: list[Any], name: str) -> set[Any]:
 
 def test_decode_reaches_the_counts_of_production() -> None:
     cases = decode.counts(FREE, PROFILE)
-    assert {96, 128, 256} <= {len(case.seqlens) for case in cases}
+    assert {96, 128, 140, 256} <= {len(case.seqlens) for case in cases}
     assert {24, 32, 48, 64, 96, 112, 128} <= fields(cases, "num_heads")
     assert {5, 6, 7, 8} <= fields(cases, "s")
     assert {32, 64, 256} <= fields(cases, "page_size")
@@ -89,7 +90,7 @@ def test_cases_are_what_the_subject_takes(operation: str, supports: Supports) ->
     for case in cases:
         if supports is REAL and hasattr(case, "page_size"):
             assert case.page_size == 64
-        if supports is REAL and operation not in ("rope", "indexer", "write_cache"):
+        if supports is REAL and hasattr(case, "num_heads") and operation != "indexer":
             assert case.num_heads in (16, 128)
         assert case.dtype == "bfloat16"
 
@@ -132,7 +133,7 @@ def test_cases_that_meet_are_what_the_subject_takes(operation: str) -> None:
 
 def test_prefill_reaches_the_counts_of_production() -> None:
     cases = prefill.counts(FREE, PROFILE)
-    assert max(len(case.seqlens_q) for case in cases) == 128
+    assert {128, 140} <= {len(case.seqlens_q) for case in cases}
     assert max(max(case.seqlens_q) for case in cases) == 1100
     assert {4100, 8193, 65700} <= {max(case.seqlens_k) for case in cases}
     assert all(case.v_head_dim < case.qk_head_dim for case in cases)
@@ -140,7 +141,7 @@ def test_prefill_reaches_the_counts_of_production() -> None:
 
 def test_packed_queries_reach_the_counts_of_production() -> None:
     cases = ragged_decode.counts(FREE, PROFILE)
-    assert max(len(case.seqlens_q) for case in cases) == 128
+    assert {128, 140} <= {len(case.seqlens_q) for case in cases}
     assert {24, 48, 112, 128} <= fields(cases, "num_heads")
     assert {1, 16, 32, 64, 256} <= fields(cases, "page_size")
     (long,) = (case for case in cases if max(case.seqlens_q) == 1100)
@@ -176,9 +177,8 @@ def test_selections_are_of_more_keys() -> None:
         assert any(case.top_k == 2048 < max(case.seqlens_k) for case in indexer.counts(supports, PROFILE))
 
 
-def test_more_keys_tie_than_a_buffer_holds() -> None:
-    """Of some query, more than 1500 visible keys have the logit at which the selection ends."""
-    (case,) = (case for case in indexer.counts(FREE, PROFILE) if case.regime == "integers")
+def ties_at_the_end_of_a_selection(case: IndexerCase) -> int:
+    """How many visible keys of a query have the logit at which its selection ends."""
     inputs = case.build()
     logits = indexer_logits(inputs.q, inputs.k, inputs.weights)
     ties = []
@@ -186,7 +186,13 @@ def test_more_keys_tie_than_a_buffer_holds() -> None:
         seen = np.sort(row[first:end])[::-1]
         if len(seen) > case.top_k:
             ties.append(int((seen == seen[case.top_k - 1]).sum()))
-    assert max(ties) > 1500
+    return max(ties)
+
+
+def test_more_keys_tie_than_a_buffer_holds_or_16_bits_count() -> None:
+    some, many = (case for case in indexer.counts(FREE, PROFILE) if case.regime == "integers")
+    assert ties_at_the_end_of_a_selection(some) > 1500
+    assert 2**16 <= ties_at_the_end_of_a_selection(many) < 2**16 + many.top_k, "more than wrap around to enough"
 
 
 def test_65600_tokens_are_written_and_2_17_rows_rotated() -> None:
@@ -247,7 +253,7 @@ def test_every_model_and_every_scaling_comes_once(dtype: str) -> None:
         assert {case.yarn for case in cases} == set(YARN)
         assert {case.longrope for case in cases} == set(LONGROPE)
     assert any((case.kv_lora_rank, case.qk_rope_head_dim) == (512, 64) for case in layers)
-    assert {126, 254, 574, 1022, 4161} == {case.prompt for case in long_layers(FREE, Profile.default(dtype))}
+    assert {126, 254, 574, 590, 1022, 4161} <= {case.prompt for case in long_layers(FREE, Profile.default(dtype))}
 
 
 def test_what_a_subject_does_not_honor_is_not_asked_for() -> None:
