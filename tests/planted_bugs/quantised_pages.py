@@ -123,3 +123,32 @@ class PagesStartAtMultiplesOf16(TorchExplicit):
         memory, size = pages.contiguous().flatten(), pages.shape[1]
         starts = torch.arange(len(pages), device=pages.device) * size // 16 * 16
         return super().dequantize_cache(memory[starts[:, None] + torch.arange(size, device=pages.device)], **options)
+
+
+@planted(
+    "X-65535-tokens-quantised",
+    symptom="the end of a large batch of prompts is forgotten",
+    shows_when="more than 65535 tokens are written at once",
+    killed_by=("test_many_tokens_are_quantised_as_few",),
+)
+class TokensQuantisedBy65535Blocks(TorchAbsorbed):
+    """A grid has a block for each token along its second axis, and 65535 blocks at most."""
+
+    def quantize_cache(self, rows: Tensor, **options: Any) -> Tensor:
+        token = torch.arange(len(rows), device=rows.device)
+        return super().quantize_cache(rows.masked_fill((token >= 65535)[:, None], 0.0), **options)
+
+
+@planted(
+    "X-tokens-numbered-in-16-bits",
+    symptom="the end of a long cached prompt is read as its beginning",
+    shows_when="more than 65536 tokens are dequantised at once",
+    killed_by=("test_many_pages_are_dequantised_as_one",),
+)
+class TokensNumberedIn16Bits(TorchAbsorbed):
+    """The number of a token among those that are read has 16 bits without sign; rows of later ones are not written."""
+
+    def dequantize_cache(self, pages: Tensor, **options: Any) -> Tensor:
+        rows = super().dequantize_cache(pages, **options)
+        late = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device).view(rows.shape[:2]) >= 2**16
+        return rows.masked_fill(late[..., None, None], 0.0)
