@@ -47,7 +47,7 @@ YARN = {
     "fractional": _yarn(truncate=False),
     "no-mscale": _yarn(mscale=None, mscale_all_dim=None),
     "mscale": _yarn(mscale=1.5, mscale_all_dim=0.5),
-    "mscale-only": _yarn(mscale=1.5, mscale_all_dim=None),
+    "transformers-mscale-only": _yarn(mscale=1.5, mscale_all_dim=None, attention_factor_rule="transformers"),
     "betas": _yarn(beta_fast=16, beta_slow=2),
     "transformers-ratio": _yarn(mscale_all_dim=0.5, attention_factor_rule="transformers"),
     "transformers-absent": _yarn(mscale=None, mscale_all_dim=None, attention_factor_rule="transformers"),

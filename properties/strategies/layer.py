@@ -218,7 +218,7 @@ def every_option(supports: Supports, profile: Profile) -> list[LayerCase]:
     cases.append(replace(base, num_heads=72, hidden_size=72, attention_sink="layer" in supports.dense_sink))
     # sums over so many elements leave a bound its meaning where few of them change sign
     wide = replace(base, weights="aligned", gain=0.0625)
-    cases.append(replace(wide, num_heads=128, hidden_size=8, kv_lora_rank=512))
+    cases.append(replace(wide, num_heads=128, hidden_size=128, kv_lora_rank=512))
     cases.append(replace(wide, qk_nope_head_dim=192, qk_rope_head_dim=64, kv_lora_rank=512))
     cases.append(replace(wide, q_lora_rank=1536))
     cases.append(replace(wide, hidden_size=7168))
