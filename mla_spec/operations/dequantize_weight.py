@@ -42,15 +42,18 @@ class WeightInputs:
 class WeightCase(Case):
     """A weight of any finite codes, 0 and -0 among them, whose blocks have scales of very different size.
 
-    ``power_of_two``: all scales are powers of two.
+    ``power_of_two``: all scales are powers of two. ``small``: they are those of weights of about 0.01, in which float16 has few
+    bits.
     """
 
     kind = "weight"
+    optional = ("small",)
     rows: int = 1
     columns: int = 1
     block_rows: int = 1
     block_columns: int = 1
     power_of_two: bool = False
+    small: bool = False
 
     @property
     def block_size(self) -> BlockSize:
@@ -62,8 +65,8 @@ class WeightCase(Case):
         shape = self.rows, self.columns
         codes = decode_bits(rng.integers(0, format_of(CODE).largest_pattern + 1, shape), CODE)
         codes *= rng.choice([-1.0, 1.0], shape)
-        # no product is too large for the dtype; a weight of 0.01 has a scale of 2^-15, in which float16 has few bits
-        exponents = (-17, 6) if self.dtype == "float16" else (-30, 30)
+        # in the middle of the dtype's range, so that no product leaves it
+        exponents = (-17, -12) if self.small else (-8, 6) if self.dtype == "float16" else (-30, 30)
         blocks = scales_shape(shape, self.block_size)
         scales = np.ldexp(1.0, rng.integers(*exponents, blocks))
         if not self.power_of_two:

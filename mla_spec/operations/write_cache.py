@@ -60,13 +60,14 @@ class WriteCase(Case):
         width = self.kv_lora_rank + self.qk_rope_head_dim
         rows = self._numbers(rng, (self.tokens, width))
         slots = rng.permutation(pages * self.page_size)[: self.tokens]
+        kv_cache = self._numbers(rng, (pages, self.page_size, 1, width))
         absent = rng.random(self.tokens) < self.skipped
         if self.skipped_run:
             absent |= np.arange(self.tokens) // self.skipped_run % 2 == 0
         return WriteInputs(
             latent=rows[:, : self.kv_lora_rank],
             k_pe=rows[:, self.kv_lora_rank :],
-            kv_cache=self._numbers(rng, (pages, self.page_size, 1, width)),
+            kv_cache=kv_cache,
             slot_mapping=np.where(absent, -1, slots).astype(np.int64),
         )
 

@@ -23,7 +23,15 @@ def counts(supports: Supports, profile: Profile) -> list[WeightCase]:
     """As many blocks of rows, or of columns, as published weights have."""
     height, width = nearest_block(supports)
     return [
-        WeightCase(dtype=profile.dtype, seed=seed, rows=rows, columns=columns, block_rows=height, block_columns=width)
+        WeightCase(
+            dtype=profile.dtype,
+            seed=seed,
+            rows=rows,
+            columns=columns,
+            block_rows=height,
+            block_columns=width,
+            small=rows == 576,
+        )
         for seed, (rows, columns) in enumerate(SHAPES)
     ]
 

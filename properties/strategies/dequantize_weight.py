@@ -42,6 +42,7 @@ def weight_cases(draw: DrawFn, supports: Supports, profile: Profile) -> WeightCa
         block_rows=height,
         block_columns=width,
         power_of_two=draw(FLAGS),
+        small=draw(FLAGS),
     )
 
 
