@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from numpy._core._multiarray_umath import __cpu_features__
 
 from mla_spec.golden.corpus import corpus, figures
 from mla_spec.golden.corpus.corpus import CorpusError
@@ -17,11 +18,14 @@ from tests.golden.corpus_files import ARRAY, contents, edit_manifest
 
 needs_flint = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('flint')", reason="python-flint")
 
+WIDEST = "SkylakeX" if __cpu_features__["AVX512F"] else "Haswell"
+"""The kernels of BLAS with the widest vectors that this processor has."""
+
 SETTINGS = [
     {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_NUM_THREADS": "1"},
     {"OPENBLAS_CORETYPE": "Sandybridge", "OPENBLAS_NUM_THREADS": "2"},
     {"OPENBLAS_CORETYPE": "Prescott", "OPENBLAS_NUM_THREADS": "4", "OMP_NUM_THREADS": "4"},
-    {"OPENBLAS_CORETYPE": "SkylakeX", "LC_ALL": "C", "PYTHONUTF8": "0"},
+    {"OPENBLAS_CORETYPE": WIDEST, "LC_ALL": "C", "PYTHONUTF8": "0"},
     {"NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 AVX512F X86_V3 X86_V4", "PYTHONHASHSEED": "1"},
 ]
 
