@@ -90,7 +90,7 @@ def far_apart(x: Tensor, wait: bool = True) -> Tensor:
 
 
 @near
-def renumbered(pool: Tensor, wait: bool = True) -> Tensor:
+def renumbered(pool: Tensor) -> Tensor:
     """The pages of ``pool``, as many as ``NUMBERS``, with those numbers in a pool whose other pages are 0.
 
     Raises:
@@ -100,7 +100,7 @@ def renumbered(pool: Tensor, wait: bool = True) -> Tensor:
     count, size = max(NUMBERS) + 1, pool[0].numel()
     if pool.device.type == "cpu" and count * size > COPIED:
         raise NotOffered(f"takes no smaller pages: {count} of {size} elements are too many for the CPU")
-    large = _zeros(count * size, pool, wait).view(count, *pool.shape[1:])
+    large = _zeros(count * size, pool, wait=True).view(count, *pool.shape[1:])
     for number, page in zip(NUMBERS, pool, strict=True):
         large[number] = page
     return large

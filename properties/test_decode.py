@@ -14,6 +14,7 @@ from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs, declared_lse, decode_expected
 from mla_spec.properties.attention import judge_attention, needs_several_sequences
 from mla_spec.properties.fixed import decode
+from mla_spec.properties.fixed.counts import no_published_rows
 from mla_spec.properties.pages import other_unused_entries, relabelled, spare_page, unused_slots, with_other_last_keys
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -148,7 +149,7 @@ def test_decode_sequences_are_independent(run: Run, case: DecodeCase) -> None:
             run.same_function(got.lse, there.lse, want.lse_error[one], why)
 
 
-@law(needs=DECODE, cases=decode.published, missing=decode.no_published_rows)
+@law(needs=DECODE, cases=decode.published, missing=no_published_rows)
 def test_decode_of_published_shapes(run: Run, case: DecodeCase) -> None:
     """Of many heads over thousands of rows of 512 + 64 elements, a few are within the bound of the profile."""
     inputs, h = case.build(), case.num_heads

@@ -36,6 +36,7 @@ from mla_spec.properties.fixed.counts import (
     LONG,
     latent_dims,
     nearest,
+    no_published_rows,
     placed,
     prefill_dims,
     thinned,
@@ -84,9 +85,8 @@ def _decode_cases(supports: Supports, profile: Profile) -> list[DecodeCase]:
 
 
 def _takes_whole_rows(supports: Supports, profile: Profile) -> bool:
-    """Whether rows of 512 + 64 are asked for, many heads of which would take too long in formats of more than 16 bits."""
-    dims = supports.latent_dims
-    return format_of(profile.dtype).bits <= 16 and (dims is None or (512, 64) in dims)
+    """Whether rows of 512 + 64 are asked for. Many heads of them take too long in formats of more than 16 bits."""
+    return format_of(profile.dtype).bits <= 16 and not no_published_rows(supports)
 
 
 def _whole(supports: Supports, profile: Profile) -> list[DecodeCase]:

@@ -19,11 +19,8 @@ from mla_spec.operations.ragged import OPERATION as RAGGED_DECODE
 from mla_spec.operations.rank_decode import OPERATION as RANK_DECODE
 from mla_spec.properties.cases import CASES
 from mla_spec.properties.far import NUMBERS, left_out_where_too_large, renumbered
-from mla_spec.properties.fixed.counts import latent_dims, nearest
+from mla_spec.properties.fixed.counts import latent_dims, nearest, pages_of_a_large_pool
 from mla_spec.subjects.supports import Supports
-
-NARROW = 16
-"""Elements of rows that lie in pages of 64; wider ones lie in the smallest pages, or the pool were too large."""
 
 
 def _pages(operation: Operation) -> Callable[[Supports, Profile], list[Any]]:
@@ -39,8 +36,7 @@ def _in_a_large_pool(case: Any, supports: Supports) -> Any:
     if hasattr(case, "layout"):
         return replace(case, page_size=nearest(supports.page_sizes, 1))
     c, r = latent_dims(supports)
-    size = nearest(supports.page_sizes, 64 if c + r <= NARROW else 1)
-    return replace(case, kv_lora_rank=c, qk_rope_head_dim=r, page_size=size)
+    return replace(case, kv_lora_rank=c, qk_rope_head_dim=r, page_size=pages_of_a_large_pool(supports, 64))
 
 
 def _reads_pages_of_any_number(operation: Operation, pool: str, run: Run, case: Any) -> None:

@@ -20,14 +20,9 @@ def agrees_at_production_counts(operation: Operation, run: Run, case: Any) -> No
 
 
 def _cases(operation: str, supports: Supports, profile: Profile) -> list[Any]:
-    """Those that raise one number at a time, and those that raise several.
-
-    Float64 shows the smallest faults, and kernels are of 16 bits. Float32 gets every third case where a subject has both.
-    """
+    """Those that raise one number at a time, and those that raise several."""
     fixed = CASES[operation]
-    cases = [*fixed.counts(supports, profile), *fixed.crossed(supports, profile)]
-    others = {"float64", "float16", "bfloat16"} <= {*supports.dtypes}
-    return cases[::3] if others and profile.dtype == "float32" else cases
+    return [*fixed.counts(supports, profile), *fixed.crossed(supports, profile)]
 
 
 def production_law(operation: Operation) -> Law:

@@ -6,13 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.bounds.quantised_cache import scale_limits
 from mla_spec.judging.law import Run, law
-from mla_spec.operations.operation import Operation
 from mla_spec.operations.quantised_cache import (
     DEQUANTIZE_CACHE,
     QUANTIZE_CACHE,
@@ -27,6 +24,7 @@ from mla_spec.operations.quantised_cache import (
 from mla_spec.operations.quantised_decode import no_latent_format
 from mla_spec.properties.fixed import dequantize_cache, quantize_cache
 from mla_spec.properties.fixed.counts import nearest
+from mla_spec.properties.repeated import judge_repeated
 from mla_spec.properties.strategies.quantised_cache import (
     pages_cases,
     quantise_cases,
@@ -36,9 +34,8 @@ from mla_spec.properties.strategies.sizes import narrowed
 from mla_spec.reference.cache_layout import CacheLayout, QuantisedRows, layout_of, used_bytes
 from mla_spec.reference.formats import round_to
 from mla_spec.reference.quantised_cache import dequantise
-from mla_spec.reference.typing import Array, BoolArray
+from mla_spec.reference.typing import Array
 from mla_spec.subjects.driver import Result
-from mla_spec.subjects.near import near
 from mla_spec.subjects.supports import Supports
 
 POISON = (0xFF, 0x7F, 0x80)
@@ -157,38 +154,6 @@ def _full_pages(supports: Supports) -> dict[str, Any]:
     return {"format": name, "page_size": size, "tokens": 7 * size}
 
 
-@near
-def _many_times(x: Tensor, times: int) -> Tensor:
-    return x.repeat(times, *[1] * (x.dim() - 1))
-
-
-@near
-def _first_unlike(many: Tensor, few: Tensor, compared: Tensor) -> int | None:
-    """Where along the first axis ``many`` first differs from ``few`` over and over, among compared elements; None if nowhere."""
-    unlike = (many.reshape(-1, *few.shape) != few) & compared
-    found = unlike.flatten(0, 1).flatten(1).any(dim=1).nonzero()
-    return int(found[0]) if len(found) else None
-
-
-def _require_the_same_over_and_over(
-    operation: Operation, argument: str, run: Run, case: PagesCase | QuantiseCase, compared: BoolArray
-) -> None:
-    inputs, driver = case.build(), run.driver
-    tensors, times = driver.tensors(operation, inputs), -(-MANY_TOKENS // case.tokens)
-    few = driver.raw(operation, inputs, tensors)
-    run.agrees(operation, inputs, driver.read(operation, inputs, few))
-    (many,) = driver.raw(operation, inputs, tensors | {argument: _many_times(tensors[argument], times)})
-    shape = tuple(many.shape)
-    want = (times * len(few[0]), *tuple(few[0].shape)[1:])
-    run.require(
-        shape == want, f"{operation.outputs[0].name} of {times * case.tokens} tokens: shape {shape}, want {want}"
-    )
-    page = _first_unlike(many, few[0], driver.integers(compared.astype(int), torch.bool))
-    run.require(
-        page is None, f"page {page} of {shape[0]}: its tokens come out unlike the same tokens in a call of their own"
-    )
-
-
 @law(
     needs=QUANTIZE_CACHE,
     cases=lambda supports, profile: [QuantiseCase(dtype=profile.dtype, **_full_pages(supports))],
@@ -196,9 +161,8 @@ def _require_the_same_over_and_over(
     live="tensors",
 )
 def test_many_tokens_are_quantised_as_few(run: Run, case: QuantiseCase) -> None:
-    """Pages of tokens, repeated until there are more than 65535, are stored over and over, bit for bit."""
-    used = used_bytes(case.layout, case.page_size, case.tokens)
-    _require_the_same_over_and_over(QUANTIZE_CACHE, "rows", run, case, used)
+    """The tokens of a few pages, repeated until there are more than 65535, are stored as well every time."""
+    judge_repeated(run, QUANTIZE_CACHE, case.build(), "rows", -(-MANY_TOKENS // case.tokens))
 
 
 @law(
@@ -207,6 +171,6 @@ def test_many_tokens_are_quantised_as_few(run: Run, case: QuantiseCase) -> None:
     missing=no_format,
     live="tensors",
 )
-def test_many_pages_are_dequantised_as_one(run: Run, case: PagesCase) -> None:
-    """Pages, repeated until there are more than 65535 tokens, are read as the same rows over and over, bit for bit."""
-    _require_the_same_over_and_over(DEQUANTIZE_CACHE, "pages", run, case, np.ones(1, dtype=bool))
+def test_many_pages_are_dequantised_as_few(run: Run, case: PagesCase) -> None:
+    """A few pages, repeated until there are more than 65535 tokens, are read as the same rows every time."""
+    judge_repeated(run, DEQUANTIZE_CACHE, case.build(), "pages", -(-MANY_TOKENS // case.tokens))

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 from hypothesis.strategies import SearchStrategy
-from torch import Tensor
 
 from mla_spec.bounds.attention import BoundedAttention, attention_with_bound
 from mla_spec.bounds.error_bound import ErrorBound
@@ -18,6 +17,7 @@ from mla_spec.operations.decode import OPERATION as DECODE
 from mla_spec.operations.decode import DecodeCase, DecodeInputs
 from mla_spec.operations.rope import OPERATION as ROPE
 from mla_spec.operations.rope import RopeCase, RopeInputs
+from mla_spec.properties.repeated import judge_repeated
 from mla_spec.properties.strategies.decode import DECODE_REGIMES, decode_cases
 from mla_spec.properties.strategies.rope import options, rope_cases
 from mla_spec.reference.cache import gather_rows
@@ -25,7 +25,6 @@ from mla_spec.reference.config import RopeConfig
 from mla_spec.reference.rope import half_from_interleaved
 from mla_spec.reference.typing import Array, IntArray
 from mla_spec.subjects.driver import Result, Results, computed
-from mla_spec.subjects.near import near
 from mla_spec.subjects.supports import Supports
 
 
@@ -79,40 +78,15 @@ def test_rope_depends_on_relative_position_only(run: Run, case: RopeCase) -> Non
     run.within(shifted, here, bound, gate=False)
 
 
-def _many_heads(supports: Supports, profile: Profile) -> list[RopeCase]:
+def _wide_head(supports: Supports, profile: Profile) -> list[RopeCase]:
     """One head of 1040 tokens."""
-    return [
-        RopeCase(dtype=profile.dtype, s=1040, heads=1, dim=64, layout=layout, start=3)
-        for layout in supports.rope_layouts[:1]
-    ]
+    return [RopeCase(dtype=profile.dtype, s=1040, heads=1, dim=64, layout=supports.rope_layouts[0], start=3)]
 
 
-@law(needs=ROPE, cases=_many_heads, live="tensors")
+@law(needs=ROPE, cases=_wide_head, live="tensors")
 def test_rope_of_many_wide_heads(run: Run, case: RopeCase) -> None:
-    """1040 tokens of 128 heads of 64 elements, a head like the other, are each rotated as one head is, bit for bit."""
-    inputs = case.build()
-    tensors = run.driver.tensors(ROPE, inputs)
-    (out,) = run.driver.raw(ROPE, inputs, tensors | {"x": _all_heads(tensors["x"])})
-    run.agrees(ROPE, inputs, run.driver.read(ROPE, inputs, (_heads(out, 1),)))
-    unlike = _unlike_the_first_head(out)
-    run.require(unlike is None, f"token {unlike} has heads unlike the first, of 128 that are all alike")
-
-
-@near
-def _all_heads(x: Tensor) -> Tensor:
-    return x.repeat(1, 1, 128, 1)
-
-
-@near
-def _heads(x: Tensor, count: int) -> Tensor:
-    return x[:, :, :count]
-
-
-@near
-def _unlike_the_first_head(x: Tensor) -> int | None:
-    """The first token of [1, s, h, r] whose heads differ, None if there is none."""
-    unlike = (x != x[:, :, :1]).flatten(2).any(dim=-1).flatten().nonzero()
-    return int(unlike[0]) if len(unlike) else None
+    """1040 tokens of 128 heads of 64 elements, all heads alike, are each rotated as one head is."""
+    judge_repeated(run, ROPE, case.build(), "x", 128, axis=2)
 
 
 def _needs_rope_dims(supports: Supports) -> str:

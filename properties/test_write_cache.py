@@ -15,7 +15,7 @@ from mla_spec.operations.write_cache import WriteCase, WriteInputs
 from mla_spec.properties.attention import judge_attention
 from mla_spec.properties.far import NUMBERS, far_zeros, left_out_where_too_large, renumbered
 from mla_spec.properties.fixed import write_cache
-from mla_spec.properties.fixed.counts import latent_dims, nearest
+from mla_spec.properties.fixed.counts import latent_dims, pages_of_a_large_pool
 from mla_spec.properties.hazards import reaches_far
 from mla_spec.properties.strategies.decode import decode_cases
 from mla_spec.properties.strategies.sizes import narrowed
@@ -188,7 +188,7 @@ def test_write_cache_reaches_beyond_2_31_elements(run: Run, case: WriteCase) -> 
 def _in_small_pages(supports: Supports, profile: Profile) -> list[WriteCase]:
     """As many tokens as fill three pages, whose size lets a large pool be small."""
     c, r = latent_dims(supports)
-    size = nearest(supports.page_sizes, 1 if c + r > 64 else 16)
+    size = pages_of_a_large_pool(supports, 16)
     return [
         WriteCase(dtype=profile.dtype, tokens=len(NUMBERS) * size, kv_lora_rank=c, qk_rope_head_dim=r, page_size=size)
     ]

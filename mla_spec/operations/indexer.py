@@ -63,8 +63,8 @@ REGIMES: tuple[Regime, ...] = (*values("regime", "typical", "ties", "integers", 
 class IndexerCase(Case):
     """Packed sequences with their own numbers of queries and keys.
 
-    ``regime``: "typical"; "negative" has weights below 0, and so no logit above; "ties" repeats keys; "integers" has all numbers in -1 .. 1, so that logits are exact in every
-    format and many are equal.
+    ``regime``: "typical"; "negative" has weights below 0, and so no logit above; "ties" repeats keys; "integers" has all
+    numbers in -1 .. 1, so that logits are exact in every format and many are equal.
     """
 
     kind = "indexer"

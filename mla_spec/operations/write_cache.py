@@ -41,7 +41,8 @@ class WriteInputs:
 class WriteCase(Case):
     """New tokens and the slots they go to; the share ``skipped`` of them has slot -1.
 
-    ``skipped_run``: of runs of so many tokens, the first and then every other has slot -1 throughout. Rows hold ordinary numbers and, here and there, -0, infinities, NaN, the largest and the smallest number.
+    ``skipped_run``: of runs of so many tokens, the first and then every other has slot -1 throughout. Rows hold ordinary
+    numbers and, here and there, -0, infinities, NaN, the largest and the smallest number.
     """
 
     kind = "write"

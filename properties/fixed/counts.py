@@ -92,6 +92,17 @@ def latent_dims(supports: Supports) -> tuple[int, int]:
     return (6, 2) if supports.latent_dims is None else min(supports.latent_dims, key=sum)
 
 
+def pages_of_a_large_pool(supports: Supports, most: int) -> int:
+    """Tokens of a page, ``most`` or 1 where rows are wide, so that a pool of more than 2^16 pages is still small."""
+    return nearest(supports.page_sizes, most if sum(latent_dims(supports)) <= 16 else 1)
+
+
+def no_published_rows(supports: Supports) -> str:
+    """Why no case has the rows of DeepSeek-V3, or ""."""
+    dims = supports.latent_dims
+    return "" if dims is None or (512, 64) in dims else "takes no rows of 512 + 64 elements"
+
+
 def prefill_dims(supports: Supports) -> tuple[int, int]:
     """The narrowest rows of keys and values, V narrower than QK."""
     return (6, 4) if supports.prefill_dims is None else min(supports.prefill_dims, key=sum)

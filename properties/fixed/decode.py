@@ -20,6 +20,7 @@ from mla_spec.properties.fixed.counts import (
     long_lengths,
     most_keys,
     nearest,
+    no_published_rows,
     ordinary_page_size,
     placed,
     room_for_pages,
@@ -205,12 +206,6 @@ def _published(
 ) -> DecodeCase:
     made = _narrow(supports, profile, lengths, s, heads, page_size, seed=seed, causal=max(supports.causal))
     return replace(made, kv_lora_rank=512, qk_rope_head_dim=64)
-
-
-def no_published_rows(supports: Supports) -> str:
-    """Why no case has the rows of DeepSeek-V3, or ""."""
-    dims = supports.latent_dims
-    return "" if dims is None or (512, 64) in dims else "takes no rows of 512 + 64 elements"
 
 
 def crossed(supports: Supports, profile: Profile) -> list[DecodeCase]:

@@ -107,7 +107,7 @@ CROSSED = (
 
 OF_EVERY_FORMAT = (
     # lengths, queries, heads, page size
-    ((20, 37), 6, 24, 64),
+    ((20, 37), 8, 24, 64),
     ((100,), 2, 128, 64),
 )
 

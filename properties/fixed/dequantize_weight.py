@@ -21,7 +21,7 @@ SHAPES = ((32_768, 24), (576, 72), (24, 7168), (24, 16_384))
 
 def counts(supports: Supports, profile: Profile) -> list[WeightCase]:
     """As many blocks of rows, or of columns, as published weights have."""
-    height, width = nearest_block(supports)
+    height, width = _block_size(supports)
     return [
         WeightCase(
             dtype=profile.dtype,
@@ -36,7 +36,7 @@ def counts(supports: Supports, profile: Profile) -> list[WeightCase]:
     ]
 
 
-def nearest_block(supports: Supports) -> tuple[int, int]:
+def _block_size(supports: Supports) -> tuple[int, int]:
     """The published size of blocks, or the first that the subject takes."""
     sizes = supports.weight_block_sizes
     return (128, 128) if sizes is None or (128, 128) in sizes else sizes[0]

@@ -31,7 +31,7 @@ def draw_indexer(
     min_batch: int = 1,
     min_queries: int = 0,
     min_past: int | None = None,
-    regimes: tuple[str, ...] = ("typical", "ties", "integers"),
+    regimes: tuple[str, ...] = ("typical", "ties", "integers", "negative"),
     min_head_dim: int = 1,
 ) -> IndexerCase:
     """Packed sequences with more, as many, or fewer keys than queries; top_k below, at and above the number of keys.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from numpy._core._multiarray_umath import __cpu_features__
+import torch
 
 from mla_spec.golden.corpus import corpus, figures
 from mla_spec.golden.corpus.corpus import CorpusError
@@ -18,7 +18,7 @@ from tests.golden.corpus_files import ARRAY, contents, edit_manifest
 
 needs_flint = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('flint')", reason="python-flint")
 
-WIDEST = "SkylakeX" if __cpu_features__["AVX512F"] else "Haswell"
+WIDEST = "SkylakeX" if torch.cpu._is_avx512_supported() else "Haswell"
 """The kernels of BLAS with the widest vectors that this processor has."""
 
 SETTINGS = [

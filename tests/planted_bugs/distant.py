@@ -1,4 +1,4 @@
-"""Faults of addresses: offsets in 32 bits, and views that do not begin where their memory does."""
+"""Faults of addresses: offsets in 32 bits, numbers of pages in 16, views that do not begin where their memory does."""
 
 from __future__ import annotations
 
@@ -124,3 +124,51 @@ class PartsFromStartOfMemory(TorchAbsorbed):
 
     def merge(self, outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         return super().merge(_from_start_of_memory(outs), lses)
+
+
+@planted(
+    "X-page-ids-of-16-bits",
+    symptom="answers mix with those of other users on a machine with much memory",
+    shows_when="a page beyond 65535",
+    killed_by=("test_decode_at_production_counts",),
+)
+class PageIdsOf16Bits(TorchAbsorbed):
+    """Entries of the table are kept in 16 bits without sign."""
+
+    def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
+        return super().gather_batch(kv_cache, block_table & 0xFFFF, cache_seqlens)
+
+
+@planted(
+    "X-page-ids-of-16-bits-with-a-sign",
+    symptom="answers mix with those of other users once half of a pool is in use",
+    shows_when="a page beyond 32767, of any size",
+    killed_by=(
+        "test_decode_reads_pages_of_any_number",
+        "test_rank_decode_reads_pages_of_any_number",
+        "test_decode_quantized_reads_pages_of_any_number",
+    ),
+)
+class PageIdsOf16BitsWithASign(TorchAbsorbed):
+    """Entries of the table are kept in 16 bits; negative ones are taken for those of no page, and name page 0."""
+
+    def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
+        return super().gather_batch(kv_cache, block_table.short().int().clamp(min=0), cache_seqlens)
+
+    def named_pages(self, pages: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+        return super().named_pages(pages, block_table.short().int().clamp(min=0))
+
+
+@planted(
+    "X-chunked-page-ids-of-16-bits",
+    symptom="chunked prefill answers out of other users' prompts on a machine with much memory",
+    shows_when="a page beyond 65535 in a batch of prompts and decoded tokens",
+    killed_by=("test_ragged_decode_reads_pages_of_any_number",),
+)
+class ChunkedPageIdsOf16Bits(TorchAbsorbed):
+    """The kernel of mixed batches keeps entries of the table in 16 bits without sign."""
+
+    def ragged_decode(
+        self, q: Tensor, kv_cache: Tensor, block_table: Tensor, *tensors: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return super().ragged_decode(q, kv_cache, block_table & 0xFFFF, *tensors, **options)

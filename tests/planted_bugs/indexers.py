@@ -234,3 +234,19 @@ class SharedWorkspace(TorchExplicit):
         row = torch.arange(len(indices), device=q.device)
         self.scratch(row).copy_(row * indices.shape[-1])  # where each row of indices begins
         return super().sparse_prefill(q, kv, indices, **options)
+
+
+@planted(
+    "X-ties-counted-in-16-bits",
+    symptom="sparse attention finds nothing in a very long document that repeats itself",
+    shows_when="65536 equal logits or more, of which some are selected",
+    killed_by=("test_indexer_selects_the_largest_logits", "test_indexer_ties_go_to_the_smaller_index"),
+)
+class TiesCountedIn16Bits(TorchAbsorbed):
+    """A radix select counts the keys of a bucket in 16 bits, and takes so many of them."""
+
+    def largest(self, logits: Tensor, top_k: int) -> Tensor:
+        chosen = super().largest(logits, top_k)
+        equal = logits == logits.gather(1, chosen[:, -1:])
+        counted = equal.sum(dim=1, keepdim=True) % 2**16
+        return super().largest(logits.masked_fill(equal & (equal.cumsum(dim=1) > counted), -torch.inf), top_k)

@@ -1,4 +1,4 @@
-"""Faults of attention where a kernel reaches a limit: threads of a block, blocks of a grid, the last tile, part or split."""
+"""Faults of dense attention and of merging where a kernel reaches a limit: threads of a block, blocks of a grid, the last tile, part or split."""
 
 from __future__ import annotations
 
@@ -15,16 +15,8 @@ DECODE = "test_decode_at_production_counts"
 PREFILL = "test_prefill_at_production_counts"
 QUANTIZED = "test_decode_quantized_at_production_counts"
 RANK = "test_rank_decode_at_production_counts"
-SPARSE_PREFILL = "test_sparse_prefill_at_production_counts"
-SPARSE_DECODE = "test_sparse_decode_at_production_counts"
-SPARSE_GRADIENTS = "test_sparse_prefill_gradients_agree_with_reference"
 
 Answer = tuple[Tensor, Tensor | None]
-
-
-def _order(n: int, at_once: int, x: Tensor) -> Tensor:
-    """What n items read, each of the first ``at_once``, over and over."""
-    return torch.arange(n, device=x.device) % at_once
 
 
 @planted(
@@ -186,21 +178,12 @@ class PrefixOfWholeChunks(TorchAbsorbed):
 class SinkOfEveryChunk(TorchAbsorbed):
     """Each chunk of 4096 keys has the sink's share, and their sums are added."""
 
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        *,
-        attn_sink: Tensor | None = None,
-        **options: Any,
-    ) -> Answer:
+    def prefill(self, *tensors: Tensor, attn_sink: Tensor | None = None, **options: Any) -> Answer:
+        cu_seqlens_k = tensors[-1]
         longest = int((cu_seqlens_k[1:] - cu_seqlens_k[:-1]).max())
         if attn_sink is not None and longest > 4096:
             attn_sink = attn_sink + math.log(-(-longest // 4096))
-        return super().prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, attn_sink=attn_sink, **options)
+        return super().prefill(*tensors, attn_sink=attn_sink, **options)
 
 
 @planted(
@@ -307,7 +290,7 @@ class QueriesOf128QuantisedSequences(TorchAbsorbed):
     """The number of a sequence has seven bits where its queries are looked up."""
 
     def decode_quantized(self, q: Tensor, *args: Any, **options: Any) -> Answer:
-        return super().decode_quantized(q[_order(len(q), 128, q)], *args, **options)
+        return super().decode_quantized(q[torch.arange(len(q), device=q.device) % 128], *args, **options)
 
 
 @planted(
@@ -338,95 +321,3 @@ class MergeOfWholeWarps(TorchAbsorbed):
         if v > 128:
             out[..., v // 128 * 128 :] = 0.0
         return out, lse
-
-
-@planted(
-    "X-lengths-of-128-sequences",
-    symptom="the last requests of a full batch attend to slots that were selected for others",
-    shows_when="more than 128 sequences, each with its topk_length",
-    killed_by=(SPARSE_DECODE,),
-)
-class LengthsOf128Sequences(TorchAbsorbed):
-    """The lengths of selections are staged by 128 threads, one each."""
-
-    def sparse_decode(self, q: Tensor, *args: Any, topk_length: Tensor | None = None, **options: Any) -> Any:
-        if topk_length is not None:
-            topk_length = topk_length[_order(len(topk_length), 128, q)]
-        return super().sparse_decode(q, *args, topk_length=topk_length, **options)
-
-
-@planted(
-    "X-65535-rows-of-sparse-prefill",
-    symptom="the end of a long prompt is forgotten without tensor parallelism",
-    shows_when="more than 65535 pairs of a query and a head",
-    killed_by=(SPARSE_PREFILL,),
-)
-class RowsOfSparsePrefill(TorchAbsorbed):
-    """A grid has 65535 blocks at most along its second axis, and a row each."""
-
-    def sparse_prefill(self, q: Tensor, *args: Any, **options: Any) -> Any:
-        out, *others = super().sparse_prefill(q, *args, **options)
-        s, h = q.shape[:2]
-        row = torch.arange(s * h, device=q.device).view(s, h, 1)
-        return out.masked_fill(row >= 65535, 0.0), *others
-
-
-@planted(
-    "X-repetitions-in-long-selections",
-    symptom="differs from the reference where an indexer names a key twice",
-    shows_when="more than 1024 indices, one of them twice",
-    killed_by=(SPARSE_PREFILL,),
-)
-class RepetitionsInLongSelections(TorchAbsorbed):
-    """More than 1024 indices are sorted first, and equal neighbors counted once."""
-
-    def selected(self, indices: Tensor, topk_length: Tensor | None, s_kv: int) -> Tensor:
-        selected = super().selected(indices, topk_length, s_kv)
-        if indices.shape[1] <= 1024:
-            return selected
-        own = -1 - torch.arange(indices.shape[1], device=indices.device)
-        value, place = torch.where(selected, indices.long(), own).sort(dim=1, stable=True)
-        again = torch.zeros_like(selected).scatter(1, place[:, 1:], value[:, 1:] == value[:, :-1])
-        return selected & ~again
-
-
-@planted(
-    "X-sparse-gradients-of-64-heads",
-    symptom="the latents of sparse models train on half of the heads",
-    shows_when="more than 64 heads",
-    killed_by=(SPARSE_GRADIENTS,),
-)
-class SparseGradientsOf64Heads(TorchAbsorbed):
-    """Every block of 64 heads stores the gradient of the keys, where all should add to it."""
-
-    def attend_rows(
-        self, q: Tensor, rows: Tensor, selected: Tensor, head_dim_v: int, softmax_scale: float, sink: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        h, parts = q.shape[1], []
-        for i in range(0, h, 64):
-            own = None if sink is None else sink[i : i + 64]
-            seen = rows if i + 64 >= h else rows.detach()
-            parts.append(super().attend_rows(q[:, i : i + 64], seen, selected, head_dim_v, softmax_scale, own))
-        outs, lses = zip(*parts, strict=True)
-        return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
-
-
-@planted(
-    "X-sparse-gradients-of-512-queries",
-    symptom="the latents of sparse models train on the end of their context",
-    shows_when="more than 512 queries",
-    killed_by=(SPARSE_GRADIENTS,),
-)
-class SparseGradientsOf512Queries(TorchAbsorbed):
-    """Every launch of 512 queries stores the gradient of the keys, where all should add to it."""
-
-    def sparse_prefill(
-        self, q: Tensor, kv: Tensor, indices: Tensor, *, topk_length: Tensor | None = None, **options: Any
-    ) -> Any:
-        parts = []
-        for i in range(0, len(q), 512):
-            own = slice(i, i + 512)
-            length = None if topk_length is None else topk_length[own]
-            keys = kv if i + 512 >= len(q) else kv.detach()
-            parts.append(super().sparse_prefill(q[own], keys, indices[own], topk_length=length, **options))
-        return tuple(torch.cat(each) for each in zip(*parts, strict=True))

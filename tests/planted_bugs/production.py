@@ -93,90 +93,6 @@ class PagesOf256(TorchAbsorbed):
 
 
 @planted(
-    "X-page-ids-of-16-bits",
-    symptom="answers mix with those of other users on a machine with much memory",
-    shows_when="a page beyond 65535",
-    killed_by=(DECODE,),
-)
-class PageIdsOf16Bits(TorchAbsorbed):
-    """Entries of the table are kept in 16 bits without sign."""
-
-    def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
-        return super().gather_batch(kv_cache, block_table & 0xFFFF, cache_seqlens)
-
-
-@planted(
-    "X-page-ids-of-16-bits-with-a-sign",
-    symptom="answers mix with those of other users once half of a pool is in use",
-    shows_when="a page beyond 32767, of any size",
-    killed_by=(
-        "test_decode_reads_pages_of_any_number",
-        "test_rank_decode_reads_pages_of_any_number",
-        "test_decode_quantized_reads_pages_of_any_number",
-    ),
-)
-class PageIdsOf16BitsWithASign(TorchAbsorbed):
-    """Entries of the table are kept in 16 bits; negative ones are taken for those of no page, and name page 0."""
-
-    def gather_batch(self, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
-        return super().gather_batch(kv_cache, block_table.short().int().clamp(min=0), cache_seqlens)
-
-    def named_pages(self, pages: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
-        return super().named_pages(pages, block_table.short().int().clamp(min=0))
-
-
-@planted(
-    "X-chunked-page-ids-of-16-bits",
-    symptom="chunked prefill answers out of other users' prompts on a machine with much memory",
-    shows_when="a page beyond 65535 in a batch of prompts and decoded tokens",
-    killed_by=("test_ragged_decode_reads_pages_of_any_number",),
-)
-class ChunkedPageIdsOf16Bits(TorchAbsorbed):
-    """The kernel of mixed batches keeps entries of the table in 16 bits without sign."""
-
-    def ragged_decode(
-        self, q: Tensor, kv_cache: Tensor, block_table: Tensor, *tensors: Tensor, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        return super().ragged_decode(q, kv_cache, block_table & 0xFFFF, *tensors, **options)
-
-
-@planted(
-    "X-ties-counted-in-16-bits",
-    symptom="sparse attention finds nothing in a very long document that repeats itself",
-    shows_when="65536 equal logits or more, of which some are selected",
-    killed_by=("test_indexer_selects_the_largest_logits", "test_indexer_ties_go_to_the_smaller_index"),
-)
-class TiesCountedIn16Bits(TorchAbsorbed):
-    """A radix select counts the keys of a bucket in 16 bits, and takes so many of them."""
-
-    def largest(self, logits: Tensor, top_k: int) -> Tensor:
-        chosen = super().largest(logits, top_k)
-        equal = logits == logits.gather(1, chosen[:, -1:])
-        counted = equal.sum(dim=1, keepdim=True) % 2**16
-        return super().largest(logits.masked_fill(equal & (equal.cumsum(dim=1) > counted), -torch.inf), top_k)
-
-
-class MergedByMaxima(TorchAbsorbed):
-    """Attention in parts that are merged by their maxima: what each part's weights sum to is forgotten.
-
-    ``part`` is how many keys a part has.
-    """
-
-    part = 4096
-
-    def softmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        right, lse = super().softmax(scores)
-        parts = scores.split(self.part, dim=-1)
-        if len(parts) <= 1:
-            return right, lse
-        own = [super(MergedByMaxima, self).softmax(part)[0] for part in parts]
-        maxima = torch.stack([part.amax(dim=-1) for part in parts])
-        shares, joined = super().softmax(maxima.movedim(0, -1))
-        weights = torch.cat([p * shares[..., i, None] for i, p in enumerate(own)], dim=-1)
-        return weights, joined
-
-
-@planted(
     "X-splits-merged-by-maxima",
     symptom="right in every test, and attention to the wrong tokens in long conversations",
     shows_when="decode over more than 4096 keys",
@@ -226,6 +142,26 @@ class SlotsMergedByMaxima(TorchAbsorbed):
 
     def sparse_decode(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         return _PARTS_OF_256.sparse_decode(*args, **options)
+
+
+class MergedByMaxima(TorchAbsorbed):
+    """Attention in parts that are merged by their maxima: what each part's weights sum to is forgotten.
+
+    ``part`` is how many keys a part has.
+    """
+
+    part = 4096
+
+    def softmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        right, lse = super().softmax(scores)
+        parts = scores.split(self.part, dim=-1)
+        if len(parts) <= 1:
+            return right, lse
+        own = [super(MergedByMaxima, self).softmax(part)[0] for part in parts]
+        maxima = torch.stack([part.amax(dim=-1) for part in parts])
+        shares, joined = super().softmax(maxima.movedim(0, -1))
+        weights = torch.cat([p * shares[..., i, None] for i, p in enumerate(own)], dim=-1)
+        return weights, joined
 
 
 @planted(

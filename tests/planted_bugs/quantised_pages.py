@@ -143,7 +143,7 @@ class TokensQuantisedBy65535Blocks(TorchAbsorbed):
     "X-tokens-numbered-in-16-bits",
     symptom="the end of a long cached prompt is read as its beginning",
     shows_when="more than 65536 tokens are dequantised at once",
-    killed_by=("test_many_pages_are_dequantised_as_one",),
+    killed_by=("test_many_pages_are_dequantised_as_few",),
 )
 class TokensNumberedIn16Bits(TorchAbsorbed):
     """The number of a token among those that are read has 16 bits without sign; rows of later ones are not written."""

@@ -253,7 +253,10 @@ def test_every_model_and_every_scaling_comes_once(dtype: str) -> None:
         assert {case.yarn for case in cases} == set(YARN)
         assert {case.longrope for case in cases} == set(LONGROPE)
     assert any((case.kv_lora_rank, case.qk_rope_head_dim) == (512, 64) for case in layers)
-    assert {126, 254, 574, 590, 1022, 4161} <= {case.prompt for case in long_layers(FREE, Profile.default(dtype))}
+    across_4096 = {4094} if dtype == FREE.dtypes[0] else set()
+    assert {126, 254, 574, 590, 1022, 4161} | across_4096 == {
+        case.prompt for case in long_layers(FREE, Profile.default(dtype))
+    }
 
 
 def test_what_a_subject_does_not_honor_is_not_asked_for() -> None:
