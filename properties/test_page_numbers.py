@@ -13,6 +13,7 @@ import torch
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Law, Run, as_test
 from mla_spec.operations.decode import OPERATION as DECODE
+from mla_spec.operations.extent import Most
 from mla_spec.operations.operation import Operation
 from mla_spec.operations.quantised_decode import OPERATION as DECODE_QUANTIZED
 from mla_spec.operations.ragged import OPERATION as RAGGED_DECODE
@@ -27,7 +28,10 @@ def _pages(operation: Operation) -> Callable[[Supports, Profile], list[Any]]:
     """The ordinary case with the narrowest rows, in pages of 64, or of fewer tokens where rows are wide."""
 
     def cases(supports: Supports, profile: Profile) -> list[Any]:
-        return [_in_a_large_pool(case, supports) for case in CASES[operation.name].ordinary(supports, profile)]
+        most = Most.of(supports)
+        return [
+            most.cut(_in_a_large_pool(case, supports)) for case in CASES[operation.name].ordinary(supports, profile)
+        ]
 
     return cases
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from mla_spec.bounds.profile import Profile
 from mla_spec.judging.law import Law, Run, as_test
 from mla_spec.operations.all import CALLED
+from mla_spec.operations.extent import Most
 from mla_spec.operations.operation import Operation
 from mla_spec.properties.cases import CASES, none
 from mla_spec.subjects.supports import Supports
@@ -20,9 +22,12 @@ def agrees_at_production_counts(operation: Operation, run: Run, case: Any) -> No
 
 
 def _cases(operation: str, supports: Supports, profile: Profile) -> list[Any]:
-    """Those that raise one number at a time, and those that raise several."""
-    fixed = CASES[operation]
-    return [*fixed.counts(supports, profile), *fixed.crossed(supports, profile)]
+    """Those that raise one number at a time, with no more sequences and keys than the subject takes, and those that raise several."""
+    fixed, most = CASES[operation], Most.of(supports)
+    counts = [most.cut(case, supports.topk_multiple) for case in fixed.counts(supports, profile)]
+    # of those cut to the same but for their seeds, one
+    counts = list({replace(case, seed=0): case for case in counts}.values())
+    return [*counts, *fixed.crossed(supports, profile)]
 
 
 def production_law(operation: Operation) -> Law:

@@ -57,6 +57,9 @@ from mla_spec.subjects.violation import NotOffered, Unsupported, Violation
 
 Shape = tuple[int, ...]
 
+APART = 5
+"""Positions from the beginning of one sequence of a batch to that of the next."""
+
 LLAMA_4_SCALING = Llama4Scaling(beta=0.1, original_max_position_embeddings=64)
 """The temperature of cases that have one and are of no published model: seen from position 64 on."""
 
@@ -176,7 +179,7 @@ class LayerCase(Case):
             weights=weights,
             config=config,
             hidden=round_to(hidden * self.hidden_scale, self.dtype),
-            positions=self.start + np.arange(s) + 5 * np.arange(self.batch)[:, None],
+            positions=self.start + np.arange(s) + APART * np.arange(self.batch)[:, None],
         )
 
     def _dense(self, rng: np.random.Generator, config: MLAConfig) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from mla_spec.bounds.profile import Profile
-from mla_spec.operations.layer import LayerCase, layer_models
+from mla_spec.operations.layer import APART, LayerCase, layer_models
 from mla_spec.properties.strategies.rope import THETAS, layouts, scalings, supported_scalings
 from mla_spec.properties.strategies.sizes import FLAGS, SEEDS, between, choice, large_size
 from mla_spec.reference.formats import format_of
@@ -99,12 +99,14 @@ def _up(dim: int, multiple: int) -> int:
 
 
 def _within_positions(case: C, supports: Supports) -> C:
-    """The case with positions that the subject has: it starts earlier, and where that is too little, its prompt is shorter."""
+    """The case with positions that the subject has: fewer sequences, an earlier start, and where that is too little, a shorter prompt."""
     if supports.layer_max_positions is None:
         return case
-    free = supports.layer_max_positions - 5 * (case.batch - 1) - case.steps
+    after_first = supports.layer_max_positions - case.steps - 1
+    batch = min(case.batch, 1 + after_first // APART)
+    free = after_first + 1 - APART * (batch - 1)
     prompt = min(case.prompt, free)
-    return replace(case, prompt=prompt, start=min(case.start, free - prompt))
+    return replace(case, batch=batch, prompt=prompt, start=min(case.start, free - prompt))
 
 
 def first_layout(supports: Supports) -> str:

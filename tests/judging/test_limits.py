@@ -95,7 +95,7 @@ def test_laws_that_need_more_are_refused() -> None:
 
 def test_refused_cases_are_counted() -> None:
     assert (
-        "31 of 36 cases refused by the subject: max_keys=64, and the case has more"
+        "26 of 48 cases refused by the subject: max_keys=64, and the case has more"
         in record(Limited(), "test_decode_at_production_counts").note
     )
 

@@ -240,7 +240,7 @@ class SharedWorkspace(TorchExplicit):
     "X-ties-counted-in-16-bits",
     symptom="sparse attention finds nothing in a very long document that repeats itself",
     shows_when="65536 equal logits or more, of which some are selected",
-    killed_by=("test_indexer_selects_the_largest_logits", "test_indexer_ties_go_to_the_smaller_index"),
+    killed_by=("test_indexer_at_production_counts", "test_indexer_ties_go_to_the_smaller_index"),
 )
 class TiesCountedIn16Bits(TorchAbsorbed):
     """A radix select counts the keys of a bucket in 16 bits, and takes so many of them."""

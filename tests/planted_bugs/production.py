@@ -325,7 +325,7 @@ class QueriesOfOneGrid(TorchExplicit):
     source=("https://github.com/sgl-project/sglang/pull/30512",),
     symptom="sparse attention loses keys where an indexer in FP8 scores many alike",
     shows_when="more than 1024 keys tie for the last places, which top_k 2048 has",
-    killed_by=("test_indexer_selects_the_largest_logits", "test_indexer_at_production_counts"),
+    killed_by=("test_indexer_at_production_counts", "test_indexer_ties_go_to_the_smaller_index"),
 )
 class TiesOfOneBuffer(TorchAbsorbed):
     """The buffer of keys that equal the threshold holds 1024; the places left over name what comes first otherwise."""
