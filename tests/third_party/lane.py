@@ -2,7 +2,8 @@
 
 Each shipped adapter of ``verdicts.json`` gets a quick check, and its verdicts are held against those that were reviewed, law by
 law. A law that fails anew ends the lane with exit code 1. So does one that is judged no more, and an adapter that does not run
-here: what is not judged would otherwise pass in silence. ``--write`` writes the verdicts down, for a person to review.
+here: what is not judged would otherwise pass in silence. Builds of an adapter have verdicts of their own: vllm-cpu:_C_AVX2.
+``--write`` writes the verdicts down, for a person to review.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mla_spec.installed import SHIPPED
 from mla_spec.subjects.find import unavailable
 
 REVIEWED = Path(__file__).parent / "verdicts.json"
@@ -31,14 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("adapters", nargs="*", help="only these")
     asked = parser.parse_args(arguments)
     reviewed: dict[str, Verdicts] = json.loads(REVIEWED.read_text(encoding="utf-8")) if REVIEWED.exists() else {}
-    names = asked.adapters or list(reviewed)
+    names = asked.adapters or list({adapter(subject, SHIPPED): None for subject in reviewed})
     missing = {name: why for name in names if (why := unavailable(name))}
     changes = [f"{name} does not run here: {why}" for name, why in missing.items()]
     found = quick_check([name for name in names if name not in missing])
-    for name in found:
-        said = [] if asked.write else list(differences(reviewed.get(name, {}), found[name]))
-        changes += [f"{name}: {each}" for each in said]
-        print(f"{name}: {len(found[name])} laws judged, {len(said)} changed", flush=True)
+    for subject in found:
+        said = [] if asked.write else list(differences(reviewed.get(subject, {}), found[subject]))
+        changes += [f"{subject}: {each}" for each in said]
+        print(f"{subject}: {len(found[subject])} laws judged, {len(said)} changed", flush=True)
     if asked.write:
         REVIEWED.write_text(json.dumps({**reviewed, **found}, indent=1) + "\n", encoding="utf-8")
     print(*changes, sep="\n")
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def quick_check(names: list[str]) -> dict[str, Verdicts]:
-    """What a quick check, each adapter in processes of its own, says of each."""
+    """What a quick check, each adapter in processes of its own, says of each subject: of the build that an adapter has loaded."""
     if not names:
         return {}
     with tempfile.TemporaryDirectory() as folder:
@@ -56,10 +58,14 @@ def quick_check(names: list[str]) -> dict[str, Verdicts]:
         if not report.exists():
             raise SystemExit(f"the check wrote no report (exit code {done.returncode}): {done.stderr.strip()}")
         records = json.loads(report.read_text(encoding="utf-8"))
-    return {name: verdicts([each for each in records if adapter(each["subject"], names) == name]) for name in names}
+    found = {}
+    for name in names:
+        mine = [each for each in records if adapter(each["subject"], names) == name]
+        found[mine[0]["subject"] if mine else name] = verdicts(mine)
+    return found
 
 
-def adapter(subject: str, names: list[str]) -> str:
+def adapter(subject: str, names: Collection[str]) -> str:
     """Which of the names is that of a subject, which may add the build that it has loaded: vllm-cpu:_C_AVX2."""
     return subject if subject in names else subject.rpartition(":")[0]
 
