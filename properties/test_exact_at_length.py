@@ -94,6 +94,7 @@ def _whole(supports: Supports, profile: Profile) -> list[DecodeCase]:
     return [
         DecodeCase(
             dtype=profile.dtype,
+            seed=seed,
             seqlens=(long,),
             num_heads=nearest(supports.num_heads, heads),
             kv_lora_rank=512,
@@ -101,7 +102,7 @@ def _whole(supports: Supports, profile: Profile) -> list[DecodeCase]:
             page_size=nearest(supports.page_sizes, 64),
             causal=supports.causal[0],
         )
-        for long, heads in ((4161, 128), (8193, 16))
+        for seed, (long, heads) in enumerate(((4161, 128), (8193, 16)), 1)
         if _takes_whole_rows(supports, profile)
     ]
 

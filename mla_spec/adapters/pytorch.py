@@ -388,12 +388,13 @@ class TorchSDPA(TorchSparseSDPA, TorchAbsorbed):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
         if k.shape[-2] == 0:
             return q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_empty(0)
-        heads = q.shape[1]
+        # Heads that share their keys are as queries of one head, so that no head gets a copy of the keys.
+        shared = k.shape[1] == 1
         out = F.scaled_dot_product_attention(
-            q,
-            k.expand(-1, heads, -1, -1),
-            v.expand(-1, heads, -1, -1),
-            attn_mask=visible,
+            q.flatten(1, 2)[:, None] if shared else q,  # [b, 1, h·s, d] or [b, h, s, d]
+            k,
+            v,
+            attn_mask=visible.repeat(1, 1, q.shape[1], 1) if shared else visible,
             scale=softmax_scale,
-        )
+        ).reshape(*q.shape[:-1], v.shape[-1])
         return out.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0), q.new_empty(0)

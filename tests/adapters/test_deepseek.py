@@ -29,7 +29,9 @@ def no_kernel_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_correct_file_conforms(form: str) -> None:
     subject = resolve_subject(f"{form}:{MODEL}")
-    records = [run_law(all_laws()[law], subject, Options(examples=6)) for law in LAWS]
+    # In 16 bits attention over 4161 tokens in rows of 512 takes a CPU half a minute.
+    dtypes = {"test_layer_of_thousands_of_cached_tokens": ("float32",)}
+    records = [run_law(all_laws()[law], subject, Options(examples=6, dtypes=dtypes.get(law))) for law in LAWS]
     assert [r.text() for r in records if r.verdict not in ("pass", "unsupported")] == []
     assert sum(r.verdict == "pass" for r in records) >= 13
 

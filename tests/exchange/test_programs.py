@@ -70,7 +70,7 @@ def test_the_example_passes_through_a_pipe(client: str, tmp_path: Path) -> None:
 
 
 def test_the_example_passes_by_files(client: str, tmp_path: Path) -> None:
-    code, found = by_files(client, tmp_path / "calls", "--examples", "2")
+    code, found = by_files(client, tmp_path / "calls", "--examples", "2", "--dtype", "float32")
     assert code == 0
     require_judged(found, ("tensors", "calls"))
 

@@ -36,7 +36,7 @@ LAWS = ("test_absorb_splits_kv_b_proj", "test_decode_agrees_with_reference", "te
 def records(folder: Path, subject: str, timeout: float) -> list[Record]:
     file = folder / "hostile.py"
     file.write_text(HOSTILE)
-    options = Options(examples=60, dtypes=("float32",), spec=(f"{file}:{subject}",))
+    options = Options(examples=60, dtypes=("float32",), minimise_seconds=8, spec=(f"{file}:{subject}",))
     with WorkerPool(jobs=1, timeout=timeout) as pool:
         return [future.result() for future in [pool.submit(law, subject, options) for law in LAWS]]
 
@@ -53,6 +53,6 @@ def test_a_lost_process_costs_one_law_and_names_the_case(tmp_path: Path, subject
     assert (absorb.verdict, absorb.cases, absorb.message) == ("crashed", 1, message)
     assert (decode.verdict, decode.message.partition("within")[0]) == ("crashed", message.partition("within")[0])
     assert decode.cases >= 1
-    assert "seqlens=0,s=1,num_heads=5,kv_lora_rank=1," in decode.case
+    assert ",num_heads=5," in decode.case  # without which it returns
     assert decode.replay.endswith(f":{subject} --law {LAWS[1]} --case {decode.case}")
     assert (rope.law, rope.verdict, rope.cases) == (LAWS[2], "pass", 60)

@@ -146,7 +146,10 @@ def test_truncated_weights_are_never_larger() -> None:
 @pytest.mark.parametrize("profile", ["hopper-bf16", "fp16-merge", "fp32", "fp64"])
 def test_emulated_kernels_conform(profile: str) -> None:
     declared = preset(profile)
-    records = check_subject(EmulatedKernel({declared.dtype: declared}), options=Options(examples=5))
+    kernel = EmulatedKernel({declared.dtype: declared})
+    # Step by step each head takes long, and all are alike.
+    kernel.supports = replace(kernel.supports, num_heads=(1, 2, 3, 16))
+    records = check_subject(kernel, options=Options(examples=5))
     assert {record.verdict for record in records} == {"pass", "unsupported"}
 
 
