@@ -25,7 +25,7 @@ def _cases(operation: str, supports: Supports, profile: Profile) -> list[Any]:
     """Those that raise one number at a time, with no more sequences and keys than the subject takes, and those that raise several."""
     fixed, most = CASES[operation], Most.of(supports)
     counts = [most.cut(case, supports.topk_multiple) for case in fixed.counts(supports, profile)]
-    # of those cut to the same but for their seeds, one
+    # Of cases that the cut leaves alike but for their seeds, one is enough.
     counts = list({replace(case, seed=0): case for case in counts}.values())
     return [*counts, *fixed.crossed(supports, profile)]
 

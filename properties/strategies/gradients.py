@@ -117,14 +117,15 @@ MANY = (
     ((1, 2) * 50, (9, 20, 5, 12) * 25, 1),
 )
 LONG = 4161
-"""Keys of one sequence."""
+"""Keys of one sequence, at most."""
 
 
 def many_backward(supports: Supports, profile: Profile) -> list[PrefillBackwardCase]:
     """Many sequences, heads, queries and keys, one number at a time, in rows as narrow as the subject takes."""
     d, v = prefill_dims(supports)
     regimes = judgeable_regimes(supports, profile, max(d, v))
-    # the gradient of a query cancels between keys, and the errors of thousands of typical ones would hide it
+    # The gradient of a query cancels between keys. The errors of thousands of typical ones would hide it, and those of a rough exp
+    # in each tile hide it sooner than an output.
     shapes = [(shape, "typical" if "typical" in regimes else "aligned") for shape in MANY]
     shapes.append((((2, 1), (min(LONG, most_keys(profile) // 5), 5), 1), "aligned"))
     return [
